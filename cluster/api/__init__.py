@@ -1,0 +1,1 @@
+"""What the cluster's brain sees and says. Standard library only."""

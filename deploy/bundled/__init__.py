@@ -1,0 +1,1 @@
+"""The model that ships: its corpus, its tokenizer and the script that trains it."""

@@ -1,0 +1,43 @@
+"""The router's part of the config tree: limits of the edge, and how it chooses and fails over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsConfig:
+    """Checked before anything is allocated."""
+
+    max_body_bytes: int = 8 * 1024 * 1024
+    max_n: int = 128
+    max_prompts: int = 256  # of one completion request
+    max_stop: int = 16
+    max_stop_chars: int = 1024
+    max_logprobs: int = 20
+    max_logit_bias: int = 1024
+    max_messages: int = 4096
+    max_inflight: int = 4096  # sequences in one router; beyond it 429
+    request_deadline_s: float = 3600.0
+    max_client_buffer_bytes: int = 1024 * 1024  # a client that reads slower is cut off
+
+
+@dataclass(frozen=True, slots=True)
+class FailoverConfig:
+    suspect_s: float = 1.0
+    fail_s: float = 3.0
+    max_failovers: int = 2  # after worker deaths; drains are free
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    num_replicas: int = 1
+    policy: str = "least-requests"
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    failover: FailoverConfig = field(default_factory=FailoverConfig)
+    api_keys: tuple[str, ...] = ()  # empty: open
+    admin_key: str | None = None
+    cors_origins: tuple[str, ...] = ()  # empty: off
+    refresh_s: float = 1.0  # of the worker directory
+    queue_timeout_s: float = 30.0  # a request waits so long for a worker to be up
+    heartbeat_s: float = 1.0  # to each worker, so that the lease holds

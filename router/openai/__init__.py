@@ -1,0 +1,1 @@
+"""The OpenAI edge: schema, conversion, SSE frames, chat template."""

@@ -1,0 +1,1 @@
+"""Routing policies. Pure: no torch, ray, asyncio or clock."""

@@ -1,0 +1,63 @@
+"""The worker's part of the config tree. Frozen; "auto" is resolved once, by the loader in deploy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """The KV pool."""
+
+    block_size: int = 16  # tokens
+    num_blocks: int | None = None  # None: sized from memory
+    memory_fraction: float = 0.9  # of what is free on a GPU; of half the free memory per worker on a CPU
+    max_pool_bytes: int | None = None  # an upper bound on the sized pool; on a CPU 1 GiB where unset
+    prefix_caching: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of one step and of the queue."""
+
+    policy: str = "full-chunked"
+    max_num_seqs: int = 256
+    max_step_tokens: int = 2048  # rows of one step: decode first, then prefill chunks
+    max_waiting: int = 4096  # requests; beyond it submission is refused
+    watermark: float = 0.01  # share of blocks kept free when a waiting request is admitted
+    pipeline_depth: int = 2  # plans outstanding, 1 or 2
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Which checkpoint, and how it is run."""
+
+    path: str = ""  # a local folder or a hub id
+    revision: str | None = None
+    name: str | None = None  # served as; None: the folder's name
+    dtype: DType = "auto"
+    device: Device = "auto"
+    max_model_len: int | None = None  # None: what the checkpoint allows
+    deterministic: bool | None = None  # STRICT; None: on for CPU, off for CUDA
+    jit: bool | None = None  # the numba kernels; None: where numba is present
+    seed: int = 0  # of requests that bring none, in `ellm generate`
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """One worker: one tensor-parallel group that serves one model."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    tensor_parallel_size: int = 1
+    num_threads: int | None = None  # CPU threads of a rank; None: cores / workers on the node
+    heartbeat_s: float = 0.1
+    router_lease_s: float = 5.0  # a router silent for so long has its requests aborted
+    stall_s: float = 30.0  # work without a finished step for so long: unhealthy
+    drain_timeout_s: float = 60.0
+    outbox_items: int = 256  # stream items a router may lag behind before its stream is cut

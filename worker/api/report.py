@@ -1,0 +1,63 @@
+"""What a worker says of itself: pushed with every stream heartbeat, numbered, at least every 100 ms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+WorkerState = Literal["loading", "ready", "draining", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """What never changes in one incarnation of a worker."""
+
+    worker_id: str
+    epoch: str  # of this incarnation
+    model: str  # the served name
+    node: str
+    max_model_len: int  # tokens, prompt and output together
+    block_size: int  # tokens
+    num_blocks: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    device: str
+    dtype: str
+    deterministic: bool  # STRICT
+    tensor_parallel_size: int = 1
+    rank_pids: tuple[int, ...] = ()
+    memory: tuple[tuple[str, int], ...] = ()  # (what, bytes): how the KV pool was sized
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """The engine's load and totals. Totals count from the incarnation's start and never fall."""
+
+    seq: int
+    state: WorkerState = "ready"
+    num_running: int = 0
+    num_waiting: int = 0
+    free_blocks: int = 0  # neither referenced nor cached
+    cached_blocks: int = 0  # unreferenced, but their content can still be hit
+    num_blocks: int = 0
+    headroom_tokens: int = 0  # block_size * (free + cached - growth reserve)
+    running_tokens: int = 0  # context of all admitted requests
+    waiting_tokens: int = 0  # prompt tokens in the queue
+    uncached_tokens: int = 0
+    uncached_token_ratio: float = 0.0
+    num_parked: int = 0
+    recompute_debt_s: float = 0.0
+    step_time_s: float = 0.0  # moving average
+    cost_model_error: float = 0.0  # relative, moving average
+    since_last_step_s: float = 0.0  # 0 while there is nothing to do: a stall is work without a step
+    peak_memory_bytes: int = 0
+    # Totals.
+    num_steps: int = 0
+    num_preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0  # tokens looked up
+    prefix_hits: int = 0  # tokens found
+    recomputed_tokens: int = 0  # computed again after a preemption
+    busy_s: float = 0.0  # time in steps
+    last_submit_seq: tuple[tuple[str, int], ...] = field(default=())  # (router id, its newest submit seen)

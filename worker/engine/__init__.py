@@ -1,0 +1,1 @@
+"""The engine's brain: what runs in the next step. Pure; no torch, ray, asyncio or clock."""

@@ -1,0 +1,1 @@
+"""Scheduling policies of the engine, chosen by one setting (`policy: ...`)."""
