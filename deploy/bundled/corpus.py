@@ -20,12 +20,7 @@ HELD_OUT_PERCENT = 3
 MIN_CHARS = 20
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idlelib", "site-packages", "lib2to3", "__pycache__"})
 # C modules whose documentation is read from the interpreter; one that a build lacks is left out.
-C_MODULES = (
-    "builtins itertools math cmath time sys posix _io _struct _socket _ssl _functools _operator _collections _datetime "
-    "_decimal _csv _bisect _heapq _random _json _pickle _hashlib _sqlite3 _thread _asyncio _codecs _elementtree _sre "
-    "_weakref _signal _string _curses array select zlib _bz2 _lzma binascii fcntl mmap unicodedata atexit errno "
-    "faulthandler gc grp pwd resource syslog termios readline marshal _imp _warnings _tracemalloc _locale"
-).split()
+C_MODULES = ["builtins", "itertools", "math", "cmath", "time", "sys", "posix", "_io", "_struct", "_socket", "_ssl", "_functools", "_operator", "_collections", "_datetime", "_decimal", "_csv", "_bisect", "_heapq", "_random", "_json", "_pickle", "_hashlib", "_sqlite3", "_thread", "_asyncio", "_codecs", "_elementtree", "_sre", "_weakref", "_signal", "_string", "_curses", "array", "select", "zlib", "_bz2", "_lzma", "binascii", "fcntl", "mmap", "unicodedata", "atexit", "errno", "faulthandler", "gc", "grp", "pwd", "resource", "syslog", "termios", "readline", "marshal", "_imp", "_warnings", "_tracemalloc", "_locale"]
 # Names people use for modules that live under another.
 PUBLIC_NAMES = {
     "posixpath": "os.path",

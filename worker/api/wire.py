@@ -70,15 +70,13 @@ def pack_output(output: SequenceOutput) -> Message:
 def unpack_output(message: Sequence[Any]) -> SequenceOutput:
     if len(message) == 4:
         return SequenceOutput(message[0], message[1], message[2], message[3])
-    output: SequenceOutput = _make(SequenceOutput, message)
-    if output.logprobs is None and output.prompt_logprobs is None:
-        return output
-    chosen = output.logprobs and tuple(_make(TokenLogprobs, x) for x in output.logprobs)
-    prompt = output.prompt_logprobs and tuple(
-        None if x is None else _make(TokenLogprobs, x) for x in output.prompt_logprobs
-    )
-    rest = (output.num_cached_tokens, output.error)
-    return SequenceOutput(*message[:6], chosen, prompt, *rest)
+    values = list(message)
+    if len(values) > 6 and values[6] is not None:
+        values[6] = tuple(_make(TokenLogprobs, x) for x in values[6])
+    if len(values) > 7 and values[7] is not None:
+        values[7] = tuple(None if x is None else _make(TokenLogprobs, x) for x in values[7])
+    output: SequenceOutput = _make(SequenceOutput, values)
+    return output
 
 
 def pack_report(report: WorkerReport) -> Message:

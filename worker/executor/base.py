@@ -1,4 +1,4 @@
-"""The seam between the brain and what computes: everything above it runs unchanged on CPU, GPU and simulator."""
+"""The seam between the brain and what computes: above it all is the same on CPU, GPU and simulator."""
 
 from __future__ import annotations
 
