@@ -130,7 +130,7 @@ class Ops(Protocol):
         ...
 
     def logprobs(self, logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, ...]:
-        """logits [S, V], ids [S] -> (logprob [S] float32, rank [S] int64, top ids and top logprobs [S, num_top]).
+        """logits [S, V], ids [S] -> (logprob, rank, top ids and top logprobs [S, num_top]).
 
         Ranks count from 1; ties go to the lower id.
         """
