@@ -9,6 +9,18 @@ from ellm.worker.api.request import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What an executor decided at start; the brain plans within it."""
+
+    num_blocks: int
+    block_size: int  # tokens
+    max_model_len: int  # tokens
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    memory: tuple[tuple[str, int], ...] = ()  # (what, bytes): how the pool was sized, for printing
+
+
+@dataclass(frozen=True, slots=True)
 class NewSequence:
     """Sent once per sequence and residence, with the first plan that names it: what the sampler must know."""
 

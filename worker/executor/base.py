@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
-from ellm.worker.engine.plan import BatchPlan, StepResult
+from ellm.worker.engine.plan import BatchPlan, ModelLimits, StepResult
 
-
-@dataclass(frozen=True, slots=True)
-class ModelLimits:
-    """What an executor decided at start; the brain plans within it."""
-
-    num_blocks: int
-    block_size: int  # tokens
-    max_model_len: int  # tokens
-    vocab_size: int
-    eos_token_ids: tuple[int, ...]
-    memory: tuple[tuple[str, int], ...] = ()  # (what, bytes): how the pool was sized, for printing
+__all__ = ["BatchPlan", "Executor", "ModelLimits", "StepResult"]
 
 
 class Executor(Protocol):
