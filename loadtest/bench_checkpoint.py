@@ -1,0 +1,40 @@
+"""The random-weight Llama of the engine benchmarks, the same file for every side.
+
+28M parameters: on a small machine a step is then neither all overhead nor all matmul.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+SHAPE = {
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 1536,
+    "vocab_size": 4096,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+
+
+def make_checkpoint(folder: Path, seed: int = 0) -> Path:
+    """Write the checkpoint (float32) unless it is there; returns its folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    mark = folder / "shape.json"
+    if mark.exists() and json.loads(mark.read_text()) == {**SHAPE, "seed": seed}:
+        return folder
+    torch.manual_seed(seed)
+    config = LlamaConfig(**SHAPE, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model = LlamaForCausalLM(config).to(torch.float32)
+    with torch.no_grad():
+        # The default initial scale gives nearly equal logits, and then every rounding flips the argmax.
+        model.lm_head.weight.mul_(5.0)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    mark.write_text(json.dumps({**SHAPE, "seed": seed}))
+    return folder
