@@ -149,10 +149,11 @@ def main() -> int:
         title="Engine on a CPU beside its peers",
         about=(
             f"28M-parameter Llama with random weights, {arguments.input} prompt and {arguments.output} "
-            f"output tokens, greedy, {arguments.threads} threads, prefix caching off, every side in a process "
-            "of its own. `ellm` is STRICT (bitwise reproducible), `ellm-fast` is not; `ratio` is ellm's decode "
-            "speed divided by the side's. The matmul and KV shares say which part of ellm's decode step the "
-            "linear layers alone and one read of the KV cache would take at the speeds of this machine."
+            f"output tokens, greedy, {arguments.threads} threads, prefix caching off, every side in a "
+            "process of its own. `ellm` is STRICT (bitwise reproducible), `ellm-fast` is not; `ratio` is "
+            "ellm's decode speed divided by the side's. The matmul and KV shares say which part of ellm's "
+            "decode step the linear layers alone and one read of the KV cache would take at the speeds of "
+            "this machine."
         ),
         command=command_line("ellm.loadtest.engine_bench"),
         rows=rows,
