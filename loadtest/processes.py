@@ -1,0 +1,82 @@
+"""CPU time and memory of a server's whole process tree, by what each process is. Linux only."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessUse:
+    """What one process has used since it started."""
+
+    pid: int
+    command: str
+    cpu_s: float  # user and system, its threads included, its children not
+    peak_bytes: int
+
+
+def process_tree(root: int) -> list[int]:
+    """The process and all its descendants that are alive."""
+    found, todo = [], [root]
+    while todo:
+        pid = todo.pop()
+        found.append(pid)
+        try:
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                todo += [int(child) for child in (task / "children").read_text().split()]
+        except OSError:
+            continue
+    return found
+
+
+def process_use(pid: int) -> ProcessUse | None:
+    """None when the process is gone."""
+    try:
+        # Ray renames its workers through their title, which is what cmdline then holds.
+        command = (
+            Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        )
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return None
+    peak = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)
+    return ProcessUse(pid, command, (int(fields[11]) + int(fields[12])) * TICK_S, peak)
+
+
+def tree_use(root: int) -> dict[int, ProcessUse]:
+    """Use of every process below `root`, by pid."""
+    uses = (process_use(pid) for pid in process_tree(root))
+    return {use.pid: use for use in uses if use is not None}
+
+
+def label(command: str) -> str:
+    """A short name of what the process is."""
+    if "haproxy" in command.split(" ", 1)[0]:
+        return "haproxy"
+    if command.startswith("ray::"):
+        return command[len("ray::") :].split("(")[0].split(" ")[0].strip() or "ray worker"
+    for mark in (
+        "gcs_server",
+        "raylet/raylet",
+        "dashboard",
+        "log_monitor",
+        "runtime_env_agent",
+        "resource_tracker",
+    ):
+        if mark in command:
+            return mark.split("/")[-1]
+    return "driver" if "ellm" in command else command.split(" ")[0].rsplit("/", 1)[-1]
+
+
+def spent_by_label(before: dict[int, ProcessUse], after: dict[int, ProcessUse]) -> dict[str, float]:
+    """CPU seconds between two looks, summed over processes of one label."""
+    spent: dict[str, float] = {}
+    for pid, use in after.items():
+        start = before[pid].cpu_s if pid in before else 0.0
+        spent[label(use.command)] = spent.get(label(use.command), 0.0) + use.cpu_s - start
+    return spent
