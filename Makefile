@@ -1,0 +1,42 @@
+# eLLM on Ray. `make` alone lists what there is.
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+TOP := kernels worker cluster router loadtest deploy
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test test-full check types mypy bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup:  ## make .venv and install everything (once; afterwards it does nothing)
+	@PYTHON="$(PYTHON)" deploy/setup.sh
+
+serve: setup  ## serve the bundled model on http://127.0.0.1:8000 (ARGS="--port 9000 ...", see ellm serve --help)
+	@exec $(BIN)/ellm serve $(ARGS)
+
+test: setup  ## the test suite, each folder within its budget (ARGS: folders, or pytest options)
+	@$(BIN)/python tests/run.py $(ARGS)
+
+test-full: setup  ## the same with the slow tests
+	@$(BIN)/python tests/run.py --full $(ARGS)
+
+types:  ## the links through which type checkers see ellm.<folder>
+	@mkdir -p .types/ellm
+	@for folder in $(TOP); do ln -sfn ../../$$folder .types/ellm/$$folder; done
+
+check: setup types  ## ruff, mypy --strict, and the layout tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory mypy
+	$(BIN)/pytest -q tests/layout
+
+mypy: types
+	$(BIN)/mypy $(foreach folder,$(TOP),$(if $(shell find $(folder) -name '*.py' -print -quit),-p ellm.$(folder)))
+
+bench: setup  ## measure the engine beside its peers (ARGS: see python -m ellm.loadtest.bench --help)
+	$(BIN)/python -m ellm.loadtest.bench $(ARGS)
+
+clean:  ## remove caches and build leftovers (not .venv)
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .types
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,62 @@
+"""Turns "auto" and what was left open into values, once, from this machine and the checkpoint.
+
+Asks neither torch nor Ray: a command line must answer at once. On a cluster of several machines the number of
+threads stays open, and each worker's own node decides.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from ellm.deploy.config import EllmConfig
+from ellm.worker.api.config import ModelConfig, WorkerConfig
+from ellm.worker.api.errors import ConfigError
+
+
+def resolve(config: EllmConfig) -> EllmConfig:
+    """The config with device, STRICT, name and threads decided. Raises ConfigError."""
+    model = resolve_model(config.worker.model)
+    worker = replace(config.worker, model=model)
+    if worker.num_threads is None and model.device == "cpu" and config.cluster.address is None:
+        ranks = config.cluster.num_workers * worker.tensor_parallel_size
+        worker = replace(worker, num_threads=max(1, num_cores() // ranks))
+    return replace(config, worker=worker)
+
+
+def resolve_worker(worker: WorkerConfig) -> WorkerConfig:
+    """One worker alone on this machine, with all its cores (`ellm generate`)."""
+    threads = worker.num_threads or max(1, num_cores() // worker.tensor_parallel_size)
+    return replace(worker, model=resolve_model(worker.model), num_threads=threads)
+
+
+def resolve_model(model: ModelConfig) -> ModelConfig:
+    device = this_device() if model.device == "auto" else model.device
+    if device == "cuda" and model.device != "auto" and this_device() != "cuda":
+        raise ConfigError("worker.model.device is cuda, but this machine has no NVIDIA GPU", param="device")
+    folder = Path(model.path).expanduser()
+    path = str(folder.resolve()) if folder.is_dir() else model.path
+    return replace(
+        model,
+        path=path,
+        name=model.name or Path(path).name,
+        device=device,
+        deterministic=device == "cpu" if model.deterministic is None else model.deterministic,
+    )
+
+
+def this_device() -> Literal["cpu", "cuda"]:
+    """What this machine has, by its device files."""
+    return "cuda" if any(Path("/dev").glob("nvidia[0-9]*")) else "cpu"
+
+
+def num_cores() -> int:
+    """Cores that this process may use: its affinity, and the CPU quota of its control group."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))

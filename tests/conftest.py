@@ -1,0 +1,84 @@
+"""Rules for every test: Ray only where the marker `ray` says so, and no missing tool goes unnoticed.
+
+`needs_tool("promtool")` as a marker leaves a test out where that program is not installed, `gpu` where there
+is no GPU. Both are listed by name at the end of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# One thread per library unless a test says otherwise: the suite shares its cores with what it starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests read nothing from a hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A loaded machine is no failure.
+settings.register_profile("ellm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ellm")
+
+NOT_RUN = pytest.StashKey[list[tuple[str, str]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--not-run-file", help="write the tests left out for want of a tool to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs_tool(name): needs this program on the PATH")
+    config.stash[NOT_RUN] = []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        for tool in _missing(item):
+            config.stash[NOT_RUN].append((item.nodeid, tool))
+            item.add_marker(pytest.mark.skip(reason=f"needs {tool}"))
+
+
+def _missing(item: pytest.Item) -> Iterator[str]:
+    for marker in item.iter_markers("needs_tool"):
+        if shutil.which(marker.args[0]) is None:
+            yield marker.args[0]
+    if item.get_closest_marker("gpu") and not any(Path("/dev").glob("nvidia[0-9]*")):
+        yield "a GPU"
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    not_run = config.stash[NOT_RUN]
+    if not_run:
+        terminalreporter.section("not run on this machine")
+        for test, tool in not_run:
+            terminalreporter.line(f"{test}: needs {tool}")
+    path = config.getoption("--not-run-file")
+    if path:
+        Path(path).write_text(json.dumps(not_run))
+
+
+@pytest.fixture(autouse=True)
+def _ray_only_by_marker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A test without the marker `ray` may not start or join a cluster."""
+    if request.node.get_closest_marker("ray"):
+        yield
+        return
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("ray.init in a test without the marker `ray`")
+
+    if "ray" in sys.modules:
+        monkeypatch.setattr(sys.modules["ray"], "init", forbidden)
+    yield
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
+        raise AssertionError("this test started Ray without the marker `ray`")
