@@ -1,0 +1,241 @@
+"""WorkerFront: routers on one side, the engine loop on the other. Lives on one asyncio loop; knows no Ray.
+
+Each router has one outbox and reads it through one long-lived stream: a message per engine step with the new
+tokens of all its requests, a report every heartbeat. The front keeps who asked for what, so that
+
+- a submission is taken once, by (request id, attempt), also after the request has ended;
+- a router that is silent for a lease, or lags a whole lease behind, is dropped: its stream ends, its requests
+  are aborted and their blocks are free (Ray runs a stream's generator on when its consumer is gone);
+- while the worker drains, new requests are refused and running ones go to their end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+
+from ellm.worker.api import wire
+from ellm.worker.api.config import WorkerConfig
+from ellm.worker.api.errors import Unavailable
+from ellm.worker.api.output import SequenceOutput
+from ellm.worker.api.report import WorkerInfo, WorkerReport, WorkerState
+from ellm.worker.api.request import EngineRequest
+from ellm.worker.engine.tombstones import Tombstones
+from ellm.worker.loop import EngineLoop, refusal
+from ellm.worker.outbox import Outbox
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Owner:
+    box: Outbox
+    attempt: int
+
+
+class WorkerFront:
+    """All methods but `publish` belong to the event loop on which `start` ran."""
+
+    def __init__(
+        self,
+        info: WorkerInfo,
+        config: WorkerConfig,
+        engine: EngineLoop,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.info = info
+        self.state: WorkerState = "ready"
+        self.num_streams = 0
+        self._config = config
+        self._engine = engine
+        self._clock = clock
+        self._boxes: dict[str, Outbox] = {}
+        self._owners: dict[str, _Owner] = {}
+        self._ended = Tombstones()  # finished and aborted requests: they are not taken again
+        self._ticker: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Start the engine, heartbeats and leases."""
+        self._loop = asyncio.get_running_loop()
+        self._ticker = self._loop.create_task(self._tick_forever())
+        self._engine.start(self.publish)
+
+    async def close(self) -> None:
+        """End every stream and stop the engine."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+        for box in list(self._boxes.values()):
+            self._drop(box)
+        await asyncio.to_thread(self._engine.stop)
+
+    @property
+    def num_live(self) -> int:
+        """Requests that are not finished."""
+        return len(self._owners)
+
+    def describe(self) -> wire.Message:
+        return wire.pack_info(self.info)
+
+    def report(self) -> WorkerReport:
+        """The engine's newest, with what the front alone knows."""
+        state: WorkerState = "failed" if self._engine.state == "failed" else self.state
+        since = self._engine.since_progress_s()
+        return replace(self._engine.report, state=state, since_last_step_s=since)
+
+    def submit(self, message: wire.Message) -> None:
+        """Take a SUBMIT message. Raises WireError."""
+        router_id, seq, packed = wire.check(message, "submit")[:3]
+        box = self._heard(router_id)
+        taken = [r for r in map(wire.unpack_request, packed) if self._admit(box, r)]
+        self._engine.submit(router_id, seq, taken)
+
+    def abort(self, message: wire.Message) -> None:
+        """Take an ABORT message; one without ids only says that the router is there. Raises WireError."""
+        router_id, _, ids = wire.check(message, "abort")[:3]
+        box = self._heard(router_id)
+        mine = []
+        for request_id, attempt in ids:
+            owner = self._owners.get(request_id)
+            if owner is None or owner.box is box:
+                mine.append((request_id, attempt))
+                if owner is not None and owner.attempt <= attempt:
+                    self._forget(request_id, owner)
+                self._ended.put(request_id, attempt, self._clock())
+        if mine:
+            self._engine.abort(mine)
+
+    async def outputs(self, router_id: str) -> AsyncIterator[wire.Message]:
+        """The router's stream of STEP messages; ends when another one is opened, when the router is dropped,
+        and when the worker closes."""
+        box = self._heard(router_id)
+        stream = box.open()
+        self.num_streams += 1
+        try:
+            while (outputs := await box.take(stream)) is not None:
+                yield self._message(box, outputs)
+        finally:
+            self.num_streams -= 1
+
+    def publish(self, outputs: list[SequenceOutput]) -> None:
+        """Called by the engine's thread."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(self._deliver, outputs)
+        except RuntimeError:  # the loop is closed: no one is left to read
+            log.debug("outputs after the end")
+
+    def begin_drain(self) -> None:
+        """Take no new request from now on, and say so to every router at once."""
+        self.state = "draining"
+        for box in self._boxes.values():
+            box.make_report_due()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Wait for running requests and for their last tokens to be taken, then end the streams, on which
+        routers move what is left. True if nothing was."""
+        self.begin_drain()
+        deadline = self._clock() + timeout_s
+        while self._owners and self._clock() < deadline:
+            await asyncio.sleep(0.02)
+        taken_by = self._clock() + 1.0
+        while any(box.num_items and box.stream for box in self._boxes.values()) and self._clock() < taken_by:
+            await asyncio.sleep(0.02)
+        done = not self._owners
+        for box in list(self._boxes.values()):
+            self._drop(box)
+        return done
+
+    def _message(self, box: Outbox, outputs: list[SequenceOutput]) -> wire.Message:
+        report = self.report() if box.report_due else None
+        box.report_due = False
+        box.last_sent = self._clock()
+        box.seq += 1
+        return wire.step(self.info.epoch, box.seq - 1, outputs, report)
+
+    def _heard(self, router_id: str) -> Outbox:
+        box = self._boxes.get(router_id)
+        now = self._clock()
+        if box is None:
+            box = Outbox(router_id, self._config.outbox_items, self._config.router_lease_s, now)
+            self._boxes[router_id] = box
+        box.last_heard = now
+        return box
+
+    def _admit(self, box: Outbox, request: EngineRequest) -> bool:
+        request_id, attempt = request.request_id, request.attempt
+        owner = self._owners.get(request_id)
+        if owner is not None and attempt <= owner.attempt:
+            return False
+        if self._ended.covers(request_id, attempt, self._clock()):
+            return False
+        if self.state != "ready":
+            error = Unavailable(f"the worker is {self.state}")
+            box.put([refusal(request, error)], self._clock())
+            return False
+        if owner is not None:
+            self._forget(request_id, owner)
+        self._owners[request_id] = _Owner(box, attempt)
+        box.live[request_id] = attempt
+        return True
+
+    def _forget(self, request_id: str, owner: _Owner) -> None:
+        del self._owners[request_id]
+        del owner.box.live[request_id]
+
+    def _deliver(self, outputs: list[SequenceOutput]) -> None:
+        now = self._clock()
+        by_box: dict[str, list[SequenceOutput]] = {}
+        for output in outputs:
+            owner = self._owners.get(output.request_id)
+            if owner is None or owner.attempt != output.attempt:
+                continue
+            by_box.setdefault(owner.box.router_id, []).append(output)
+            if output.finish_reason is not None:
+                self._forget(output.request_id, owner)
+                self._ended.put(output.request_id, output.attempt, now)
+        for router_id, mine in by_box.items():
+            box = self._boxes[router_id]
+            box.put(mine, now)
+            if box.lags(now):
+                self._cut(box)
+
+    def _cut(self, box: Outbox) -> None:
+        log.warning("router %s lags %d items behind and is cut off", box.router_id, box.num_items)
+        self._drop(box)
+
+    def _drop(self, box: Outbox) -> None:
+        """Abort the router's requests and end its stream."""
+        now = self._clock()
+        box.close()
+        del self._boxes[box.router_id]
+        self._engine.forget_router(box.router_id)
+        if box.live:
+            self._engine.abort(list(box.live.items()))
+        for request_id, attempt in box.live.items():
+            del self._owners[request_id]
+            self._ended.put(request_id, attempt, now)
+
+    async def _tick_forever(self) -> None:
+        period = self._config.heartbeat_s / 2
+        while True:
+            await asyncio.sleep(period)
+            self._tick(period)
+
+    def _tick(self, period: float) -> None:
+        now = self._clock()
+        for box in list(self._boxes.values()):
+            if now - box.last_heard > self._config.router_lease_s:
+                log.warning(
+                    "router %s is silent: %d requests of it are aborted", box.router_id, len(box.live)
+                )
+                self._drop(box)
+            elif box.lags(now):
+                self._cut(box)
+            elif now - box.last_sent >= period:
+                box.make_report_due()
+            else:
+                box.report_due = True  # with the next step
