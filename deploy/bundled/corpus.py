@@ -1,9 +1,11 @@
-"""The text the shipped model is trained on: documentation that the running Python carries.
+"""The text that the shipped model is trained on: documentation that the running Python carries.
 
-Reads the `pydoc_data` topics, every docstring and every block comment of the standard library's sources (by `ast` and
-by line, nothing is executed), and the docstrings of the modules written in C, which have no source to read. Decides
-what is held out, by a hash of each text. Knows nothing of tokens, chat or models.
+Reads the `pydoc_data` topics, every docstring and every block comment of the standard library's sources (by
+`ast` and by line, nothing is executed), and the docstrings of the modules written in C, which have no source.
+Decides what is held out, by a hash of each text. Knows nothing of tokens, chat or models.
 """
+
+from __future__ import annotations
 
 import ast
 import hashlib
@@ -16,18 +18,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
 HELD_OUT_PERCENT = 3
 MIN_CHARS = 20
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idlelib", "site-packages", "lib2to3", "__pycache__"})
 # C modules whose documentation is read from the interpreter; one that a build lacks is left out.
-C_MODULES = ["builtins", "itertools", "math", "cmath", "time", "sys", "posix", "_io", "_struct", "_socket", "_ssl", "_functools", "_operator", "_collections", "_datetime", "_decimal", "_csv", "_bisect", "_heapq", "_random", "_json", "_pickle", "_hashlib", "_sqlite3", "_thread", "_asyncio", "_codecs", "_elementtree", "_sre", "_weakref", "_signal", "_string", "_curses", "array", "select", "zlib", "_bz2", "_lzma", "binascii", "fcntl", "mmap", "unicodedata", "atexit", "errno", "faulthandler", "gc", "grp", "pwd", "resource", "syslog", "termios", "readline", "marshal", "_imp", "_warnings", "_tracemalloc", "_locale"]
+C_MODULES = (
+    "builtins itertools math cmath time sys posix _io _struct _socket _ssl _functools _operator "
+    "_collections _datetime _decimal _csv _bisect _heapq _random _json _pickle _hashlib _sqlite3 _thread "
+    "_asyncio _codecs _elementtree _sre _weakref _signal _string _curses array select zlib _bz2 _lzma "
+    "binascii fcntl mmap unicodedata atexit errno faulthandler gc grp pwd resource syslog termios "
+    "readline marshal _imp _warnings _tracemalloc _locale"
+)
 # Names people use for modules that live under another.
 PUBLIC_NAMES = {
     "posixpath": "os.path",
+    "posix": "os",
     "_pydecimal": "decimal",
     "_pyio": "io",
     "_collections_abc": "collections.abc",
-} | {"posix": "os", "_sre": "re", "_weakref": "weakref"}
+    "_sre": "re",
+    "_weakref": "weakref",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +61,9 @@ def _key(text: str) -> str:
     return " ".join(text.split()).lower()
 
 
-def topics() -> Iterator[Document]:
+def topics(stdlib: Path) -> Iterator[Document]:
     """Language reference sections, the ones behind `help("if")`."""
-    source = Path(sysconfig.get_paths()["stdlib"]) / "pydoc_data" / "topics.py"
-    for node in ast.walk(ast.parse(source.read_bytes())):
+    for node in ast.walk(ast.parse((stdlib / "pydoc_data" / "topics.py").read_bytes())):
         if isinstance(node, ast.Dict):
             for name, text in sorted(ast.literal_eval(node).items()):
                 yield Document(name, "topic", text.strip())
@@ -74,8 +85,7 @@ def docstrings(module: str, tree: ast.Module) -> Iterator[Document]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
             if text:
-                is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-                yield Document(name, kind, text.strip(), f"({ast.unparse(node.args)})" if is_function else "")
+                yield Document(name, kind, text.strip(), _signature(node))
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.ClassDef):
                 yield from visit(child, f"{name}.{child.name}", "class")
@@ -86,6 +96,10 @@ def docstrings(module: str, tree: ast.Module) -> Iterator[Document]:
                 yield from visit(child, name, kind)
 
     yield from visit(tree, public, "module")
+
+
+def _signature(node: ast.AST) -> str:
+    return f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else ""
 
 
 def comments(module: str, source: str) -> Iterator[Document]:
@@ -126,12 +140,12 @@ def _described(name: str, kind: str, value: object) -> Iterator[Document]:
         yield Document(name, kind, inspect.cleandoc(text), signature.replace("$", ""))
 
 
-def all_documents() -> list[Document]:
+def all_documents(stdlib: Path = STDLIB) -> list[Document]:
     """Every text once (compared without regard to white space and case), in a fixed order."""
-    found: list[Document] = list(topics())
-    for name in C_MODULES:
+    found: list[Document] = list(topics(stdlib))
+    for name in C_MODULES.split():
         found.extend(compiled_docstrings(name))
-    for module, path in source_files(Path(sysconfig.get_paths()["stdlib"])):
+    for module, path in source_files(stdlib):
         source = path.read_text(encoding="utf-8", errors="replace")
         try:
             found.extend(docstrings(module, ast.parse(source)))
