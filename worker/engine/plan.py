@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ellm.worker.api.cost_model import StepFeatures
 from ellm.worker.api.output import TokenLogprobs
 from ellm.worker.api.request import SamplingParams
 
@@ -74,3 +75,16 @@ class StepResult:
     # seq_id -> one per row of the chunk: entry i scores the prompt token at position start + i + 1
     # (rows whose next token is not a prompt token give nothing).
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] | None = None
+
+
+def step_features(plan: BatchPlan) -> StepFeatures:
+    """What the cost model needs to know of a plan. A decode row's pairs are its context, counted once as KV
+    tokens; a chunk of n tokens after s has n * s + n * (n + 1) / 2 pairs."""
+    kv_tokens = pairs = logits_rows = 0
+    for entry in plan.entries:
+        start, n = entry.start, entry.num_tokens
+        kv_tokens += start + n
+        if n > 1:
+            pairs += n * start + n * (n + 1) // 2
+        logits_rows += n if entry.prompt_logprobs else entry.samples
+    return StepFeatures(plan.num_rows, plan.num_decode, kv_tokens, pairs, logits_rows)

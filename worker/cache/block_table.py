@@ -1,0 +1,46 @@
+"""Which blocks hold a sequence's positions.
+
+Entry i of `block_ids` holds positions [i * block_size, (i + 1) * block_size). Today every position below the
+number of computed tokens is resident. A hole [a, b) of released blocks would be kept here, beside the list:
+everything else asks the table, never the list, how many blocks a sequence holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ellm.worker.cache.block_pool import BlockPool
+
+
+def num_blocks_for(num_tokens: int, block_size: int) -> int:
+    """Blocks that `num_tokens` positions need."""
+    return -(-num_tokens // block_size)
+
+
+class BlockTable:
+    """One sequence's blocks in position order. The list is live: plans refer to it, it only ever grows."""
+
+    __slots__ = ("block_ids",)
+
+    def __init__(self) -> None:
+        self.block_ids: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.block_ids)
+
+    def adopt(self, pool: BlockPool, hits: Sequence[int]) -> None:
+        """Start with blocks found in the prefix index."""
+        assert not self.block_ids
+        for block in hits:
+            pool.reference(block)
+        self.block_ids.extend(hits)
+
+    def grow(self, pool: BlockPool, count: int) -> None:
+        """Append `count` fresh blocks; the caller has seen that they are available."""
+        for _ in range(count):
+            self.block_ids.append(pool.allocate())
+
+    def clear(self, pool: BlockPool) -> None:
+        """Give every block back. The list itself is left to the plans that hold it."""
+        pool.release(self.block_ids)
+        self.block_ids = []

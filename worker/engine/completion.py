@@ -1,0 +1,114 @@
+"""What a finished step means: tokens accepted, blocks named in the prefix index, sequences ended.
+
+The only place where tokens enter a sequence. A token sampled for a sequence that has meanwhile ended is
+dropped; one sampled for a sequence that was preempted in the meantime is kept.
+"""
+
+from __future__ import annotations
+
+from ellm.worker.api.output import FinishReason, SequenceOutput, TokenLogprobs
+from ellm.worker.engine.plan import PlanEntry, StepResult
+from ellm.worker.engine.scheduler import ScheduledStep
+from ellm.worker.engine.sequence import Sequence, SequenceState
+from ellm.worker.engine.state import EngineState
+
+
+class Completion:
+    """Applies step results to the state; one per engine."""
+
+    def __init__(self, state: EngineState) -> None:
+        self._state = state
+
+    def apply(self, step: ScheduledStep, result: StepResult) -> list[SequenceOutput]:
+        """One output for every sequence that got a token or ended, in the plan's order."""
+        outputs: list[SequenceOutput] = []
+        tokens = iter(result.token_ids)
+        state = self._state
+        block_size, commits = state.block_size, state.prefix_caching
+        running, finished = SequenceState.RUNNING, SequenceState.FINISHED
+        for entry, seq in zip(step.plan.entries, step.sequences, strict=True):
+            token = next(tokens) if entry.samples else -1
+            before = seq.state
+            seq.num_outstanding -= 1
+            if before is not finished:
+                end = seq.num_computed = entry.start + entry.num_tokens
+                if commits and end // block_size > seq.num_committed:
+                    self._commit(seq, end // block_size)
+                if entry.start < seq.high_water or entry.prompt_logprobs:
+                    self._count(seq, entry, end, result)
+                if end > seq.high_water:
+                    seq.high_water = end
+                if token >= 0:
+                    outputs.append(self._accept(seq, entry.output_index, token, result))
+                elif seq.prefill_only and end == seq.num_prompt:
+                    outputs.append(self._end_scored(seq))
+            if before is not running:
+                state.plan_returned(seq)
+        return outputs
+
+    def _commit(self, seq: Sequence, num_full: int) -> None:
+        """Blocks that have become full, all with accepted tokens, can be hit from now on."""
+        index, block_ids = self._state.pool.index, seq.table.block_ids
+        hashes = seq.hashes(num_full, self._state.block_size)
+        for i in range(seq.num_committed, num_full):
+            index.insert(hashes[i], block_ids[i])
+        seq.num_committed = num_full
+
+    def _count(self, seq: Sequence, entry: PlanEntry, end: int, result: StepResult) -> None:
+        """Work done twice, and the scores of a chunk."""
+        if entry.start < seq.high_water:
+            self._state.totals.recomputed_tokens += min(end, seq.high_water) - entry.start
+        if entry.prompt_logprobs:
+            assert result.prompt_logprobs is not None
+            assert seq.prompt_logprobs is not None
+            scores = result.prompt_logprobs[entry.seq_id]
+            have = len(seq.prompt_logprobs)
+            seq.prompt_logprobs.extend(scores[have - entry.start - 1 :])
+
+    def _accept(self, seq: Sequence, index: int, token: int, result: StepResult) -> SequenceOutput:
+        tokens, request = seq.tokens, seq.request
+        assert index == len(tokens) - seq.num_prompt, "a token came out of order"
+        tokens.append(token)
+        self._state.totals.generation_tokens += 1
+        reason: FinishReason | None = None
+        stop_token_id: int | None = None
+        if token in seq.stop_ids and len(tokens) >= seq.min_total:
+            reason, stop_token_id = "stop", token
+        elif len(tokens) >= seq.max_total:
+            reason = "length"
+        logprobs: tuple[TokenLogprobs, ...] | None = None
+        if request.sampling.logprobs is not None:
+            assert result.logprobs is not None
+            logprobs = (result.logprobs[seq.seq_id],)
+        if reason is not None:
+            self._state.finish(seq)
+        return SequenceOutput(
+            request.request_id,
+            request.attempt,
+            index,
+            (token,),
+            reason,
+            stop_token_id,
+            logprobs,
+            self._prompt_scores(seq) if index == 0 else None,
+            seq.num_cached_tokens or 0,
+        )
+
+    def _end_scored(self, seq: Sequence) -> SequenceOutput:
+        """The end of a request that wanted its prompt scored and no token."""
+        self._state.finish(seq)
+        return SequenceOutput(
+            seq.request.request_id,
+            seq.request.attempt,
+            0,
+            (),
+            "length",
+            prompt_logprobs=self._prompt_scores(seq),
+            num_cached_tokens=seq.num_cached_tokens or 0,
+        )
+
+    def _prompt_scores(self, seq: Sequence) -> tuple[TokenLogprobs | None, ...] | None:
+        if seq.prompt_logprobs is None:
+            return None
+        assert len(seq.prompt_logprobs) == seq.num_prompt, "a prompt token was not scored"
+        return tuple(seq.prompt_logprobs)

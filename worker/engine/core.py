@@ -1,0 +1,138 @@
+"""EngineCore: requests in, plans out, results in, tokens out. Pure; time is an argument.
+
+Up to two plans are outstanding and come back in order: step n + 1 may be planned while step n runs, with
+rows whose input token step n is still sampling. Blocks of a sequence that ended or was preempted are given
+back when the last plan that names it has come back.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from ellm.worker.api.config import WorkerConfig
+from ellm.worker.api.cost_model import CostModel
+from ellm.worker.api.errors import QueueFull
+from ellm.worker.api.output import SequenceOutput
+from ellm.worker.api.report import WorkerReport
+from ellm.worker.api.request import EngineRequest
+from ellm.worker.engine.completion import Completion
+from ellm.worker.engine.load import Load
+from ellm.worker.engine.plan import BatchPlan, ModelLimits, StepResult, step_features
+from ellm.worker.engine.policies import make_policy
+from ellm.worker.engine.scheduler import ScheduledStep, Scheduler
+from ellm.worker.engine.sequence import Sequence
+from ellm.worker.engine.state import EngineState
+from ellm.worker.engine.submission import check_request
+from ellm.worker.engine.tombstones import Tombstones
+
+
+class EngineCore:
+    """The brain of one worker. Its caller executes the plans, one at a time and in order."""
+
+    def __init__(
+        self, limits: ModelLimits, config: WorkerConfig, *, cost_model: CostModel | None = None
+    ) -> None:
+        """Raises ConfigError for limits that cannot work and for an unknown policy."""
+        self.limits = limits
+        self.config = config
+        self.cost_model = cost_model or CostModel()  # learns from every finished step
+        self._state = EngineState(limits, config.scheduler, config.cache)
+        self._scheduler = Scheduler(self._state, make_policy(config.scheduler))
+        self._completion = Completion(self._state)
+        self._tombstones = Tombstones()
+        self._load = Load(self._state)
+        self._eos = frozenset(limits.eos_token_ids)
+        self._outstanding: deque[ScheduledStep] = deque()
+        self._next_order = 0
+
+    @property
+    def has_work(self) -> bool:
+        """A request is not finished, or a plan has not come back."""
+        return bool(self._state.live or self._outstanding)
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Prompt and output together of the longest request that is accepted."""
+        return self._state.max_total_tokens
+
+    def add_request(self, request: EngineRequest, now: float) -> bool:
+        """Queue a request; idempotent. False if this attempt is live already, older than the live one, or
+        was aborted before it came. A newer attempt replaces an older one.
+
+        Raises PromptTooLong, InvalidRequest (naming the field) and QueueFull.
+        """
+        state = self._state
+        former = state.live.get(request.request_id)
+        if former is not None and request.attempt <= former.request.attempt:
+            return False
+        if self._tombstones.covers(request.request_id, request.attempt, now):
+            return False
+        check_request(request, self.limits.vocab_size, state.max_total_tokens)
+        if state.waiting.full:
+            raise QueueFull(
+                f"{len(state.waiting)} requests are waiting", retry_after_s=self._load.retry_after_s()
+            )
+        if former is not None:
+            state.finish(former)
+        if not self.has_work:
+            self._load.work_came(now)
+        seq = Sequence(request, self._next_order, self._eos)
+        self._next_order += 1
+        state.live[request.request_id] = seq
+        state.waiting.push(seq)
+        return True
+
+    def abort(self, request_id: str, attempt: int, now: float) -> bool:
+        """End every attempt up to `attempt`, also one that is still to come; no output follows. Idempotent.
+        True if one was live."""
+        seq = self._state.live.get(request_id)
+        self._tombstones.put(request_id, attempt, now)
+        if seq is None or seq.request.attempt > attempt:
+            return False
+        self._state.finish(seq)
+        return True
+
+    def begin_step(self, now: float) -> BatchPlan | None:
+        """The next plan; None if nothing can run now, or if `pipeline_depth` plans are outstanding."""
+        if len(self._outstanding) >= self.config.scheduler.pipeline_depth:
+            return None
+        step = self._scheduler.schedule(now)
+        if step is None:
+            return None
+        self._outstanding.append(step)
+        return step.plan
+
+    def finish_step(self, plan: BatchPlan, result: StepResult, now: float) -> list[SequenceOutput]:
+        """Take the oldest outstanding plan's result; returns what is new, one item per sequence."""
+        assert self._outstanding, "no plan is outstanding"
+        assert self._outstanding[0].plan is plan, "plans come back in order"
+        assert result.step == plan.step, "a result of another step"
+        step = self._outstanding.popleft()
+        outputs = self._completion.apply(step, result)
+        self.cost_model.update(step_features(plan), result.elapsed_s)
+        self._load.step_finished(result.elapsed_s, outputs, now)
+        return outputs
+
+    def fail_all(self, code: str, message: str) -> list[SequenceOutput]:
+        """End everything, plans included, with an error output for each request."""
+        outputs = []
+        for seq in list(self._state.live.values()):
+            request, index = seq.request, len(seq.tokens) - seq.num_prompt
+            self._state.finish(seq)
+            error = (code, message)
+            outputs.append(
+                SequenceOutput(request.request_id, request.attempt, index, (), "error", error=error)
+            )
+        while self._outstanding:
+            for seq in self._outstanding.popleft().sequences:
+                seq.num_outstanding -= 1
+                self._state.plan_returned(seq)
+        return outputs
+
+    def report(self, now: float) -> WorkerReport:
+        """Load and totals; `state`, memory and submit numbers are the caller's to fill in."""
+        return self._load.report(self.cost_model, self.has_work, now)
+
+    def check(self) -> None:
+        """Raise AssertionError unless every invariant of sequences, blocks and plans holds."""
+        self._state.check([step.sequences for step in self._outstanding])

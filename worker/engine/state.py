@@ -1,0 +1,143 @@
+"""What the engine knows at one moment: who runs, who waits, which blocks are whose, and the totals so far.
+
+EngineCore's parts share one of these and are its only writers; policies read it. It decides nothing.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import Counter
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+
+from ellm.worker.api.config import CacheConfig, SchedulerConfig
+from ellm.worker.api.errors import ConfigError
+from ellm.worker.cache.block_pool import BlockPool
+from ellm.worker.engine.plan import ModelLimits
+from ellm.worker.engine.sequence import Sequence, SequenceState
+from ellm.worker.engine.waiting_queue import WaitingQueue
+
+
+@dataclass(slots=True)
+class Totals:
+    """Since the engine's start; none ever falls. The fields are those of WorkerReport."""
+
+    num_steps: int = 0
+    num_preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    recomputed_tokens: int = 0
+    busy_s: float = 0.0
+
+
+def _check_config(config: SchedulerConfig) -> None:
+    """Raise ConfigError for a limit that would stop the engine."""
+    for name in ("max_num_seqs", "max_step_tokens", "max_waiting"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} must be at least 1", param=f"scheduler.{name}")
+    if config.pipeline_depth not in (1, 2):
+        raise ConfigError("pipeline_depth must be 1 or 2", param="scheduler.pipeline_depth")
+    if not 0.0 <= config.watermark < 1.0:
+        raise ConfigError("watermark must be at least 0 and below 1", param="scheduler.watermark")
+
+
+class EngineState:
+    """Sequences and blocks. `running` is sorted by `Sequence.key`: the oldest of the best priority first."""
+
+    def __init__(self, limits: ModelLimits, config: SchedulerConfig, cache: CacheConfig) -> None:
+        _check_config(config)
+        self.limits = limits
+        self.config = config
+        self.prefix_caching = cache.prefix_caching
+        self.block_size = limits.block_size
+        self.pool = BlockPool(limits.num_blocks, limits.block_size)
+        # Rounded up: a share of a small pool still leaves a block to grow into.
+        self.watermark_blocks = -int(-config.watermark * limits.num_blocks // 1)
+        # Every running sequence gets at least one row of each step.
+        self.max_num_seqs = min(config.max_num_seqs, config.max_step_tokens)
+        self.running: list[Sequence] = []
+        self.waiting = WaitingQueue(config.max_waiting)
+        self.live: dict[str, Sequence] = {}  # request id -> sequence, until it is finished
+        self.pending_blocks = 0  # of sequences that run no more, held until no plan names them
+        self.released: list[int] = []  # seq_ids that the executor has not been told of
+        self.totals = Totals()
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Prompt and output together that one sequence may reach: the model's context or the whole pool."""
+        return min(self.limits.max_model_len, self.limits.num_blocks * self.block_size)
+
+    def start(self, seq: Sequence) -> None:
+        """`seq`, just popped from the queue, runs from now on."""
+        seq.state = SequenceState.RUNNING
+        insort(self.running, seq, key=lambda s: s.key)
+
+    def preempt(self, seq: Sequence) -> None:
+        """Back to the queue. Outputs stay; KV goes, though hashed blocks can be hit until evicted."""
+        self._leave(seq)
+        seq.state = SequenceState.PREEMPTED
+        self.waiting.push(seq)
+        self.totals.num_preemptions += 1
+
+    def finish(self, seq: Sequence) -> None:
+        """No token of `seq` is of interest any more."""
+        del self.live[seq.request.request_id]
+        if seq.state is SequenceState.RUNNING:
+            self._leave(seq)
+            seq.state = SequenceState.FINISHED
+        else:
+            seq.state = SequenceState.FINISHED
+            self.waiting.discard(seq)
+
+    def plan_returned(self, seq: Sequence) -> None:
+        """One plan fewer names `seq`, which runs no more: its blocks go with the last."""
+        if seq.num_outstanding == 0:
+            self.pending_blocks -= len(seq.table)
+            self._release(seq)
+
+    def _leave(self, seq: Sequence) -> None:
+        if self.running[-1] is seq:
+            self.running.pop()
+        else:
+            self.running.remove(seq)
+        self.released.append(seq.seq_id)
+        if seq.num_outstanding:
+            self.pending_blocks += len(seq.table)
+        else:
+            self._release(seq)
+
+    def _release(self, seq: Sequence) -> None:
+        seq.table.clear(self.pool)
+        seq.num_planned = seq.num_computed = seq.num_committed = 0
+
+    def check(self, outstanding: List[List[Sequence]]) -> None:
+        """Raise AssertionError unless every invariant holds; `outstanding` are the sequences of each plan
+        that has not come back. O(blocks + sequences)."""
+        self.pool.check()
+        self.waiting.check()
+        self._check_sequences(outstanding)
+        named = {id(seq): seq for seqs in outstanding for seq in seqs}
+        holders = {id(seq): seq for seq in self.running} | named
+        counted = Counter(block for seq in holders.values() for block in seq.table.block_ids)
+        for block in range(self.pool.num_blocks):
+            assert counted[block] == self.pool.references(block), f"block {block}: wrong reference count"
+        pending = [seq for seq in named.values() if seq.state is not SequenceState.RUNNING]
+        assert sum(len(seq.table) for seq in pending) == self.pending_blocks, "wrong number of pending blocks"
+
+    def _check_sequences(self, outstanding: List[List[Sequence]]) -> None:
+        keys = [seq.key for seq in self.running]
+        assert keys == sorted(keys), "running sequences are out of order"
+        assert len(self.running) <= self.max_num_seqs, "too many sequences run"
+        plans = Counter(id(seq) for seqs in outstanding for seq in seqs)
+        present = {id(seq) for seq in self.running} | {id(seq) for seq in self.waiting}
+        assert present == {id(seq) for seq in self.live.values()}, "a live sequence neither runs nor waits"
+        for seq in self.waiting:
+            assert len(seq.table) == 0 or plans[id(seq)], "a waiting sequence holds blocks"
+        for seq in self.running:
+            assert seq.state is SequenceState.RUNNING
+            assert seq.num_outstanding == plans[id(seq)], "wrong number of plans of a sequence"
+            assert len(seq.table) * self.block_size >= seq.num_planned >= seq.num_computed
+            assert seq.num_planned <= len(seq.tokens) + seq.num_outstanding - (seq.num_outstanding > 0)
+            assert seq.num_planned < seq.max_total or seq.prefill_only, "planned past the last token"
