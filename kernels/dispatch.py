@@ -25,18 +25,20 @@ def select(device: str, *, jit: bool | None = None, deterministic: bool | None =
     """The body for a torch device ("cpu", "cuda", "cuda:1").
 
     jit: None takes numba where it is present, True insists on it, False refuses it.
-    deterministic: None is STRICT where the body can, True insists, False allows faster paths that are not.
+    deterministic: True insists on STRICT; None takes it where the body gives it; False is content without.
     Raises ValueError where a thing insisted on cannot be had.
     """
-    kind = device.partition(":")[0]
-    if jit and kind != "cpu":
-        raise ValueError(f"jit=True: numba kernels run on a CPU, not on {device!r}")
+    on_cpu = device.partition(":")[0] == "cpu"
+    if jit and not on_cpu:
+        raise ValueError(f"jit=True: the numba kernels run on a CPU, not on {device!r}")
     if jit and not has_numba():
         raise ValueError("jit=True, but numba is not installed (pip install 'ellm-on-ray[jit]')")
+    if on_cpu and jit is not False and has_numba():
+        from ellm.kernels.numba_ops import NumbaOps
+
+        return NumbaOps()
     if deterministic:
-        raise ValueError(f"deterministic=True cannot be had on {device!r} with these settings")
-    if kind == "cpu" and jit is None and not has_numba() and deterministic is None:
-        log.warning(
-            "numba is not installed: slower attention, and no STRICT (results may depend on the batch)"
-        )
+        raise ValueError(f"deterministic=True cannot be had on {device!r} without the numba kernels")
+    if on_cpu and jit is None and deterministic is None:
+        log.warning(NO_JIT)
     return TorchOps()
