@@ -46,8 +46,8 @@ class NumbaOps:
         self._local = threading.local()
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """Pack weight [out, in] and bias [out] for oneDNN."""
-        return pack_linear(weight, bias)
+        """Pack weight [out, in] and bias [out] for oneDNN; see `packed_linear`."""
+        return pack_linear(weight, bias, strict=True)
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
