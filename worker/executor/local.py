@@ -1,0 +1,192 @@
+"""The executor of one process: one model on one device, CPU or GPU, no group.
+
+Decides dtype, context length and the pool's size at start; runs the largest admissible plan once, so that no
+step in service meets memory for the first time.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ellm.kernels.ops import Ops
+from ellm.worker.api.config import WorkerConfig
+from ellm.worker.engine.plan import BatchPlan, ModelLimits, StepResult
+from ellm.worker.executor.memory import PeakMemory, available_bytes
+from ellm.worker.executor.pool_size import MemoryBudget, PoolSize, size_pool
+from ellm.worker.executor.resolve import (
+    resolve_device,
+    resolve_dtype,
+    resolve_max_model_len,
+    select_ops,
+)
+from ellm.worker.executor.warm_up import largest_plan, step_kinds
+from ellm.worker.model.architecture import Architecture
+from ellm.worker.model.hub import local_folder
+from ellm.worker.model.inspect import check_weights, read_architecture
+from ellm.worker.model.kv_cache import KVCache, block_bytes
+from ellm.worker.model.layers import CausalModel
+from ellm.worker.model.llama import LlamaModel
+from ellm.worker.model.loader import Progress, WeightReader, no_progress
+from ellm.worker.model.opt import OptModel
+from ellm.worker.model.runner import ModelRunner
+from ellm.worker.model.weights import expected_shapes
+
+log = logging.getLogger(__name__)
+
+_Build = Callable[[Ops, Architecture, WeightReader, int], CausalModel]
+_MODELS: dict[str, _Build] = {"llama": LlamaModel, "opt": OptModel}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """Weights on the device, and what was decided on the way."""
+
+    model: CausalModel
+    arch: Architecture
+    max_model_len: int  # tokens
+    dtype: torch.dtype
+    device: torch.device
+
+
+def load_model(config: WorkerConfig, ops: Ops, device: torch.device, progress: Progress) -> LoadedModel:
+    """Find, check and read the checkpoint. Raises ConfigError naming what cannot work."""
+    folder = local_folder(config.model.path, config.model.revision)
+    arch = read_architecture(folder)
+    entries = check_weights(folder, arch)
+    dtype = resolve_dtype(config.model.dtype, arch, device)
+    max_model_len = resolve_max_model_len(config.model.max_model_len, arch)
+    reader = WeightReader(entries, dtype, device, progress)
+    with torch.inference_mode():
+        model = _MODELS[arch.family](ops, arch, reader, max_model_len)
+    reader.close()
+    return LoadedModel(model, arch, max_model_len, dtype, device)
+
+
+class LocalExecutor:
+    """See `load`; the constructor takes what is already decided."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        limits: ModelLimits,
+        ops: Ops,
+        loaded: LoadedModel,
+        num_threads: int | None,
+    ) -> None:
+        self._runner: ModelRunner | None = runner
+        self._limits = limits
+        self._threads = num_threads
+        self._thread_id = -1
+        self.architecture = loaded.arch
+        self.device = str(loaded.device)
+        self.dtype = str(loaded.dtype).removeprefix("torch.")
+        self.deterministic = ops.deterministic
+
+    @staticmethod
+    def load(config: WorkerConfig, progress: Progress | None = None) -> LocalExecutor:
+        """Load the checkpoint, measure, size the pool, warm up. Raises ConfigError naming what is wrong."""
+        report = progress or no_progress
+        device = resolve_device(config.model.device)
+        adopt_threads(config.num_threads)
+        ops = select_ops(config, device)
+        available = available_bytes(device)
+        loaded = load_model(config, ops, device, report)
+        arch, max_model_len = loaded.arch, loaded.max_model_len
+        budget = MemoryBudget(
+            available=available,
+            weights=_weight_bytes(loaded),
+            activations=_warm_up(config, loaded, ops, report),
+            block=block_bytes(arch, config.cache.block_size, loaded.dtype),
+            on_cpu=device.type == "cpu",
+        )
+        asked = config.model.max_model_len is not None
+        size = size_pool(config.cache, budget, max_model_len, may_shorten=not asked)
+        if size.max_model_len < max_model_len:
+            log.warning(
+                "max_model_len is %d, not %d: the KV pool holds no more", size.max_model_len, max_model_len
+            )
+        runner = _runner(loaded, ops, size.num_blocks, config.cache.block_size)
+        report("ready", 1.0)
+        return LocalExecutor(runner, _limits(config, arch, size), ops, loaded, config.num_threads)
+
+    @property
+    def limits(self) -> ModelLimits:
+        return self._limits
+
+    @property
+    def runner(self) -> ModelRunner:
+        assert self._runner is not None, "closed"
+        return self._runner
+
+    def execute(self, plan: BatchPlan) -> StepResult:
+        """Run one step; blocks until its tokens are known. Any exception ends the worker group."""
+        if threading.get_ident() != self._thread_id:
+            # Thread counts of OpenMP and the JIT belong to the calling thread.
+            adopt_threads(self._threads)
+            self._thread_id = threading.get_ident()
+        start = time.perf_counter()
+        output = self.runner.execute(plan)
+        elapsed = time.perf_counter() - start
+        return StepResult(
+            plan.step, tuple(output.token_ids), elapsed, output.logprobs, output.prompt_logprobs
+        )
+
+    def close(self) -> None:
+        """Free weights and pool."""
+        self._runner = None
+        gc.collect()
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+
+def adopt_threads(num_threads: int | None) -> None:
+    """Let the calling thread compute on `num_threads` CPU threads; None leaves the default."""
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+
+
+def _limits(config: WorkerConfig, arch: Architecture, size: PoolSize) -> ModelLimits:
+    return ModelLimits(
+        num_blocks=size.num_blocks,
+        block_size=config.cache.block_size,
+        max_model_len=size.max_model_len,
+        vocab_size=arch.vocab_size,
+        eos_token_ids=arch.eos_token_ids,
+        memory=size.memory,
+    )
+
+
+def _weight_bytes(loaded: LoadedModel) -> int:
+    arch = loaded.arch
+    elements = sum(math.prod(shape) for shape in expected_shapes(arch).values())
+    if arch.tie_word_embeddings and loaded.device.type == "cpu":
+        elements += arch.vocab_size * arch.embed_dim  # the head's packed copy
+    return elements * loaded.dtype.itemsize
+
+
+def _runner(loaded: LoadedModel, ops: Ops, num_blocks: int, block_size: int) -> ModelRunner:
+    cache = KVCache(loaded.arch, num_blocks, block_size, loaded.dtype, loaded.device)
+    return ModelRunner(loaded.model, ops, loaded.arch, cache, loaded.max_model_len, loaded.device)
+
+
+def _warm_up(config: WorkerConfig, loaded: LoadedModel, ops: Ops, progress: Progress) -> int:
+    """Run every kind of step, then the largest, on a pool of their own; bytes at the peak of the largest."""
+    block_size, max_model_len = config.cache.block_size, loaded.max_model_len
+    progress("warming up", 0.0)
+    largest, num_blocks = largest_plan(config.scheduler, block_size, max_model_len)
+    runner = _runner(loaded, ops, max(2, num_blocks), block_size)
+    for plan in step_kinds(config.scheduler, block_size, max_model_len):
+        runner.execute(plan)
+    progress("warming up", 0.5)
+    peak = PeakMemory(loaded.device)
+    runner.execute(largest)
+    progress("warming up", 1.0)
+    return peak.read()

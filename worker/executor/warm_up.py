@@ -1,0 +1,89 @@
+"""Plans that an executor runs before it serves: the largest admissible one, and one of each kind of step.
+
+They name sequences below zero and blocks of a pool of their own, so nothing of them is left over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ellm.worker.api.config import SchedulerConfig
+from ellm.worker.api.request import SamplingParams
+from ellm.worker.engine.plan import BatchPlan, NewSequence, PlanEntry
+
+# Every feature of the sampler at once.
+_COSTLY = SamplingParams(
+    temperature=0.7,
+    top_k=50,
+    top_p=0.9,
+    min_p=0.01,
+    repetition_penalty=1.1,
+    frequency_penalty=0.1,
+    presence_penalty=0.1,
+    logit_bias=((0, 1.0),),
+    logprobs=1,
+    prompt_logprobs=1,
+)
+_GREEDY = SamplingParams(temperature=0.0)
+
+
+def _plan(
+    step: int, entries: list[PlanEntry], sampling: SamplingParams, released: tuple[int, ...]
+) -> BatchPlan:
+    new = tuple(NewSequence(e.seq_id, e.token_ids, (), sampling, 0) for e in entries)
+    rows = sum(e.num_tokens for e in entries)
+    num_decode = sum(e.num_tokens == 1 for e in entries)
+    return BatchPlan(step, tuple(entries), new, released, rows, num_decode)
+
+
+def largest_plan(scheduler: SchedulerConfig, block_size: int, max_model_len: int) -> tuple[BatchPlan, int]:
+    """The plan that takes most memory, and how many blocks it names.
+
+    As many rows as a step may have, as many of them sampling as may run, each with every sampler feature.
+    Contexts are short: bodies walk the pool in tiles, so that memory depends on rows and not on context.
+    """
+    rows = scheduler.max_step_tokens
+    chunk = min(rows, max_model_len)
+    num_chunks = min(-(-rows // chunk), scheduler.max_num_seqs)
+    num_decode = min(max(0, rows - num_chunks), scheduler.max_num_seqs - num_chunks)
+    entries: list[PlanEntry] = []
+    for i in range(num_decode):
+        # Decode rows share blocks, each with a slot of its own.
+        block, offset = divmod(i, block_size)
+        entries.append(PlanEntry(-1 - i, offset, 1, (0,), [block], samples=True))
+    first = -(-num_decode // block_size)
+    left = rows - num_decode
+    for i in range(num_chunks):
+        size = min(chunk, left)
+        if size == 0:
+            break
+        blocks = list(range(first, first - (-size // block_size)))
+        first += len(blocks)
+        left -= size
+        seq_id = -1 - num_decode - i
+        entries.append(PlanEntry(seq_id, 0, size, (0,) * size, blocks, samples=True, prompt_logprobs=True))
+    return _plan(0, entries, _COSTLY, ()), first
+
+
+def step_kinds(scheduler: SchedulerConfig, block_size: int, max_model_len: int) -> Iterator[BatchPlan]:
+    """Small plans: a prefill, decodes of one and of several rows, a mixed step, an end.
+
+    Just-in-time bodies compile on the first call of each kind.
+    """
+    size = min(block_size + 1, max_model_len - 1, scheduler.max_step_tokens - 1)
+    blocks = [0, 1]
+    ids = tuple(range(-1, -4, -1))[: max(1, min(3, scheduler.max_num_seqs, scheduler.max_step_tokens))]
+
+    def prefill(seq_id: int) -> PlanEntry:
+        return PlanEntry(seq_id, 0, size, (0,) * size, blocks, samples=True)
+
+    yield _plan(1, [prefill(ids[0])], _GREEDY, ())
+    released: tuple[int, ...] = ()
+    for count in range(1, len(ids) + 1):
+        entries = [PlanEntry(i, size, 1, (0,), blocks, samples=True) for i in ids[:count]]
+        yield _plan(1 + count, entries, _GREEDY, released)
+        released = ids[:count]
+    if len(ids) > 1:
+        mixed = [PlanEntry(ids[0], size, 1, (0,), blocks, samples=True), prefill(ids[1])]
+        yield _plan(5, mixed, _GREEDY, ids)
+    yield BatchPlan(6, (), (), ids, 0, 0)

@@ -1,0 +1,100 @@
+"""What every decoder is made of, written on the table of operations alone.
+
+R rows of one flat batch; which sequence a row belongs to is in the AttentionMeta and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ellm.kernels.ops import AttentionMeta, Linear, Ops
+from ellm.worker.model.architecture import Architecture
+from ellm.worker.model.loader import WeightReader
+from ellm.worker.model.rope import RopeConfig
+
+LayerKV = tuple[Tensor, Tensor]  # keys, values: each [N, K, B, D]
+
+
+class CausalModel(Protocol):
+    """A model as the runner sees it."""
+
+    def forward(
+        self, token_ids: Tensor, meta: AttentionMeta, kv: list[LayerKV], rows: Tensor | None
+    ) -> Tensor:
+        """token_ids [R] int64 -> final hidden states, of `rows` [n] int64 alone where given: [n or R, E].
+
+        Stores keys and values of all R rows in the pool.
+        """
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, E] -> [n, V] in the model's dtype."""
+        ...
+
+
+def joined_linear(ops: Ops, reader: WeightReader, *names: str) -> Linear:
+    """One linear that computes several of the checkpoint's at once, outputs side by side."""
+    weight, bias = reader.joined(list(names))
+    return ops.linear(weight, bias)
+
+
+def rotary_table(rope: RopeConfig, max_positions: int, device: torch.device) -> Tensor:
+    """cos and sin of every position: [max_positions, 2, rotary_dim / 2] float32."""
+    frequencies = torch.tensor(rope.inverse_frequencies(), dtype=torch.float32)
+    angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
+    return torch.stack((angles.cos(), angles.sin()), dim=1).to(device)
+
+
+class Attention:
+    """Joined projection, optional q/k norm and rotation, store, paged attention, output projection."""
+
+    def __init__(
+        self, ops: Ops, arch: Architecture, reader: WeightReader, name: str, window: int | None
+    ) -> None:
+        self._ops = ops
+        self._heads = [arch.num_heads, arch.num_kv_heads, arch.num_kv_heads]
+        self._all_heads = sum(self._heads)
+        self._head_dim = arch.head_dim
+        self._scale = arch.head_dim**-0.5
+        self._eps = arch.norm_eps
+        self._window = window
+        self._qkv = joined_linear(ops, reader, *(f"{name}.{p}_proj" for p in "qkv"))
+        self._out = joined_linear(ops, reader, f"{name}.{'out' if arch.family == 'opt' else 'o'}_proj")
+        self._q_norm = reader.optional(f"{name}.q_norm.weight")
+        self._k_norm = reader.optional(f"{name}.k_norm.weight")
+
+    def __call__(
+        self, x: Tensor, meta: AttentionMeta, kv: LayerKV, cos_sin: Tensor | None, rows: Tensor | None = None
+    ) -> Tensor:
+        """x [R, hidden] -> [R, hidden], or [n, hidden] for `rows` [n] alone; all R rows reach the pool."""
+        ops = self._ops
+        qkv = self._qkv(x).view(-1, self._all_heads, self._head_dim)
+        q, k, v = torch.split(qkv, self._heads, dim=1)  # views: [R, H, D], [R, K, D] twice
+        if self._q_norm is not None and self._k_norm is not None:
+            q, k = self._norm_heads(q, self._q_norm), self._norm_heads(k, self._k_norm)
+        if cos_sin is not None:
+            ops.rotary(q, k, meta.positions, cos_sin)
+        ops.kv_store(k, v, meta.slot_mapping, kv[0], kv[1])
+        out = ops.paged_attention(q, kv[0], kv[1], meta, self._scale, self._window)
+        if rows is not None:
+            out = out.index_select(0, rows)
+        return self._out(out.view(out.shape[0], -1))
+
+    def _norm_heads(self, x: Tensor, weight: Tensor) -> Tensor:
+        flat, _ = self._ops.rms_norm(x.reshape(-1, self._head_dim), weight, self._eps)
+        return flat.view(x.shape)
+
+
+class GatedMlp:
+    """down(silu(gate(x)) * up(x)), gate and up in one linear."""
+
+    def __init__(self, ops: Ops, reader: WeightReader, name: str) -> None:
+        self._ops = ops
+        self._gate_up = joined_linear(ops, reader, f"{name}.gate_proj", f"{name}.up_proj")
+        self._down = joined_linear(ops, reader, f"{name}.down_proj")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._down(self._ops.silu_mul(self._gate_up(x)))

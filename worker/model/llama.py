@@ -1,0 +1,74 @@
+"""Llama 2/3, Mistral, Qwen2/2.5 and Qwen3: pre-norm decoders with rotary positions and gated MLPs.
+
+They differ in biases, q/k norms, windows and frequencies, all of which the architecture says.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ellm.kernels.ops import AttentionMeta, Ops
+from ellm.worker.model.architecture import Architecture
+from ellm.worker.model.layers import Attention, GatedMlp, LayerKV, rotary_table
+from ellm.worker.model.loader import WeightReader
+from ellm.worker.model.weights import EMBED, LM_HEAD
+
+
+class LlamaLayer:
+    """x += attention(norm(x)); x += mlp(norm(x)), the sums carried beside the last part's output."""
+
+    def __init__(self, ops: Ops, arch: Architecture, reader: WeightReader, index: int) -> None:
+        name = f"model.layers.{index}"
+        self._ops = ops
+        self._eps = arch.norm_eps
+        self._input_norm = reader.read(f"{name}.input_layernorm.weight")
+        self._attention = Attention(ops, arch, reader, f"{name}.self_attn", arch.windows[index])
+        self._post_norm = reader.read(f"{name}.post_attention_layernorm.weight")
+        self._mlp = GatedMlp(ops, reader, f"{name}.mlp")
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        meta: AttentionMeta,
+        kv: LayerKV,
+        cos_sin: Tensor,
+        rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """x [R, hidden] is yet to be added to `residual`; so are the two returned, of `rows` where given."""
+        normed, residual = self._ops.rms_norm(x, self._input_norm, self._eps, residual)
+        x = self._attention(normed, meta, kv, cos_sin, rows)
+        if rows is not None:
+            residual = residual.index_select(0, rows)
+        normed, residual = self._ops.rms_norm(x, self._post_norm, self._eps, residual)
+        return self._mlp(normed), residual
+
+
+class LlamaModel:
+    """Weights packed at construction; `forward` keeps no state beyond the pool it is handed."""
+
+    def __init__(self, ops: Ops, arch: Architecture, reader: WeightReader, max_model_len: int) -> None:
+        assert arch.rope is not None
+        self._ops = ops
+        self._eps = arch.norm_eps
+        self._embed = reader.read(EMBED)
+        self._cos_sin = rotary_table(arch.rope, max_model_len, self._embed.device)
+        self._layers = [LlamaLayer(ops, arch, reader, i) for i in range(arch.num_layers)]
+        self._norm = reader.read("model.norm.weight")
+        self._head = ops.linear(self._embed if arch.tie_word_embeddings else reader.read(LM_HEAD), None)
+
+    def forward(
+        self, token_ids: Tensor, meta: AttentionMeta, kv: list[LayerKV], rows: Tensor | None
+    ) -> Tensor:
+        x = torch.nn.functional.embedding(token_ids, self._embed)
+        residual: Tensor | None = None
+        last = len(self._layers) - 1
+        for i, layer in enumerate(self._layers):
+            # After the last layer's store only rows with logits matter.
+            x, residual = layer(x, residual, meta, kv[i], self._cos_sin, rows if i == last else None)
+        normed, _ = self._ops.rms_norm(x, self._norm, self._eps, residual)
+        return normed
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._head(hidden)

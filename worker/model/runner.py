@@ -1,0 +1,116 @@
+"""Carries out plans on one model: inputs, layers, LM head where it is needed, sampling, sampler state.
+
+Decides nothing about what runs; knows nothing of requests beyond the sequences a plan names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ellm.kernels.ops import Ops
+from ellm.worker.api.output import TokenLogprobs
+from ellm.worker.engine.plan import BatchPlan
+from ellm.worker.model.architecture import Architecture
+from ellm.worker.model.inputs import InputBuilder, StepInputs
+from ellm.worker.model.kv_cache import KVCache
+from ellm.worker.model.layers import CausalModel
+from ellm.worker.model.sampler import Sampler
+from ellm.worker.model.sequences import ResidentSequences, SequenceState
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step computed, read back from the device."""
+
+    token_ids: list[int]  # one per entry that samples, in the plan's order
+    logprobs: dict[int, TokenLogprobs] | None  # by seq_id
+    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] | None  # by seq_id
+
+
+class ModelRunner:
+    """One model, its pool and the sequences resident in it."""
+
+    def __init__(
+        self,
+        model: CausalModel,
+        ops: Ops,
+        arch: Architecture,
+        cache: KVCache,
+        max_model_len: int,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        max_blocks = -(-max_model_len // cache.block_size)
+        self._sequences = ResidentSequences(arch.eos_token_ids, arch.vocab_size, max_blocks)
+        self._inputs = InputBuilder(self._sequences, cache.block_size, device)
+        self._sampler = Sampler(ops, arch.vocab_size, device)
+
+    @property
+    def cache(self) -> KVCache:
+        return self._cache
+
+    @property
+    def num_resident(self) -> int:
+        return len(self._sequences)
+
+    def execute(self, plan: BatchPlan) -> StepOutput:
+        """Run one step: all rows' keys and values are in the pool and its tokens are known on return."""
+        for seq_id in plan.released:
+            self._sequences.release(seq_id)
+        for new in plan.new:
+            self._sequences.add(new)
+        if not plan.entries:
+            return StepOutput([], None, None)
+        with torch.inference_mode():
+            inputs = self._inputs.build(plan)
+            hidden = self._model.forward(inputs.token_ids, inputs.meta, self._cache.layers, inputs.rows)
+            prompt_logprobs = self._score_prompts(plan, inputs, hidden)
+            return self._sample(plan, inputs, hidden, prompt_logprobs)
+
+    def _sample(
+        self,
+        plan: BatchPlan,
+        inputs: StepInputs,
+        hidden: Tensor,
+        prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] | None,
+    ) -> StepOutput:
+        sampling = [(e, s) for e, s in zip(plan.entries, inputs.states, strict=True) if e.samples]
+        if not sampling:
+            return StepOutput([], None, prompt_logprobs)
+        if inputs.sample_rows is not None:
+            hidden = hidden.index_select(0, inputs.sample_rows)
+        states = [state for _, state in sampling]
+        logits = self._model.logits(hidden)
+        tokens = self._sampler.sample(logits, states, [entry.output_index for entry, _ in sampling])
+        scores = self._sampler.logprobs(logits, tokens, states)
+        self._inputs.remember(states, tokens)
+        token_ids: list[int] = tokens.tolist()
+        _count(states, token_ids)
+        logprobs = None if scores is None else {sampling[i][0].seq_id: s for i, s in scores.items()}
+        return StepOutput(token_ids, logprobs, prompt_logprobs)
+
+    def _score_prompts(
+        self, plan: BatchPlan, inputs: StepInputs, hidden: Tensor
+    ) -> dict[int, tuple[TokenLogprobs, ...]] | None:
+        """Row i of a chunk scores the prompt token at position start + i + 1, where there is one."""
+        if not inputs.scored:
+            return None
+        scores = {}
+        for index, first, count in inputs.scored:
+            entry, state = plan.entries[index], inputs.states[index]
+            next_ids = state.prompt_ids[entry.start + 1 : entry.start + 1 + count]
+            num_top = state.sampling.prompt_logprobs or 0
+            rows = hidden[first : first + len(next_ids)]
+            scores[entry.seq_id] = self._sampler.score_prompt(self._model, rows, next_ids, num_top)
+        return scores
+
+
+def _count(states: list[SequenceState], token_ids: list[int]) -> None:
+    """Let penalties see the new tokens."""
+    for state, token in zip(states, token_ids, strict=True):
+        if state.counts is not None:
+            state.counts.add(token)
