@@ -1,0 +1,63 @@
+"""RayDirectory: which workers there are, by the names of their rank actors.
+
+It asks Ray's control store and nobody else, so a new router finds every worker while the controller is down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util import list_named_actors
+
+from ellm.router.ray_channel import RayChannel
+from ellm.worker.api import wire
+from ellm.worker.api.actor_name import NAMESPACE, epoch_of
+
+log = logging.getLogger(__name__)
+
+DESCRIBE_TIMEOUT_S = 1.0
+
+
+class RayDirectory:
+    """Knows each incarnation once: its channel stays the same object as long as its actor has its name."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, RayChannel] = {}
+
+    async def refresh(self) -> Mapping[str, RayChannel]:
+        """Epoch -> channel of every worker that has loaded and whose actor lives."""
+        names = await asyncio.to_thread(_rank_names)
+        new = [(epoch, name) for epoch, name in names.items() if epoch not in self._channels]
+        found = await asyncio.gather(*(_open(name) for _, name in new))
+        opened = {
+            epoch: channel for (epoch, _), channel in zip(new, found, strict=True) if channel is not None
+        }
+        kept = {epoch: channel for epoch, channel in self._channels.items() if epoch in names}
+        self._channels = kept | opened
+        return dict(self._channels)
+
+
+def _rank_names() -> dict[str, str]:
+    """Epoch -> name of every rank actor that is not dead."""
+    names = {}
+    for actor in list_named_actors(all_namespaces=True):
+        epoch = epoch_of(actor["name"]) if actor["namespace"] == NAMESPACE else None
+        if epoch is not None:
+            names[epoch] = actor["name"]
+    return names
+
+
+async def _open(name: str) -> RayChannel | None:
+    """The channel to this actor; None if it has died since, loads still, or does not answer in time."""
+    try:
+        handle: Any = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
+        packed = await asyncio.wait_for(handle.describe.remote(), DESCRIBE_TIMEOUT_S)
+    except (ValueError, RayError, TimeoutError) as error:
+        log.debug("%s does not answer: %r", name, error)
+        return None
+    return None if packed is None else RayChannel(handle, wire.unpack_info(packed))

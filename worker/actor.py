@@ -1,0 +1,158 @@
+"""The rank actor: one process of a worker, with the device, the engine and the front that routers talk to.
+
+It is found by its name (worker/api/actor_name.py), never restarts by itself, and ends as soon as its engine
+fails or its supervisor is gone: routers see the death and move their requests. Loading runs off the event
+loops, so that progress can be asked for meanwhile. The data path (submit, abort, outputs) has one event loop,
+which the front needs; control has another, which answers while the first is busy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from ellm.worker.api import wire
+from ellm.worker.api.config import WorkerConfig
+from ellm.worker.api.errors import EllmError
+from ellm.worker.api.report import WorkerInfo
+from ellm.worker.build import LoadedEngine, load_engine
+from ellm.worker.front import WorkerFront
+from ellm.worker.loop import EngineLoop
+from ellm.worker.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+EXIT_FAILED = 71
+# With the default of 5 ms an event loop waits that long for the interpreter while the engine plans a step.
+SWITCH_INTERVAL_S = 0.0005
+
+
+@dataclass(frozen=True, slots=True)
+class RankStatus:
+    """What the supervisor learns from each ping."""
+
+    pid: int
+    state: str  # of WorkerState
+    progress: tuple[str, float]  # of loading: (what, share)
+    since_progress_s: float = 0.0  # work without a finished step for so long
+    num_live: int = 0  # requests
+    num_streams: int = 0
+    error: tuple[str, str] | None = None  # (code, message) of a failed load
+
+
+class RankActor:
+    """Rank 0 of a group; see `rank_actor` for how it is made."""
+
+    def __init__(
+        self, config: WorkerConfig, worker_id: str, epoch: str, lease_s: float, supervisor_pid: int | None
+    ) -> None:
+        """`supervisor_pid` where the supervisor runs on this node."""
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self._config = config
+        self._worker_id = worker_id
+        self._epoch = epoch
+        self._watchdog = Watchdog(lease_s, () if supervisor_pid is None else (supervisor_pid,))
+        self._progress = ("starting", 0.0)
+        self._error: tuple[str, str] | None = None
+        self._front: WorkerFront | None = None
+        self._engine: EngineLoop | None = None
+
+    # Data: one event loop.
+
+    async def load(self) -> bool:
+        """Load the model and begin to serve. False if that is not possible; `renew` then tells why."""
+        try:
+            loaded = await asyncio.to_thread(load_engine, self._config, self._note_progress)
+        except EllmError as error:
+            self._error = (error.code, error.message)
+            return False
+        self._engine = EngineLoop(
+            loaded.core, loaded.executor, report_s=self._config.heartbeat_s, on_failure=self._engine_failed
+        )
+        self._front = WorkerFront(self._info(loaded), self._config, self._engine)
+        self._front.start()
+        return True
+
+    async def describe(self) -> wire.Message | None:
+        """The packed WorkerInfo; None while loading."""
+        return None if self._front is None else self._front.describe()
+
+    async def submit(self, message: wire.Message) -> None:
+        self._ready_front().submit(message)
+
+    async def abort(self, message: wire.Message) -> None:
+        self._ready_front().abort(message)
+
+    async def outputs(self, router_id: str) -> AsyncIterator[wire.Message]:
+        async for message in self._ready_front().outputs(router_id):
+            yield message
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Let running requests end, then end the streams. True if nothing was left."""
+        return True if self._front is None else await self._front.drain(timeout_s)
+
+    # Control: another event loop; reads only.
+
+    @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
+    async def renew(self) -> RankStatus:
+        """Renew the lease; returns how the rank is."""
+        self._watchdog.renew()
+        front, engine = self._front, self._engine
+        if front is None or engine is None:
+            state = "loading" if self._error is None else "failed"
+            return RankStatus(os.getpid(), state, self._progress, error=self._error)
+        return RankStatus(
+            os.getpid(),
+            front.report().state,
+            self._progress,
+            engine.since_progress_s(),
+            front.num_live,
+            front.num_streams,
+        )
+
+    def _ready_front(self) -> WorkerFront:
+        assert self._front is not None, "no one is told of a worker before it is ready"
+        return self._front
+
+    def _note_progress(self, what: str, share: float) -> None:
+        self._progress = (what, share)
+
+    def _info(self, loaded: LoadedEngine) -> WorkerInfo:
+        limits = loaded.executor.limits
+        return WorkerInfo(
+            worker_id=self._worker_id,
+            epoch=self._epoch,
+            model=loaded.served_name,
+            node=str(ray.get_runtime_context().get_node_id()),
+            max_model_len=limits.max_model_len,
+            block_size=limits.block_size,
+            num_blocks=limits.num_blocks,
+            vocab_size=limits.vocab_size,
+            eos_token_ids=limits.eos_token_ids,
+            device=loaded.device,
+            dtype=loaded.dtype,
+            deterministic=loaded.deterministic,
+            tensor_parallel_size=self._config.tensor_parallel_size,
+            rank_pids=(os.getpid(),),
+            memory=limits.memory,
+        )
+
+    def _engine_failed(self, error: BaseException) -> None:
+        """On the engine's thread. The process ends: requests move, and the supervisor starts a new group."""
+        log.critical("the engine failed, this rank ends: %r", error)
+        time.sleep(0.2)  # for the log to get out
+        logging.shutdown()
+        os._exit(EXIT_FAILED)
+
+
+def rank_actor() -> Any:
+    """The actor class, with its event loops: calls of the data path come in any number, streams included."""
+    return ray.remote(concurrency_groups={"control": 8}, max_restarts=0, max_task_retries=0)(RankActor)

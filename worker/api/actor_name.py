@@ -1,0 +1,17 @@
+"""How a worker is found without asking anybody: the name of its rank 0 actor, in a namespace of our own."""
+
+from __future__ import annotations
+
+NAMESPACE = "ellm"
+PREFIX = "ellm-worker:"
+
+
+def actor_name(model: str, worker_id: str, epoch: str) -> str:
+    """`ellm-worker:MODEL:WORKER:EPOCH`; only the model may hold colons."""
+    assert ":" not in worker_id + epoch
+    return f"{PREFIX}{model}:{worker_id}:{epoch}"
+
+
+def epoch_of(name: str) -> str | None:
+    """The epoch in an actor's name; None for an actor of another kind."""
+    return name.rpartition(":")[2] if name.startswith(PREFIX) else None

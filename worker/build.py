@@ -1,0 +1,94 @@
+"""From a WorkerConfig to an engine: which executor runs the model, and the brain within its limits.
+
+A path that begins with `simulated:` takes the simulated executor: real scheduling, made-up tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ellm.worker.api.config import ModelConfig, WorkerConfig
+from ellm.worker.api.cost_model import CostModel
+from ellm.worker.api.errors import ConfigError
+from ellm.worker.engine.core import EngineCore
+from ellm.worker.executor.base import Executor, ModelLimits
+from ellm.worker.executor.simulated import SimulatedExecutor
+
+SIMULATED = "simulated:"
+Progress = Callable[[str, float], None]  # (what, share done)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine:
+    """An executor and its brain, and what they are."""
+
+    core: EngineCore
+    executor: Executor
+    served_name: str
+    device: str
+    dtype: str
+    deterministic: bool
+
+
+def model_name(model: ModelConfig) -> str:
+    """What clients call the model: the name given, or the last part of its path."""
+    if model.name is not None:
+        return model.name
+    if model.path.startswith(SIMULATED):
+        return SIMULATED.rstrip(":")
+    return Path(model.path.rstrip("/")).name or model.path
+
+
+def load_engine(config: WorkerConfig, progress: Progress) -> LoadedEngine:
+    """Load the model; may take minutes. Raises ConfigError naming what cannot work."""
+    if config.model.path.startswith(SIMULATED):
+        return _simulated(config)
+    # Torch is imported here, where it is needed: the import alone takes seconds.
+    progress("importing torch", 0.0)
+    from ellm.worker.executor.local import LocalExecutor
+
+    executor = LocalExecutor.load(config, progress)
+    return LoadedEngine(
+        EngineCore(executor.limits, config),
+        executor,
+        model_name(config.model),
+        executor.device,
+        executor.dtype,
+        executor.deterministic,
+    )
+
+
+def _simulated(config: WorkerConfig) -> LoadedEngine:
+    """`simulated:overhead_s=0.005,row_s=1e-5`: the coefficients of CostModel.known, and `vocab_size`."""
+    values = _coefficients(config.model.path.removeprefix(SIMULATED))
+    limits = ModelLimits(
+        num_blocks=config.cache.num_blocks or 4096,
+        block_size=config.cache.block_size,
+        max_model_len=config.model.max_model_len or 4096,
+        vocab_size=int(values.pop("vocab_size", 32_000)),
+        eos_token_ids=(0,),
+    )
+    values.setdefault("overhead_s", 0.005)
+    knee_rows = int(values.pop("knee_rows", 0))
+    executor = SimulatedExecutor(
+        limits, CostModel.known(knee_rows=knee_rows, **values), verify=False, realtime=True
+    )
+    name = model_name(config.model)
+    return LoadedEngine(EngineCore(limits, config), executor, name, "simulated", "none", True)
+
+
+def _coefficients(text: str) -> dict[str, float]:
+    """`key=number` pairs. Raises ConfigError."""
+    known = ("overhead_s", "row_s", "knee_rows", "kv_token_s", "pair_s", "logits_row_s", "vocab_size")
+    values: dict[str, float] = {}
+    for pair in filter(None, text.split(",")):
+        key, _, number = pair.partition("=")
+        try:
+            values[key] = float(number)
+        except ValueError:
+            raise ConfigError(f"{SIMULATED}{text}: {pair} is not key=number", param="model.path") from None
+        if key not in known:
+            raise ConfigError(f"{SIMULATED} knows {', '.join(known)}, not {key}", param="model.path")
+    return values
