@@ -20,6 +20,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import mul
 from statistics import fmean, median
 from typing import Any, Self
 
@@ -28,6 +29,7 @@ _ROWS, _KV, _PAIRS = 64.0, 1e4, 1e5  # scales that bring every feature near 1
 _WARM_UP = 16  # steps until the typical error means something
 _WINDOW = 32  # steps over which hiccups and drift are told apart
 _DRIFT = 0.1  # a median signed error beyond this is a drift
+_SOLVE_EVERY = 4  # steps, once warm
 _MIN_SCALE = 0.02  # an error below this is never an outlier
 
 
@@ -90,21 +92,25 @@ class CostModel:
 
     def predict(self, features: StepFeatures) -> float:
         """Seconds; 0 before the first measured step."""
-        return sum(t * x for t, x in zip(self._theta, self._vector(features), strict=True))
+        seconds: float = sum(map(mul, self._theta, self._vector(features)))
+        return seconds
 
     def update(self, features: StepFeatures, elapsed_s: float) -> None:
-        """Learn from one measured step. About 20 microseconds."""
+        """Learn from one measured step. About 15 microseconds once warm, 100 before."""
         if elapsed_s <= 0.0:
             return
         vector = self._vector(features)
-        predicted = sum(t * x for t, x in zip(self._theta, vector, strict=True))
+        predicted = sum(map(mul, self._theta, vector))
         weight = 1.0
         if self.num_steps:
             self._errors.append(abs(elapsed_s - predicted) / elapsed_s)
             weight = self._judge((elapsed_s - predicted) / max(predicted, 1e-9))
         self.num_steps += 1
         self._accumulate(vector, elapsed_s, max(elapsed_s, predicted), weight)
-        self._solve(sweeps=8 if self.num_steps < 8 * _WARM_UP else 2)
+        if self.num_steps < 8 * _WARM_UP:
+            self._solve(sweeps=8)
+        elif self.num_steps % _SOLVE_EVERY == 0:
+            self._solve(sweeps=2)
 
     @property
     def error_median(self) -> float:
@@ -178,7 +184,7 @@ class CostModel:
         if self.num_steps < _WARM_UP:
             return 1.0
         self._since_drift += 1
-        if self._since_drift >= _WARM_UP:
+        if self._since_drift >= _WARM_UP and self.num_steps % _SOLVE_EVERY == 0:
             recent = median(list(residuals)[-_WARM_UP:])
             if abs(recent) > _DRIFT:
                 self._since_drift = 0
@@ -210,5 +216,5 @@ class CostModel:
             for i, row in enumerate(self._a):
                 diagonal = row[i]
                 if diagonal > faintest:
-                    gradient = b[i] - sum(a * t for a, t in zip(row, theta, strict=True))
+                    gradient = b[i] - sum(map(mul, row, theta))
                     theta[i] = max(0.0, theta[i] + gradient / diagonal)
