@@ -79,10 +79,11 @@ class _StepThread:
     def start(self, plan: BatchPlan) -> None:
         self._plans.put(plan)
 
-    def stop(self) -> None:
-        """After the plans that were started."""
+    def stop(self, *, wait: bool) -> None:
+        """End after the plans that were started; a device that hangs is not waited for."""
         self._plans.put(None)
-        self._thread.join()
+        if wait:
+            self._thread.join()
 
     def _run(self) -> None:
         while (plan := self._plans.get()) is not None:
@@ -151,6 +152,11 @@ class EngineLoop:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    @property
+    def num_outstanding(self) -> int:
+        """Plans that were handed over and have not come back."""
+        return len(self._outstanding)
+
     def since_progress_s(self) -> float:
         """How long there has been work and no finished step; 0 while there is nothing to do."""
         if self.state != "running" or not (self._busy or not self._mailbox.empty()):
@@ -162,11 +168,12 @@ class EngineLoop:
         try:
             while not self._stopping or self._outstanding:
                 self._turn(steps)
-            steps.stop()
+            steps.stop(wait=True)
             self._executor.close()
             self.state = "stopped"
         except Exception as error:  # the edge: a broken invariant or a device error ends the worker
             log.exception("the engine failed")
+            steps.stop(wait=False)
             self.failure = error
             self.state = "failed"
             if self._on_failure is not None:
