@@ -5,8 +5,9 @@ tile is read once for all of them. One row of one head walks the tiles of 64 tok
 positions in order (online softmax, base 2): its result depends on its position, its query and the pool alone,
 not on what is computed beside it, so a prefill chunk and a decode step give the same bits.
 
-float32 pools whose blocks hold whole groups of 16 tokens are read in place; others are widened into a scratch
-tile first, with zeros for missing dimensions and for tokens past the end (whose memory may hold anything).
+A pool is read in place where groups of 16 tokens lie as `jit_tile` wants them. Else they are widened into a
+scratch tile first, with zeros for missing dimensions. Values past the end of a sequence are zeros too: their
+weight is 0, but their memory may hold anything.
 """
 
 from __future__ import annotations
@@ -17,10 +18,22 @@ import numpy as np
 
 from ellm.kernels.jit_launch import HEADER, Kernel
 from ellm.kernels.jit_math import exp2
-from ellm.kernels.jit_tile import add_weighted_1, add_weighted_2, add_weighted_4, scores
+from ellm.kernels.jit_tile import (
+    add_weighted_bf16_1,
+    add_weighted_bf16_2,
+    add_weighted_f32_1,
+    add_weighted_f32_4,
+    scores_bf16,
+    scores_f32,
+    split_bf16,
+    store_interleaved_bf16,
+)
 from ellm.kernels.jit_vector import (
+    BF16,
+    F16,
     F32,
     LANES,
+    copy_bytes,
     fetch_add,
     float_from_bits,
     inline,
@@ -83,11 +96,13 @@ SOURCES_BYTES = 8 * 2 * GROUPS  # addresses of the tile's groups: keys, then val
 
 def reads_in_place(kind: int, dim: int, block_size: int, token_bytes: int) -> bool:
     """Whether groups of 16 tokens lie in the pool as `jit_tile` wants them."""
-    return kind == F32 and dim % LANES == 0 and block_size % LANES == 0 and token_bytes == 4 * dim
+    size = 4 if kind == F32 else 2
+    fits = kind != F16 and dim * size % 64 == 0
+    return fits and block_size % LANES == 0 and token_bytes == dim * size
 
 
 def scratch_bytes(vectors: int, dim: int) -> int:
-    """Of one thread, for `vectors` (row, head) pairs at once: [maximum, sums, query, accumulator] of each."""
+    """Of one thread, for `vectors` (row, head) pairs at once."""
     padded = -(-dim // LANES) * LANES
     states = vectors * 4 * (2 * padded + 2 * LANES)
     return SOURCES_BYTES + 4 * TILE + states + 2 * 4 * TILE * padded
@@ -99,23 +114,40 @@ def _word(block, index):
 
 
 @inline
-def _chunks(block):
-    return (_word(block, DIM) + LANES - 1) // LANES
+def _padded(block):
+    """Bytes of a query or an accumulator: float32, padded to whole vectors."""
+    return (_word(block, DIM) + LANES - 1) // LANES * 64
+
+
+@inline
+def _paired(block, kind):
+    """Whether vectors hold even and odd dimensions apart: a bfloat16 pool read in place."""
+    return kind == BF16 and _word(block, IN_PLACE) != 0
+
+
+@inline
+def _token_bytes(block, kind):
+    """From one token of a group to the next."""
+    return _padded(block) // 2 if _paired(block, kind) else _padded(block)
 
 
 @inline
 def _load_query(block, kind, row, head, state):
     dim = _word(block, DIM)
     size = item_size(kind)
-    scale = spread(float_from_bits(_word(block, SCALE)))
+    scale = float_from_bits(_word(block, SCALE))
     source = _word(block, Q) + row * _word(block, Q_ROW) + head * _word(block, Q_HEAD)
     store_float(state, NEG_INF)
     store_f32(state + 64, spread(np.float32(0.0)))
     query = state + 128
-    accumulator = query + 64 * _chunks(block)
-    for i in range(0, dim, LANES):
-        store_f32(query + 4 * i, load_part(kind, source + i * size, dim - i) * scale)
-        store_f32(accumulator + 4 * i, spread(np.float32(0.0)))
+    if _paired(block, kind):
+        for i in range(0, dim, 2 * LANES):
+            split_bf16(query + 4 * i, source + i * size, scale)
+    else:
+        for i in range(0, dim, LANES):
+            store_f32(query + 4 * i, load_part(kind, source + i * size, dim - i) * spread(scale))
+    for i in range(0, _padded(block), 64):
+        store_f32(query + _padded(block) + i, spread(np.float32(0.0)))
 
 
 @inline
@@ -127,8 +159,9 @@ def _place(block, side, table, index, head):
 
 @inline
 def _stage(block, kind, side, table, position, head, tokens, target):
-    """Widen up to 16 tokens from `position` on into `target`; zeros for the tokens and dimensions missing."""
+    """Copy up to 16 tokens from `position` on into `target`, widened if need be; zeros where none is."""
     dim, size, stride = _word(block, DIM), item_size(kind), _word(block, side + 3)
+    width = _token_bytes(block, kind)
     index = position // _word(block, BLOCK)
     offset = position - index * _word(block, BLOCK)
     source = _place(block, side, table, index, head) + offset * stride
@@ -136,13 +169,15 @@ def _stage(block, kind, side, table, position, head, tokens, target):
         if offset == _word(block, BLOCK):
             index, offset = index + 1, 0
             source = _place(block, side, table, index, head)
-        for i in range(0, dim, LANES):
-            store_f32(target + 4 * i, load_part(kind, source + i * size, dim - i))
+        if _word(block, IN_PLACE) != 0:
+            copy_bytes(target, source, width)
+        else:
+            for i in range(0, dim, LANES):
+                store_f32(target + 4 * i, load_part(kind, source + i * size, dim - i))
         source, offset = source + stride, offset + 1
-        target += 64 * _chunks(block)
-    for _ in range((LANES - tokens) * _chunks(block)):
-        store_f32(target, spread(np.float32(0.0)))
-        target += 64
+        target += width
+    for i in range(0, (LANES - tokens) * width, 64):
+        store_f32(target + i, spread(np.float32(0.0)))
 
 
 @inline
@@ -154,9 +189,8 @@ def _find_groups(block, kind, table, base, end, head, scratch, staged):
         if tokens > 0:
             for pair in range(2):
                 side = K_POOL + pair * (V_POOL - K_POOL)
-                # A masked key's score is thrown away, but a value past the end would be multiplied by 0.
                 if _word(block, IN_PLACE) == 0 or (pair == 1 and tokens < LANES):
-                    source = staged + (pair * GROUPS + group) * LANES * 64 * _chunks(block)
+                    source = staged + (pair * GROUPS + group) * LANES * _padded(block)
                     _stage(block, kind, side, table, position, head, tokens, source)
                 else:
                     index = position // _word(block, BLOCK)
@@ -166,17 +200,41 @@ def _find_groups(block, kind, table, base, end, head, scratch, staged):
 
 
 @inline
-def _attend(block, scratch, state, base, first, last):
+def _scores(block, kind, query, keys):
+    if _paired(block, kind):
+        return scores_bf16(query, keys, _padded(block) // 2, _padded(block) // 128)
+    return scores_f32(query, keys, _padded(block), _padded(block) // 64)
+
+
+@inline
+def _add_group(block, kind, weights, values, out):
+    done, stride = 0, _token_bytes(block, kind)
+    if _paired(block, kind):
+        while done + 128 <= stride:
+            add_weighted_bf16_2(weights, values + done, stride, out + 2 * done)
+            done += 128
+        if done < stride:
+            add_weighted_bf16_1(weights, values + done, stride, out + 2 * done)
+    else:
+        while done + 256 <= stride:
+            add_weighted_f32_4(weights, values + done, stride, out + done)
+            done += 256
+        while done < stride:
+            add_weighted_f32_1(weights, values + done, stride, out + done)
+            done += 64
+
+
+@inline
+def _attend(block, kind, scratch, state, base, first, last):
     """One vector over the tokens [first, last) of the tile that starts at position `base`."""
-    chunks = _chunks(block)
-    query, accumulator = state + 128, state + 128 + 64 * chunks
+    query, accumulator = state + 128, state + 128 + _padded(block)
     weights = scratch + SOURCES_BYTES
     begin, end = max(0, first - base) // LANES, min(GROUPS, (last - base + LANES - 1) // LANES)
     old = load_float(state)
     top = spread(old)
     for group in range(begin, end):
         start = base + group * LANES
-        score = scores(query, load_i64(scratch + 8 * group), 64 * chunks, chunks)
+        score = _scores(block, kind, query, load_i64(scratch + 8 * group))
         if start < first or start + LANES > last:
             score = keep_lanes(score, first - start, last - start, NEG_INF)
         store_f32(weights + 64 * group, score)
@@ -191,25 +249,11 @@ def _attend(block, scratch, state, base, first, last):
     store_f32(state + 64, sums)
     if new > old:
         store_float(state, new)
-        for chunk in range(chunks):
-            at = accumulator + 64 * chunk
-            store_f32(at, load_f32(at) * decay)
+        for i in range(0, _padded(block), 64):
+            store_f32(accumulator + i, load_f32(accumulator + i) * decay)
     for group in range(begin, end):
         values = load_i64(scratch + 8 * (GROUPS + group))
-        _add_group(weights + 64 * group, values, 64 * chunks, accumulator, chunks)
-
-
-@inline
-def _add_group(weights, values, stride, out, chunks):
-    done = 0
-    while done + 4 <= chunks:
-        add_weighted_4(weights, values + 64 * done, stride, out + 64 * done)
-        done += 4
-    if done + 2 <= chunks:
-        add_weighted_2(weights, values + 64 * done, stride, out + 64 * done)
-        done += 2
-    if done < chunks:
-        add_weighted_1(weights, values + 64 * done, stride, out + 64 * done)
+        _add_group(block, kind, weights + 64 * group, values, accumulator)
 
 
 @inline
@@ -218,10 +262,15 @@ def _finish(block, kind, row, head, state):
     size = item_size(kind)
     heads = _word(block, KV_HEADS) * _word(block, GROUP)
     target = _word(block, OUT) + (row * heads + head) * dim * size
-    accumulator = state + 128 + 64 * _chunks(block)
+    accumulator = state + 128 + _padded(block)
     norm = spread(total(load_f32(state + 64)))
-    for i in range(0, dim, LANES):
-        store_part(kind, target + i * size, load_f32(accumulator + 4 * i) / norm, dim - i)
+    if _paired(block, kind):
+        for i in range(0, dim, 2 * LANES):
+            even, odd = load_f32(accumulator + 4 * i) / norm, load_f32(accumulator + 4 * i + 64) / norm
+            store_interleaved_bf16(target + i * size, even, odd)
+    else:
+        for i in range(0, dim, LANES):
+            store_part(kind, target + i * size, load_f32(accumulator + 4 * i) / norm, dim - i)
 
 
 @inline
@@ -229,13 +278,11 @@ def _run(block, kind, scratch, run, head):
     """One run of rows and one key/value head."""
     entry, row, rows = load_i32(run), load_i32(run + 4), load_i32(run + 8)
     group = _word(block, GROUP)
-    state_bytes = 64 * (2 + 2 * _chunks(block))
+    state_bytes = 128 + 2 * _padded(block)
     states = scratch + SOURCES_BYTES + 4 * TILE
     staged = states + rows * group * state_bytes
-    for vector in range(rows * group):
-        _load_query(
-            block, kind, row + vector // group, head * group + vector % group, states + vector * state_bytes
-        )
+    for i in range(rows * group):
+        _load_query(block, kind, row + i // group, head * group + i % group, states + i * state_bytes)
     table = _word(block, TABLES) + 4 * entry * _word(block, TABLE_ROW)
     position = load_i64(_word(block, POSITIONS) + 8 * row)  # of the first row; the others follow it
     end = position + rows
@@ -247,12 +294,10 @@ def _run(block, kind, scratch, run, head):
             first = max(0, last - _word(block, WINDOW))
             if first < base + TILE:
                 for vector in range(i * group, (i + 1) * group):
-                    _attend(block, scratch, states + vector * state_bytes, base, first, last)
+                    _attend(block, kind, scratch, states + vector * state_bytes, base, first, last)
         base += TILE
-    for vector in range(rows * group):
-        _finish(
-            block, kind, row + vector // group, head * group + vector % group, states + vector * state_bytes
-        )
+    for i in range(rows * group):
+        _finish(block, kind, row + i // group, head * group + i % group, states + i * state_bytes)
 
 
 def _attention(variant: int) -> Any:

@@ -49,7 +49,7 @@ class _VectorModel(models.PrimitiveModel):
 Emit = Callable[..., Any]  # (builder, *values) -> value
 
 
-def _instruction(result: Any, *arguments: Any) -> Callable[[Emit], Any]:
+def instruction(result: Any, *arguments: Any) -> Callable[[Emit], Any]:
     """A function of fixed numba types whose body is what `emit` builds; for numba code only."""
 
     def decorate(emit: Emit) -> Any:
@@ -128,8 +128,8 @@ def _widen_bf16(builder: Any, bits: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(bits, _IVEC), shift), _VEC)
 
 
-def _narrow_bf16(builder: Any, value: Any) -> Any:
-    """Round to nearest, ties to even; a NaN stays a (quiet) NaN."""
+def narrow_bf16(builder: Any, value: Any) -> Any:
+    """IR: round to nearest, ties to even; a NaN stays a (quiet) NaN."""
 
     def constant(number: int) -> Any:
         return ir.Constant(_IVEC, [number] * LANES)
@@ -142,125 +142,125 @@ def _narrow_bf16(builder: Any, value: Any) -> Any:
     return builder.trunc(builder.lshr(chosen, constant(16)), ir.VectorType(ir.IntType(16), LANES))
 
 
-@_instruction(vector, types.intp)
+@instruction(vector, types.intp)
 def load_f32(builder: Any, address: Any) -> Any:
     return load_vector(builder, address)
 
 
-@_instruction(vector, types.intp)
+@instruction(vector, types.intp)
 def load_bf16(builder: Any, address: Any) -> Any:
     return _widen_bf16(builder, load_vector(builder, address, ir.IntType(16)))
 
 
-@_instruction(vector, types.intp)
+@instruction(vector, types.intp)
 def load_f16(builder: Any, address: Any) -> Any:
     return builder.fpext(load_vector(builder, address, ir.HalfType()), _VEC)
 
 
-@_instruction(vector, types.intp, types.intp)
+@instruction(vector, types.intp, types.intp)
 def load_f32_part(builder: Any, address: Any, count: Any) -> Any:
     return _load_masked(builder, address, count, _F32, "v16f32")
 
 
-@_instruction(vector, types.intp, types.intp)
+@instruction(vector, types.intp, types.intp)
 def load_bf16_part(builder: Any, address: Any, count: Any) -> Any:
     return _widen_bf16(builder, _load_masked(builder, address, count, ir.IntType(16), "v16i16"))
 
 
-@_instruction(vector, types.intp, types.intp)
+@instruction(vector, types.intp, types.intp)
 def load_f16_part(builder: Any, address: Any, count: Any) -> Any:
     return builder.fpext(_load_masked(builder, address, count, ir.HalfType(), "v16f16"), _VEC)
 
 
-@_instruction(types.void, types.intp, vector)
+@instruction(types.void, types.intp, vector)
 def store_f32(builder: Any, address: Any, value: Any) -> None:
     builder.store(value, _pointer(builder, address, _VEC), align=1)
 
 
-@_instruction(types.void, types.intp, vector)
+@instruction(types.void, types.intp, vector)
 def store_bf16(builder: Any, address: Any, value: Any) -> None:
-    narrow = _narrow_bf16(builder, value)
+    narrow = narrow_bf16(builder, value)
     builder.store(narrow, _pointer(builder, address, narrow.type), align=1)
 
 
-@_instruction(types.void, types.intp, vector)
+@instruction(types.void, types.intp, vector)
 def store_f16(builder: Any, address: Any, value: Any) -> None:
     narrow = builder.fptrunc(value, ir.VectorType(ir.HalfType(), LANES))
     builder.store(narrow, _pointer(builder, address, narrow.type), align=1)
 
 
-@_instruction(types.void, types.intp, vector, types.intp)
+@instruction(types.void, types.intp, vector, types.intp)
 def store_f32_part(builder: Any, address: Any, value: Any, count: Any) -> None:
     _store_masked(builder, address, value, count, "v16f32")
 
 
-@_instruction(types.void, types.intp, vector, types.intp)
+@instruction(types.void, types.intp, vector, types.intp)
 def store_bf16_part(builder: Any, address: Any, value: Any, count: Any) -> None:
-    _store_masked(builder, address, _narrow_bf16(builder, value), count, "v16i16")
+    _store_masked(builder, address, narrow_bf16(builder, value), count, "v16i16")
 
 
-@_instruction(types.void, types.intp, vector, types.intp)
+@instruction(types.void, types.intp, vector, types.intp)
 def store_f16_part(builder: Any, address: Any, value: Any, count: Any) -> None:
     narrow = builder.fptrunc(value, ir.VectorType(ir.HalfType(), LANES))
     _store_masked(builder, address, narrow, count, "v16f16")
 
 
-@_instruction(vector, vector)
+@instruction(vector, vector)
 def round_bf16(builder: Any, value: Any) -> Any:
     """The nearest bfloat16 of each lane."""
-    return _widen_bf16(builder, _narrow_bf16(builder, value))
+    return _widen_bf16(builder, narrow_bf16(builder, value))
 
 
-@_instruction(vector, vector)
+@instruction(vector, vector)
 def round_f16(builder: Any, value: Any) -> Any:
     """The nearest float16 of each lane."""
     return builder.fpext(builder.fptrunc(value, ir.VectorType(ir.HalfType(), LANES)), _VEC)
 
 
-@_instruction(vector, types.float32)
+@instruction(vector, types.float32)
 def spread(builder: Any, value: Any) -> Any:
     """One value in all lanes."""
     return splat(builder, value)
 
 
-@_instruction(vector, vector, vector, vector)
+@instruction(vector, vector, vector, vector)
 def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     """a * b + c, rounded once."""
     return fma_vector(builder, a, b, c)
 
 
-@_instruction(vector, vector, vector)
+@instruction(vector, vector, vector)
 def larger(builder: Any, a: Any, b: Any) -> Any:
     """Lane by lane; b where either is NaN."""
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
-@_instruction(vector, vector, vector)
+@instruction(vector, vector, vector)
 def smaller(builder: Any, a: Any, b: Any) -> Any:
     """Lane by lane; b where either is NaN."""
     return builder.select(builder.fcmp_ordered("<", a, b), a, b)
 
 
-@_instruction(vector, vector)
+@instruction(vector, vector)
 def nearest(builder: Any, a: Any) -> Any:
     """Round each lane to an integer, ties to even."""
     return _call(builder, "llvm.roundeven.v16f32", _VEC, a)
 
 
-@_instruction(vector, vector, vector)
+@instruction(vector, vector, vector)
 def times_power_of_two(builder: Any, a: Any, n: Any) -> Any:
     """a * 2^n for whole n, where a and the result are normal numbers."""
     exponent = builder.shl(builder.fptosi(n, _IVEC), ir.Constant(_IVEC, [23] * LANES))
     return builder.bitcast(builder.add(builder.bitcast(a, _IVEC), exponent), _VEC)
 
 
-@_instruction(vector, vector, vector, vector, vector)
+@instruction(vector, vector, vector, vector, vector)
 def where_less(builder: Any, a: Any, b: Any, then: Any, other: Any) -> Any:
     """Lane by lane: `then` where a < b, else `other`."""
     return builder.select(builder.fcmp_ordered("<", a, b), then, other)
 
 
-@_instruction(vector, vector, types.intp, types.intp, types.float32)
+@instruction(vector, vector, types.intp, types.intp, types.float32)
 def keep_lanes(builder: Any, a: Any, first: Any, last: Any, other: Any) -> Any:
     """Lanes in [first, last) of a, `other` elsewhere."""
     below = _lanes_below(builder, last)
@@ -280,58 +280,58 @@ def _fold(builder: Any, value: Any, join: Emit) -> Any:
     return builder.extract_element(value, ir.Constant(_I32, 0))
 
 
-@_instruction(types.float32, vector)
+@instruction(types.float32, vector)
 def total(builder: Any, a: Any) -> Any:
     """The sum of the lanes."""
     return _fold(builder, a, builder.fadd)
 
 
-@_instruction(types.float32, vector)
+@instruction(types.float32, vector)
 def peak(builder: Any, a: Any) -> Any:
     """The largest lane."""
     return _fold(builder, a, lambda x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y))
 
 
-@_instruction(types.intp, types.intp)
+@instruction(types.intp, types.intp)
 def load_i64(builder: Any, address: Any) -> Any:
     word = ir.IntType(64)
     return builder.load(_pointer(builder, address, word), typ=word, align=1)
 
 
-@_instruction(types.intp, types.intp)
+@instruction(types.intp, types.intp)
 def load_i32(builder: Any, address: Any) -> Any:
     value = builder.load(_pointer(builder, address, _I32), typ=_I32, align=1)
     return builder.sext(value, ir.IntType(64))
 
 
-@_instruction(types.float32, types.intp)
+@instruction(types.float32, types.intp)
 def load_float(builder: Any, address: Any) -> Any:
     return builder.load(_pointer(builder, address, _F32), typ=_F32, align=1)
 
 
-@_instruction(types.void, types.intp, types.float32)
+@instruction(types.void, types.intp, types.float32)
 def store_float(builder: Any, address: Any, value: Any) -> None:
     builder.store(value, _pointer(builder, address, _F32), align=1)
 
 
-@_instruction(types.void, types.intp, types.intp)
+@instruction(types.void, types.intp, types.intp)
 def store_i64(builder: Any, address: Any, value: Any) -> None:
     builder.store(value, _pointer(builder, address, ir.IntType(64)), align=1)
 
 
-@_instruction(types.float32, types.intp)
+@instruction(types.float32, types.intp)
 def float_from_bits(builder: Any, bits: Any) -> Any:
     """The float32 whose bits are the low half of a word."""
     return builder.bitcast(builder.trunc(bits, _I32), _F32)
 
 
-@_instruction(types.intp, types.intp, types.intp)
+@instruction(types.intp, types.intp, types.intp)
 def fetch_add(builder: Any, address: Any, amount: Any) -> Any:
     """Add to a shared 64-bit counter; returns what it was."""
     return builder.atomic_rmw("add", _pointer(builder, address, ir.IntType(64)), amount, "seq_cst")
 
 
-@_instruction(types.void, types.intp, types.intp, types.intp)
+@instruction(types.void, types.intp, types.intp, types.intp)
 def copy_bytes(builder: Any, target: Any, source: Any, count: Any) -> None:
     byte = ir.IntType(8)
     pointers = [_pointer(builder, a, byte) for a in (target, source)]
