@@ -233,10 +233,10 @@ def test_an_abort_is_idempotent_and_only_for_ones_own() -> None:
 
 def test_a_silent_router_loses_its_requests_and_its_stream_and_a_speaking_one_does_not() -> None:
     async def test() -> None:
-        async with worker(worker_config(router_lease_s=0.3)) as w:
+        async with worker(worker_config(router_lease_s=0.3), step_s=0.01) as w:
             silent, speaking = Router(w, "silent").read(), Router(w, "speaking").read()
-            await silent.submit(request("a", 900), request("b", 900))
-            await speaking.submit(request("c", 400))
+            await silent.submit(request("a", 900), request("b", 900))  # 9 s
+            await speaking.submit(request("c", 60))
             while not silent.closed:
                 await speaking.abort()
                 await asyncio.sleep(0.05)
@@ -245,9 +245,41 @@ def test_a_silent_router_loses_its_requests_and_its_stream_and_a_speaking_one_do
             while not speaking.reasons():
                 await speaking.abort()
                 await asyncio.sleep(0.05)
-            assert speaking.tokens("c") == expected_tokens(request("c", 400))
-            await until(lambda: all_blocks_free(w))
+            assert speaking.tokens("c") == expected_tokens(request("c", 60))
+            await until(lambda: all_blocks_free(w), 1.0)
             assert "silent" not in dict(w.engine.report.last_submit_seq)
+
+    run(test)
+
+
+def test_outputs_that_nobody_takes_are_not_kept_for_longer_than_a_lease() -> None:
+    async def test() -> None:
+        async with worker(worker_config(router_lease_s=0.3)) as w:
+            router = Router(w)
+            await router.submit(request("a", 5))
+            for _ in range(12):
+                await router.abort()
+                await asyncio.sleep(0.05)
+            router.read()
+            await until(lambda: router.steps)
+            assert router.outputs == []
+
+    run(test)
+
+
+def test_output_of_an_older_attempt_that_was_on_its_way_is_dropped() -> None:
+    async def test() -> None:
+        async with worker(worker_config(router_lease_s=5.0)) as w:
+            router = Router(w).read()
+            w.executor.gate.clear()
+            await router.submit(request("a", 10))
+            await router.submit(request("a", 10, attempt=1))
+            w.front.publish([SequenceOutput("a", 0, 0, (7,), "length"), SequenceOutput("b", 0, 0, (7,))])
+            await asyncio.sleep(0.05)
+            assert w.front.num_live == 1
+            w.executor.gate.set()
+            await until(lambda: router.reasons())
+            assert {o.attempt for o in router.outputs} == {1}
 
     run(test)
 
