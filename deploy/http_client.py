@@ -36,6 +36,11 @@ class Server:
         with self._open(path, None) as response:
             return _json(self.url + path, response.read())
 
+    def probe(self, path: str) -> None:
+        """Returns if a GET is answered with 200."""
+        with self._open(path, None):
+            return
+
     def stream(self, path: str, body: Mapping[str, Any]) -> Generator[dict[str, Any]]:
         """The events of a POST with `stream`, up to [DONE]. Closing the iterator ends the request."""
         with self._open(path, json.dumps({**body, "stream": True}).encode()) as response:

@@ -1,0 +1,180 @@
+"""`ellm serve` from its first check to its last process: start, wait until ready, hold, drain, clear away.
+
+Whatever happens after Ray is started, this process ends with nothing of it left on the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+import types
+
+from ellm.deploy import application, ports, ray_cluster, workers
+from ellm.deploy.application import DeployFailed
+from ellm.deploy.config import EllmConfig
+from ellm.deploy.http_client import RequestFailed, Server
+from ellm.deploy.leftovers import Session
+from ellm.deploy.progress import Progress
+from ellm.deploy.resolve import num_cores
+from ellm.worker.build import SIMULATED
+from ellm.worker.model.inspect import inspect_checkpoint
+
+INTERRUPTED = 130
+WATCH_S = 5.0
+LOST_S = 30.0  # without an answer from Serve's controller
+
+
+class Stopped(BaseException):
+    """A signal came while the cluster was starting."""
+
+
+class Signals:
+    """The first SIGINT, SIGTERM or SIGHUP asks for an orderly end, the second ends everything at once."""
+
+    def __init__(self, session: Session) -> None:
+        self.asked = threading.Event()
+        self._starting = True
+        self._session = session
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+
+    def started(self) -> None:
+        """From now on a signal sets `asked`; before, it raises Stopped in the main thread."""
+        self._starting = False
+
+    def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
+        if self.asked.is_set():
+            self._session.end(0.0)
+            os._exit(INTERRUPTED)
+        self.asked.set()
+        if self._starting:
+            raise Stopped
+
+
+def serve(config: EllmConfig) -> int:
+    """Hold a cluster up until a signal; returns the exit code. Raises EllmError."""
+    check(config)
+    progress = Progress()
+    session = Session()
+    signals = Signals(session)
+    try:
+        start(config, progress)
+        signals.started()
+        announce(config)
+        lost = watch(signals, progress)
+        shut_down(config, progress, signals)
+    except Stopped:
+        progress.line("Stopping")
+        return INTERRUPTED
+    finally:
+        signals.started()
+        clear(config, session)
+        progress.line("Stopped")
+    return 1 if lost else 0
+
+
+def check(config: EllmConfig) -> None:
+    """All that can be known to be wrong before anything starts. Raises ConfigError."""
+    model = config.worker.model
+    if not model.path.startswith(SIMULATED):
+        inspect_checkpoint(model.path, model.revision)
+    if config.cluster.address is None:
+        ports.check_free(config.cluster.host, config.cluster.port, "port")
+        if config.cluster.grpc_port is not None:
+            ports.check_free(config.cluster.host, config.cluster.grpc_port, "grpc_port")
+
+
+def start(config: EllmConfig, progress: Progress) -> None:
+    """Everything up to the first 200 from /health/ready. Raises EllmError."""
+    haproxy = config.cluster.haproxy and ray_cluster.haproxy_works()
+    if config.cluster.haproxy and not haproxy:
+        progress.line("HAProxy does not run on this machine; Ray Serve's own proxy takes its place")
+    if config.cluster.address is None:
+        ray_cluster.set_environment(config, haproxy)
+    with progress.phase("Ray"):
+        progress.note(ray_cluster.start(config, max(num_cores(), needed_cpus(config))))
+    with progress.phase(f"Ray Serve with {'HAProxy' if haproxy else 'its own proxy'}"):
+        ray_cluster.start_serve(config)
+    deadline = time.monotonic() + config.cluster.start_timeout_s
+    application.deploy(config)
+    with progress.phase(f"{config.cluster.num_workers} workers on {config.worker.model.device}"):
+        application.wait_for("Worker", deadline, lambda: progress.note(workers.progress()))
+        infos = workers.infos()
+        progress.note("ready")
+    for line in workers.pool_lines(infos):
+        progress.line(f"  {line}")
+    with progress.phase("Router"):
+        application.wait_for("Router", deadline)
+    with progress.phase("HTTP ingress"):
+        wait_until_ready(config, deadline)
+
+
+def needed_cpus(config: EllmConfig) -> float:
+    """Logical CPUs that the deployments ask Ray for."""
+    ranks = config.cluster.num_workers * config.worker.tensor_parallel_size
+    return 1 + ranks * config.cluster.worker_num_cpus
+
+
+def base_url(config: EllmConfig) -> str:
+    """Where a client on this machine finds the server."""
+    host = config.cluster.host
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{config.cluster.port}" if ":" in host else f"http://{host}:{config.cluster.port}"
+
+
+def wait_until_ready(config: EllmConfig, deadline: float) -> None:
+    """Until /health/ready is 200 through the ingress. Raises DeployFailed."""
+    server = Server(base_url(config), timeout_s=2.0)
+    reason = ""
+    while time.monotonic() < deadline:
+        try:
+            server.probe("/health/ready")
+            return
+        except RequestFailed as error:
+            reason = error.message
+        time.sleep(0.05)
+    raise DeployFailed(f"not ready after {config.cluster.start_timeout_s:.0f} s: {reason}")
+
+
+def announce(config: EllmConfig) -> None:
+    url = base_url(config)
+    body = {"model": config.worker.model.name, "prompt": "The list method append", "max_tokens": 32}
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.router.api_keys else ""
+    print(f"\nReady: {url}\n")
+    print(f"  curl {url}/v1/completions -H 'Content-Type: application/json'{key} \\")
+    print(f"    -d '{json.dumps(body)}'")
+    print(f"  ellm chat --url {url}\n\nCtrl-C stops it.", flush=True)
+
+
+def watch(signals: Signals, progress: Progress) -> bool:
+    """Wait for a signal. True if the cluster was lost before one came."""
+    shown = "RUNNING"
+    answered = time.monotonic()
+    while not signals.asked.wait(WATCH_S):
+        status = application.status()
+        if status is not None:
+            answered = time.monotonic()
+            if status.state != shown:
+                message = f": {status.message}" if status.message else ""
+                progress.line(f"The application is {status.state}{message}")
+                shown = status.state
+        elif time.monotonic() - answered > LOST_S:
+            progress.line("Ray does not answer any more; ending")
+            return True
+    return False
+
+
+def shut_down(config: EllmConfig, progress: Progress, signals: Signals) -> None:
+    """Let running requests end, then take the application down. A second signal cuts it short."""
+    progress.line("Stopping: running requests may end, Ctrl-C again ends them now")
+    deadline = time.monotonic() + config.worker.drain_timeout_s + 20.0
+    application.delete(deadline)
+
+
+def clear(config: EllmConfig, session: Session) -> None:
+    """Leave Ray, and end every process of a cluster of our own."""
+    ray_cluster.stop(own=config.cluster.address is None)
+    session.end(5.0)
