@@ -27,7 +27,6 @@ from numba.core import types
 
 log = logging.getLogger(__name__)
 
-HEADER = 2  # words before the arguments
 _Entry = ctypes.CFUNCTYPE(None, ctypes.c_size_t)
 
 

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import math
 
-from ellm.kernels.jit_vector import (
-    fma,
-    inline,
-    larger,
-    nearest,
-    smaller,
-    spread,
-    times_power_of_two,
-    where_less,
-)
+from ellm.kernels.jit_ir import inline
+from ellm.kernels.jit_vector import fma, larger, nearest, smaller, spread, times_power_of_two, where_less
 
 LOG2_E = 1.4426950408889634
 _LOG2_E_HIGH = 1.4426950216293335  # LOG2_E as float32, and what is missing

@@ -11,30 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from ellm.kernels.jit_launch import HEADER, Kernel
+from ellm.kernels.jit_ir import LANES, inline
+from ellm.kernels.jit_launch import Kernel
 from ellm.kernels.jit_math import exp
-from ellm.kernels.jit_vector import (
+from ellm.kernels.jit_memory import (
     F32,
-    LANES,
     copy_bytes,
     fetch_add,
-    float_from_bits,
-    fma,
-    inline,
     item_size,
-    keep_lanes,
     load_i64,
     load_part,
-    spread,
     store_part,
-    total,
+    word,
 )
-
-
-@inline
-def word(block, index):
-    """Argument `index` of a kernel's block."""
-    return load_i64(block + 8 * (HEADER + index))
+from ellm.kernels.jit_vector import float_from_bits, fma, keep_lanes, spread, total
 
 
 @inline

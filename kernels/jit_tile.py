@@ -11,15 +11,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from ellm.kernels.jit_vector import (
-    LANES,
-    fma_vector,
-    instruction,
-    load_vector,
-    narrow_bf16,
-    splat,
-    vector,
-)
+from ellm.kernels.jit_ir import LANES, fma_vector, instruction, load_vector, narrow_bf16, splat, vector
 
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ellm.kernels import jit_attention, jit_rows
+from ellm.kernels import jit_attention, jit_pool, jit_rows
 from ellm.kernels.jit_math import LOG2_E
-from ellm.kernels.jit_vector import KINDS
+from ellm.kernels.jit_memory import KINDS
 from ellm.kernels.ops import AttentionMeta, Linear, SamplingBatch
 from ellm.kernels.packed_linear import pack_linear
 from ellm.kernels.reference_sampling import logprobs, sample
@@ -142,12 +142,12 @@ class NumbaOps:
         group = heads // kv_heads
         kind, size = KINDS[q.dtype], q.element_size()
         out = torch.empty((rows, heads, dim), dtype=q.dtype)
-        runs, longest = self._runs(meta, max(1, jit_attention.MAX_VECTORS // group))
+        runs, longest = self._runs(meta, max(1, jit_pool.MAX_VECTORS // group))
         in_place = all(
-            jit_attention.reads_in_place(kind, dim, block_size, cache.stride(2) * size)
+            jit_pool.reads_in_place(kind, dim, block_size, cache.stride(2) * size)
             for cache in (k_cache, v_cache)
         )
-        bytes_per_thread = jit_attention.scratch_bytes(longest * group, dim)
+        bytes_per_thread = jit_pool.scratch_bytes(longest * group, dim)
         scratch = self._scratch(bytes_per_thread * torch.get_num_threads())
         units = len(runs) * kv_heads
         words = [units, runs.ctypes.data, kv_heads, group, dim, block_size]
