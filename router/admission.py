@@ -1,0 +1,57 @@
+"""How many sequences one router holds, and the queue of those that wait for a worker to be up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from ellm.worker.api.errors import QueueFull, Unavailable
+
+
+class Admission:
+    """Counts sequences in the router. Everything that waits is counted too, so every queue is bounded."""
+
+    def __init__(self, max_inflight: int) -> None:
+        self._max_inflight = max_inflight
+        self.num_inflight = 0
+
+    def enter(self, count: int) -> None:
+        """Raises QueueFull; then nothing was counted."""
+        if self.num_inflight + count > self._max_inflight:
+            raise QueueFull("the server has as many requests as it takes; try again", retry_after_s=1.0)
+        self.num_inflight += count
+
+    def leave(self, count: int) -> None:
+        self.num_inflight -= count
+        assert self.num_inflight >= 0
+
+
+class WorkerGate:
+    """Requests wait here, first come first served, while no worker is up."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._waiters: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiters)
+
+    def open(self) -> None:
+        """A worker is up: let all try again, in their order."""
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def wait(self, waited_s: float = 0.0) -> None:
+        """Until `open`; raises Unavailable when that takes too long. `waited_s` was spent here before."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        try:
+            await asyncio.wait_for(waiter, max(0.0, self._timeout_s - waited_s))
+        except TimeoutError:
+            raise Unavailable("no worker is ready to serve this model", retry_after_s=5.0) from None
+        finally:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)

@@ -1,0 +1,240 @@
+"""The router's HTTP application: OpenAI's endpoints over whatever workers the directory names.
+
+Puts the parts together and owns the small endpoints. Runs under any ASGI server, in a Ray Serve replica or in
+a test; it imports neither Ray nor torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from hashlib import blake2b
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from ellm.router import health
+from ellm.router.config import RouterConfig
+from ellm.router.dispatch import Dispatcher
+from ellm.router.edge import Edge
+from ellm.router.exchange import Exchange, Service
+from ellm.router.http_bodies import JSON_TYPE, BodyTooLarge, read_json, send_error
+from ellm.router.metrics import CONTENT_TYPE, RouterMetrics
+from ellm.router.openai.answer import error_body
+from ellm.router.openai.convert import Converter
+from ellm.router.openai.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    parse,
+)
+from ellm.router.tokenizer import Tokenizer
+from ellm.worker.api.channel import WorkerDirectory
+from ellm.worker.api.errors import EllmError, InvalidRequest
+
+STARTED_AT = int(time.time())
+
+
+def package_version() -> str:
+    try:
+        return version("ellm-on-ray")
+    except PackageNotFoundError:
+        return "0.0.0+source"
+
+
+def create_app(
+    config: RouterConfig,
+    model: str,
+    tokenizer: Tokenizer | Path,
+    directory: WorkerDirectory,
+    clock: Callable[[], float] = time.monotonic,
+) -> FastAPI:
+    """`model` is the served name; `tokenizer` may be the checkpoint's folder. Starting the app (its lifespan)
+    opens the lines to the workers. Raises ConfigError."""
+    if isinstance(tokenizer, Path):
+        tokenizer = Tokenizer.load(tokenizer)
+    metrics = RouterMetrics(model, clock)
+    service = Service(
+        config=config,
+        model=model,
+        fingerprint="fp_" + blake2b(f"{package_version()}/{model}".encode(), digest_size=5).hexdigest(),
+        tokenizer=tokenizer,
+        converter=Converter(tokenizer, config.limits),
+        dispatcher=Dispatcher(directory, config, metrics, clock),
+        metrics=metrics,
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.dispatcher.start()
+        try:
+            yield
+        finally:
+            await service.dispatcher.close()
+
+    app = FastAPI(title="eLLM on Ray", version=package_version(), lifespan=lifespan)
+    app.state.service = service
+    app.add_middleware(Edge, api_keys=config.api_keys, admin_key=config.admin_key)
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id", "x-session-id"],
+        )
+    app.add_exception_handler(HTTPException, _http_exception)
+    app.add_exception_handler(EllmError, _ellm_error)
+    _add_generation(app, service)
+    _add_models(app, service)
+    _add_tokens(app, service)
+    _add_operations(app, service)
+    return app
+
+
+class UnknownRoute(EllmError):
+    """404: no such path."""
+
+    status = 404
+    code = "not_found"
+    kind = "invalid_request_error"
+
+
+class WrongMethod(EllmError):
+    """405: the path takes another method."""
+
+    status = 405
+    code = "method_not_allowed"
+    kind = "invalid_request_error"
+
+
+async def _http_exception(request: Request, raised: Exception) -> Response:
+    """Starlette's own: an unknown path, a wrong method."""
+    assert isinstance(raised, HTTPException)
+    if raised.status_code == 404:
+        error: EllmError = UnknownRoute("no such path")
+    elif raised.status_code == 405:
+        error = WrongMethod(f"this path does not take {request.method[:16]}")
+    else:
+        error = InvalidRequest("the request cannot be read")
+    return _json(error_body(error), error.status, dict(raised.headers or {}))
+
+
+async def _ellm_error(request: Request, raised: Exception) -> Response:
+    assert isinstance(raised, EllmError)
+    return _Refusal(raised)
+
+
+class _Refusal(Response):
+    """A typed error as a response."""
+
+    def __init__(self, error: EllmError) -> None:
+        self.background = None
+        self._error = error
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send_error(send, self._error, receive if isinstance(self._error, BodyTooLarge) else None)
+
+
+def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(body), status, headers, JSON_TYPE.decode())
+
+
+def _documented(body: type[BaseModel]) -> dict[str, Any]:
+    """What the generated API description says of a body that FastAPI does not parse itself."""
+    return {"requestBody": {"content": {"application/json": {"schema": body.model_json_schema()}}}}
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions", openapi_extra=_documented(CompletionRequest))
+    async def completions() -> Response:
+        return Exchange(service, "completion")
+
+    @app.post("/v1/chat/completions", openapi_extra=_documented(ChatRequest))
+    async def chat_completions() -> Response:
+        return Exchange(service, "chat")
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    def card() -> dict[str, Any]:
+        info = service.dispatcher.info()
+        return {
+            "id": service.model,
+            "object": "model",
+            "created": STARTED_AT,
+            "owned_by": "ellm",
+            "root": service.model,
+            "parent": None,
+            "max_model_len": None if info is None else info.max_model_len,
+        }
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return _json({"object": "list", "data": [card()]})
+
+    @app.get("/v1/models/{model_id:path}")
+    async def model(model_id: str) -> Response:
+        service.check_model(model_id)
+        return _json(card())
+
+
+def _add_tokens(app: FastAPI, service: Service) -> None:
+    limit = service.config.limits.max_body_bytes
+
+    @app.post("/tokenize", openapi_extra=_documented(TokenizeRequest))
+    async def tokenize(request: Request) -> Response:
+        body = parse(TokenizeRequest, await read_json(request.scope, request.receive, limit))
+        service.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise InvalidRequest("one of prompt and messages", param="prompt")
+        chat = body.prompt is None
+        text = await service.converter.rendered(body) if chat else body.prompt or ""
+        special = not chat if body.add_special_tokens is None else body.add_special_tokens
+        ids = await service.tokenizer.encode_async(text, special)
+        info = service.dispatcher.info()
+        strings = [service.tokenizer.token(i) for i in ids] if body.return_token_strs else None
+        return _json(
+            {
+                "count": len(ids),
+                "max_model_len": None if info is None else info.max_model_len,
+                "tokens": ids,
+                "token_strs": strings,
+            }
+        )
+
+    @app.post("/detokenize", openapi_extra=_documented(DetokenizeRequest))
+    async def detokenize(request: Request) -> Response:
+        body = parse(DetokenizeRequest, await read_json(request.scope, request.receive, limit))
+        service.check_model(body.model)
+        return _json({"prompt": service.tokenizer.decode(body.tokens, bool(body.skip_special_tokens))})
+
+
+def _add_operations(app: FastAPI, service: Service) -> None:
+    def get(path: str, answer: Callable[[], Response]) -> None:
+        async def endpoint() -> Response:
+            return answer()
+
+        endpoint.__name__ = path.strip("/").replace("/", "_")
+        handler: Callable[[], Awaitable[Response]] = endpoint
+        app.get(path)(handler)
+
+    def state(check: Callable[[Dispatcher], health.Health]) -> Response:
+        found = check(service.dispatcher)
+        headers = {} if found.ok else {"retry-after": "1"}
+        return _json({"status": found.status, "reason": found.reason}, 200 if found.ok else 503, headers)
+
+    get("/health", lambda: state(health.alive))
+    get("/health/ready", lambda: state(health.ready))
+    get("/version", lambda: _json({"version": package_version()}))
+    get(
+        "/metrics",
+        lambda: Response(service.metrics.text(), media_type=None, headers={"content-type": CONTENT_TYPE}),
+    )
+    get("/admin/workers", lambda: _json({"workers": health.workers(service.dispatcher)}))

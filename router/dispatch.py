@@ -1,0 +1,277 @@
+"""Brings sequences to workers and keeps them on one: choice, submission, failover, abort.
+
+Holds one link per worker that the directory names. A sequence that is given here ends exactly once: its sink
+gets a finish reason or an error, whatever becomes of workers in between. Knows tokens, not text or HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol
+
+from ellm.router.admission import Admission, WorkerGate
+from ellm.router.config import RouterConfig
+from ellm.router.failover import Hearing, PoisonList, SilenceWatch
+from ellm.router.link import WorkerLink
+from ellm.router.policies import RoutedRequest, RoutingPolicy, make_policy
+from ellm.router.sequence import Sequence as LiveSequence
+from ellm.router.sequence import Verdict
+from ellm.worker.api.channel import WorkerChannel, WorkerDirectory
+from ellm.worker.api.errors import EllmError, Unavailable, WorkerFailed
+from ellm.worker.api.output import FinishReason
+from ellm.worker.api.report import WorkerInfo, WorkerReport
+
+log = logging.getLogger(__name__)
+
+WATCH_PERIOD_S = 0.1
+LAG_MEMORY_S = 10.0  # a stream lost so soon after our loop stood still was not lost by the worker
+MAX_MOVES = 16  # free ones included: a request that every worker gives back must end
+HANDED_BACK = "unavailable"  # the error code with which a draining worker gives a request back
+
+
+class DispatchObserver(Protocol):
+    """What is counted."""
+
+    def token_interval(self, interval_s: float) -> None: ...
+    def sequence_ended(self, sequence: LiveSequence, reason: FinishReason) -> None: ...
+    def failover(self, reason: str) -> None: ...
+    def decision(self, policy: str) -> None: ...
+    def worker_report(self, info: WorkerInfo, report: WorkerReport) -> None: ...
+    def worker_gone(self, info: WorkerInfo) -> None: ...
+
+
+class Dispatcher:
+    """One per router. All methods belong to the event loop on which `start` ran."""
+
+    def __init__(
+        self,
+        directory: WorkerDirectory,
+        config: RouterConfig,
+        observer: DispatchObserver,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.router_id = uuid.uuid4().hex[:12]
+        self.links: dict[str, WorkerLink] = {}
+        self.num_lost = 0  # workers lost so far
+        self.admission = Admission(config.limits.max_inflight)
+        self.gate = WorkerGate(config.queue_timeout_s)
+        self._directory = directory
+        self._config = config
+        self._observer = observer
+        self._clock = clock
+        self._policy: RoutingPolicy = make_policy(config.policy)
+        self._poison = PoisonList()
+        self._home: dict[str, WorkerLink] = {}  # request id -> where it lives
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._watched_at = clock()
+        self._lagged_at = -LAG_MEMORY_S  # when this router's own loop last stood still
+
+    async def start(self) -> None:
+        """Look for workers once, then go on looking, and watch those that are there."""
+        with contextlib.suppress(Exception):
+            await self._refresh()
+        self._spawn(self._forever(self._refresh, self._config.refresh_s))
+        self._spawn(self._forever(self._watch, WATCH_PERIOD_S))
+
+    async def close(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for link in list(self.links.values()):
+            await link.close()
+
+    @property
+    def ready_links(self) -> list[WorkerLink]:
+        return [link for link in self.links.values() if link.ready]
+
+    def info(self) -> WorkerInfo | None:
+        """What the workers serve; they all serve the same model."""
+        links = self.ready_links or list(self.links.values())
+        return links[0].info if links else None
+
+    async def wait_for_worker(self, since: float | None = None) -> WorkerInfo:
+        """Raises Unavailable when none is up within the queue's time."""
+        since = self._clock() if since is None else since
+        while not (ready := self.ready_links):
+            await self.gate.wait(self._clock() - since)
+        return ready[0].info
+
+    async def submit(self, sequences: Sequence[LiveSequence], request: RoutedRequest) -> None:
+        """Send sequences that share a prompt to one worker, waiting for one to be up. Raises Unavailable,
+        WorkerFailed (a prompt that is held back)."""
+        self._poison.check(request.prompt_ids, self._clock())
+        for sequence in sequences:
+            sequence.accepted_at = sequence.accepted_at or self._clock()
+        await self._place(sequences, request)
+
+    def cancel(self, sequence: LiveSequence) -> None:
+        """End a sequence that no one waits for; its blocks are freed at once."""
+        if sequence.finished is None:
+            sequence.finished = "abort"
+            self._observer.sequence_ended(sequence, "abort")
+        link = self._home.pop(sequence.request_id, None)
+        if link is not None:
+            link.abort(sequence)
+
+    # LinkOwner
+
+    def sequence_moved(self, link: WorkerLink, sequence: LiveSequence, verdict: Verdict) -> None:
+        self._home.pop(sequence.request_id, None)
+        if verdict is Verdict.GAP:
+            self._move([sequence], "gap", death=False)
+        elif verdict is Verdict.REFUSED:
+            self._refused(sequence)
+        else:
+            assert sequence.finished is not None
+            self._observer.sequence_ended(sequence, sequence.finished)
+
+    def token_interval(self, interval_s: float) -> None:
+        self._observer.token_interval(interval_s)
+
+    def link_report(self, link: WorkerLink) -> None:
+        assert link.report is not None
+        self._observer.worker_report(link.info, link.report)
+        if link.ready:
+            self.gate.open()
+
+    def link_lost(self, link: WorkerLink) -> None:
+        """Drop the link; if the directory still names the worker, the next refresh opens a new one."""
+        if self.links.get(link.info.epoch) is link:
+            del self.links[link.info.epoch]
+        self.num_lost += link.report is not None
+        self._observer.worker_gone(link.info)
+        sequences = link.take_all()
+        for sequence in sequences:
+            self._home.pop(sequence.request_id, None)
+        self._spawn(self._bury(link, [(s.request_id, s.attempt) for s in sequences]))
+        reason = self._loss_reason(link)
+        self._move(sequences, reason, death=reason == "death")
+
+    def _loss_reason(self, link: WorkerLink) -> str:
+        """A worker ends our stream too when it drains, and when it did not hear from us for a lease."""
+        if link.draining:
+            return "drain"
+        return "lag" if self._clock() - self._lagged_at < LAG_MEMORY_S else "death"
+
+    # Failover
+
+    def _refused(self, sequence: LiveSequence) -> None:
+        error = sequence.error
+        if isinstance(error, tuple) and error[0] == HANDED_BACK:
+            self._move([sequence], "drain", death=False)
+        else:
+            self._fail(sequence, typed_error(error))
+
+    def _move(self, sequences: Sequence[LiveSequence], reason: str, *, death: bool) -> None:
+        for sequence in sequences:
+            if sequence.finished is not None:
+                continue
+            sequence.attempt += 1
+            sequence.num_moves += 1
+            sequence.num_deaths += death
+            self._observer.failover(reason)
+            if sequence.num_deaths > self._config.failover.max_failovers:
+                self._poison.add(sequence.prompt_ids, self._clock())
+                self._fail(sequence, WorkerFailed("the workers that ran this request have failed"))
+            elif sequence.num_moves > MAX_MOVES:
+                self._fail(sequence, Unavailable("no worker keeps this request", retry_after_s=5.0))
+            else:
+                self._spawn(self._place_again(sequence))
+
+    async def _place_again(self, sequence: LiveSequence) -> None:
+        try:
+            await self._place([sequence], RoutedRequest(sequence.prompt_ids, salt=sequence.salt))
+        except EllmError as error:
+            self._fail(sequence, error)
+
+    def _fail(self, sequence: LiveSequence, error: EllmError) -> None:
+        if sequence.finished is None:
+            sequence.finished = "error"
+            sequence.error = error
+            self._observer.sequence_ended(sequence, "error")
+            sequence.sink.fail(sequence, error)
+
+    async def _place(self, sequences: Sequence[LiveSequence], request: RoutedRequest) -> None:
+        since = self._clock()
+        while (link := self._choose(request)) is None:
+            await self.gate.wait(self._clock() - since)
+        sequences = [s for s in sequences if s.finished is None]
+        for sequence in sequences:
+            self._home[sequence.request_id] = link
+        link.submit(sequences)
+
+    def _choose(self, request: RoutedRequest) -> WorkerLink | None:
+        ready = self.ready_links
+        heard = [link for link in ready if link.watch.hearing is Hearing.HEARD]
+        now = self._clock()
+        replicas = [link.replica(now) for link in heard or ready]
+        chosen = self._policy.choose(request, replicas, now)
+        if chosen is None:
+            return None
+        self._observer.decision(self._config.policy)
+        return self.links[chosen]
+
+    # Workers
+
+    async def _refresh(self) -> None:
+        channels = await self._directory.refresh()
+        for epoch, channel in channels.items():
+            if epoch not in self.links:
+                self.links[epoch] = self._link(channel)
+
+    def _link(self, channel: WorkerChannel) -> WorkerLink:
+        watch = SilenceWatch(self._config.failover, WATCH_PERIOD_S, self._clock())
+        return WorkerLink(channel, self.router_id, self, watch, self._config.heartbeat_s, self._clock)
+
+    async def _watch(self) -> None:
+        now = self._clock()
+        if now - self._watched_at > self._config.failover.suspect_s:
+            self._lagged_at = now
+        self._watched_at = now
+        for link in list(self.links.values()):
+            if link.watch.tick(now) is Hearing.SILENT:
+                log.warning("worker %s is silent and given up", link.info.worker_id)
+                link.lost = True
+                self.link_lost(link)
+
+    async def _bury(self, link: WorkerLink, ids: Sequence[tuple[str, int]]) -> None:
+        """End the link, and what the worker may still compute for us, should it live."""
+        await link.close()
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(link.send_aborts(ids), self._config.failover.fail_s)
+
+    async def _forever(self, work: Callable[[], Coroutine[Any, Any, None]], period_s: float) -> None:
+        while True:
+            await asyncio.sleep(period_s)
+            try:
+                await work()
+            except Exception:  # the router outlives whatever the directory's transport raises
+                log.exception("%s failed", work.__name__)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _by_code(root: type[EllmError]) -> dict[str, type[EllmError]]:
+    found = {root.code: root}
+    for child in root.__subclasses__():
+        found.update(_by_code(child))
+    return found
+
+
+def typed_error(error: EllmError | tuple[str, str] | None) -> EllmError:
+    """The error of a worker's (code, message). One without a known code says nothing of its cause."""
+    if isinstance(error, EllmError):
+        return error
+    kinds = _by_code(EllmError)
+    if error is None or error[0] not in kinds or error[0] == EllmError.code:
+        return EllmError("internal error")
+    kind = kinds[error[0]]
+    return kind(error[1], retry_after_s=1.0 if kind.status in (429, 503) else None)

@@ -1,0 +1,105 @@
+"""The outermost layer of the HTTP edge: request ids, keys, and typed errors for whatever comes through.
+
+Pure ASGI, so that a stream's chunks pass one closure and nothing else. Knows paths only to tell who may see
+them.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import re
+import uuid
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ellm.router.http_bodies import header, send_error
+from ellm.worker.api.errors import EllmError
+
+log = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/health", "/health/ready"})
+ADMIN_PREFIX = "/admin"
+CONTEXT = "ellm.context"
+_NOT_IN_ID = re.compile(r"[^A-Za-z0-9._:\-]")
+_MAX_ID = 128
+
+
+class Unauthorized(EllmError):
+    """401: a key is needed, or the one given is not known."""
+
+    status = 401
+    code = "invalid_api_key"
+    kind = "authentication_error"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestContext:
+    """What the edge knows of a request."""
+
+    request_id: str
+    tenant: str  # stands for the key; "" where none is needed
+
+
+def request_id(scope: Scope) -> str:
+    """The client's X-Request-Id without what does not belong in one, or a new one."""
+    given = header(scope, b"x-request-id")
+    return _NOT_IN_ID.sub("", given or "")[:_MAX_ID] or f"req-{uuid.uuid4().hex}"
+
+
+def bearer(scope: Scope) -> str:
+    scheme, _, key = (header(scope, b"authorization") or "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
+
+
+class Edge:
+    """Wraps the application."""
+
+    def __init__(self, app: ASGIApp, api_keys: tuple[str, ...] = (), admin_key: str | None = None) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in api_keys]
+        self._admin_key = None if admin_key is None else admin_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        ident = request_id(scope)
+        id_header = (b"x-request-id", ident.encode())
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if not started:
+                started = True
+                message["headers"] = [*message.get("headers", ()), id_header]
+            await send(message)
+
+        try:
+            scope[CONTEXT] = RequestContext(ident, self._tenant(scope))
+            await self._app(scope, receive, send_with_id)
+        except EllmError as error:
+            if not started:
+                await send_error(send_with_id, error)
+        except Exception:  # the edge of the process: a client sees no internals
+            log.exception("request %s failed", ident)
+            if not started:
+                await send_error(send_with_id, EllmError("internal error"))
+
+    def _tenant(self, scope: Scope) -> str:
+        """Raises Unauthorized."""
+        path, key = scope["path"], bearer(scope).encode()
+        if path in OPEN_PATHS:
+            return ""
+        if self._admin_key is not None and path.startswith(ADMIN_PREFIX):
+            if not hmac.compare_digest(key, self._admin_key):
+                raise Unauthorized("this needs the admin key: Authorization: Bearer KEY")
+            return ""
+        if not self._keys:
+            return ""
+        # Every key is compared, so that the time does not tell which one was near.
+        if not any([hmac.compare_digest(key, known) for known in self._keys]):
+            raise Unauthorized("this needs an API key: Authorization: Bearer KEY")
+        return blake2b(key, digest_size=8).hexdigest()

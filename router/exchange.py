@@ -1,0 +1,178 @@
+"""One request that generates, from its body to its last byte: parse, convert, admit, submit, answer.
+
+Its own task listens for the client all the while: one that leaves frees its blocks at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ellm.router.config import RouterConfig
+from ellm.router.dispatch import Dispatcher
+from ellm.router.edge import CONTEXT, RequestContext
+from ellm.router.generation import Generation
+from ellm.router.http_bodies import (
+    BodyTooLarge,
+    ClientLeft,
+    header,
+    read_json,
+    send_error,
+    send_json,
+    stream_start,
+)
+from ellm.router.metrics import RouterMetrics
+from ellm.router.openai.answer import Answer, ChatShape, CompletionShape
+from ellm.router.openai.convert import Converter, Job, ModelBounds
+from ellm.router.openai.schema import ChatRequest, CompletionRequest, parse
+from ellm.router.sinks import EventStream, Gathered
+from ellm.router.tokenizer import Tokenizer
+from ellm.worker.api.errors import DeadlineExceeded, EllmError, ModelNotFound
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["completion", "chat"]
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What every request needs: made once per router."""
+
+    config: RouterConfig
+    model: str  # the served name
+    fingerprint: str
+    tokenizer: Tokenizer
+    converter: Converter
+    dispatcher: Dispatcher
+    metrics: RouterMetrics
+
+    async def bounds(self) -> ModelBounds:
+        """Raises Unavailable when no worker is up in time."""
+        info = self.dispatcher.info() or await self.dispatcher.wait_for_worker()
+        return ModelBounds(info.max_model_len, info.vocab_size)
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ModelNotFound. A request without a model means the one there is."""
+        if name is not None and name != self.model:
+            shown = name[:64].encode("ascii", "replace").decode()
+            raise ModelNotFound(f"the model {shown!r} does not exist here", param="model")
+
+    async def job(self, kind: Kind, body: Any) -> Job:
+        """Raises InvalidRequest, ModelNotFound, Unavailable."""
+        if kind == "chat":
+            chat = parse(ChatRequest, body)
+            self.check_model(chat.model)
+            return await self.converter.chat(chat, await self.bounds())
+        completion = parse(CompletionRequest, body)
+        self.check_model(completion.model)
+        return await self.converter.completion(completion, await self.bounds())
+
+
+class Exchange(Response):
+    """An ASGI response that does all its work when it is called: nothing of FastAPI's stands between it and
+    the client's connection."""
+
+    def __init__(self, service: Service, kind: Kind) -> None:
+        self.background = None
+        self._service = service
+        self._kind = kind
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        context: RequestContext = scope[CONTEXT]
+        try:
+            body = await read_json(scope, receive, self._service.config.limits.max_body_bytes)
+            await _while_client_stays(receive, lambda: self._answer(body, scope, send, context))
+        except BodyTooLarge as error:
+            await send_error(send, error, receive)
+        except EllmError as error:
+            self._service.metrics.refused(error)
+            await send_error(send, error)
+        except ClientLeft:
+            log.info("request %s: 499, the client has left", context.request_id)
+
+    async def _answer(self, body: Any, scope: Scope, send: Send, context: RequestContext) -> None:
+        service = self._service
+        job = await service.job(self._kind, body)
+        shape = ChatShape() if self._kind == "chat" else CompletionShape()
+        answer = Answer(shape, job, service.tokenizer, service.model, service.fingerprint)
+        salt = f"{context.tenant}/{job.cache_salt}" if context.tenant or job.cache_salt else ""
+        session = header(scope, b"x-session-id")
+        generation = Generation(job, service.dispatcher, service.tokenizer, salt, session)
+        try:
+            if job.stream:
+                await self._stream(generation, answer, send)
+            else:
+                await self._whole(generation, answer, send)
+        finally:
+            generation.close()
+
+    async def _whole(self, generation: Generation, answer: Answer, send: Send) -> None:
+        sink = Gathered(generation, answer)
+        timer = self._deadline(sink.end)
+        try:
+            await generation.submit(sink)
+            body = await sink.answer()
+        finally:
+            timer.cancel()
+        await send_json(send, body)
+
+    async def _stream(self, generation: Generation, answer: Answer, send: Send) -> None:
+        task = asyncio.current_task()
+        limits = self._service.config.limits
+        sink = EventStream(generation, answer, limits.max_client_buffer_bytes, partial(_cut_off, task))
+        timer = self._deadline(sink.end)
+        try:
+            await generation.submit(sink)
+            data: bytes | None = await sink.first()
+            await send(stream_start())
+            while data is not None:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+                data = await sink.more()
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            timer.cancel()
+
+    def _deadline(self, end: Callable[[EllmError], None]) -> asyncio.TimerHandle:
+        deadline_s = self._service.config.limits.request_deadline_s
+        error = DeadlineExceeded(f"the request took longer than {deadline_s:g} s")
+        return asyncio.get_running_loop().call_later(deadline_s, end, error)
+
+
+async def _while_client_stays(receive: Receive, work: Callable[[], Awaitable[None]]) -> None:
+    """Run `work` in a task of its own until the client disconnects. Raises what it raises, ClientLeft when it
+    was cancelled: by a disconnection, or since the client reads too slowly."""
+    task = asyncio.ensure_future(_run(work))
+    listener = asyncio.create_task(_disconnected(receive))
+    listener.add_done_callback(lambda _: task.cancel())
+    try:
+        await asyncio.wait([task])
+    finally:
+        # Also when this task itself is cancelled (a server that shuts down): nothing may go on.
+        listener.cancel()
+        task.cancel()
+        await asyncio.gather(task, listener, return_exceptions=True)
+    if task.cancelled():
+        raise ClientLeft
+    task.result()
+
+
+async def _run(work: Callable[[], Awaitable[None]]) -> None:
+    await work()
+
+
+def _cut_off(task: asyncio.Task[None] | None) -> None:
+    assert task is not None
+    log.warning("a client reads too slowly and is cut off")
+    task.cancel()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

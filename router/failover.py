@@ -1,0 +1,86 @@
+"""When a silent worker is given up, how often a request may move, and which prompts are held back.
+
+Pure: time is an argument. Knows nothing of channels or requests' output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from hashlib import blake2b
+
+from ellm.router.config import FailoverConfig
+from ellm.worker.api.errors import WorkerFailed
+
+POISON_S = 600.0
+MAX_POISON = 1024
+
+
+class Hearing(Enum):
+    """How a worker sounds."""
+
+    HEARD = "heard"
+    SUSPECT = "suspect"  # chosen only where nothing else is
+    SILENT = "silent"  # given up
+
+
+class SilenceWatch:
+    """How long a worker has been silent while this router was listening.
+
+    Silence is added up tick by tick, and a tick counts for two periods at most: time in which our own event
+    loop stood still says nothing about the worker, whose messages wait in our sockets.
+    """
+
+    __slots__ = ("_config", "_last_tick", "_period_s", "silence_s")
+
+    def __init__(self, config: FailoverConfig, period_s: float, now: float) -> None:
+        self._config = config
+        self._period_s = period_s
+        self._last_tick = now
+        self.silence_s = 0.0
+
+    def heard(self) -> None:
+        """A message came."""
+        self.silence_s = 0.0
+
+    def tick(self, now: float) -> Hearing:
+        """Called about every period."""
+        self.silence_s += min(now - self._last_tick, 2 * self._period_s)
+        self._last_tick = now
+        return self.hearing
+
+    @property
+    def hearing(self) -> Hearing:
+        if self.silence_s >= self._config.fail_s:
+            return Hearing.SILENT
+        return Hearing.SUSPECT if self.silence_s >= self._config.suspect_s else Hearing.HEARD
+
+
+class PoisonList:
+    """Prompts that were on too many dying workers: they are refused for ten minutes, so that one request
+    sent again and again does not end the fleet."""
+
+    def __init__(self) -> None:
+        self._until: dict[bytes, float] = {}
+
+    def add(self, prompt_ids: Sequence[int], now: float) -> None:
+        if len(self._until) >= MAX_POISON:
+            del self._until[next(iter(self._until))]
+        self._until[_digest(prompt_ids)] = now + POISON_S
+
+    def check(self, prompt_ids: Sequence[int], now: float) -> None:
+        """Raises WorkerFailed for a prompt that is held back."""
+        if not self._until:
+            return
+        digest = _digest(prompt_ids)
+        until = self._until.get(digest)
+        if until is None:
+            return
+        if until <= now:
+            del self._until[digest]
+            return
+        raise WorkerFailed("workers have died on this prompt; it is held back for some minutes")
+
+
+def _digest(prompt_ids: Sequence[int]) -> bytes:
+    return blake2b(",".join(map(str, prompt_ids)).encode(), digest_size=16).digest()

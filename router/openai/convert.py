@@ -1,0 +1,218 @@
+"""From a client's body to what is generated: prompts as token ids, sampling, stop strings.
+
+Checks every limit before it allocates or tokenises anything; each refusal names the field. Knows OpenAI's
+fields and the tokenizer, nothing of workers but the model's context and vocabulary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass, replace
+
+from ellm.router.config import LimitsConfig
+from ellm.router.openai import fields
+from ellm.router.openai.messages import plain_messages
+from ellm.router.openai.schema import ChatRequest, CompletionRequest, TokenizeRequest
+from ellm.router.tokenizer import INLINE_CHARS, Tokenizer
+from ellm.worker.api.errors import InvalidRequest, PromptTooLong
+from ellm.worker.api.request import DEFAULT_MAX_TOKENS, SamplingParams
+
+_RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message"})
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What goes in: ids, and the text they came from where there was one."""
+
+    ids: tuple[int, ...]
+    text: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelBounds:
+    """What a request must fit."""
+
+    max_model_len: int  # tokens, prompt and output together
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request, ready to run: `n` sequences of each prompt."""
+
+    prompts: tuple[Prompt, ...]
+    sampling: tuple[SamplingParams, ...]  # of each prompt
+    n: int
+    stop: tuple[str, ...]
+    include_stop: bool
+    skip_special_tokens: bool
+    stream: bool
+    include_usage: bool
+    continuous_usage: bool
+    return_token_ids: bool
+    echo: bool
+    score_only: bool  # the one token that is generated is dropped (max_tokens = 0 with echo)
+    cache_salt: str
+
+    @property
+    def num_sequences(self) -> int:
+        return self.n * len(self.prompts)
+
+
+class Converter:
+    """Holds what all requests of one model share."""
+
+    def __init__(self, tokenizer: Tokenizer, limits: LimitsConfig) -> None:
+        self._tokenizer = tokenizer
+        self._limits = limits
+
+    async def completion(self, body: CompletionRequest, bounds: ModelBounds) -> Job:
+        """Raises InvalidRequest."""
+        n = fields.checked_n(body.n, self._limits)
+        if body.best_of is not None and body.best_of != n:
+            raise InvalidRequest("best_of other than n is not supported", param="best_of")
+        echo, asked = bool(body.echo), body.max_tokens
+        if asked == 0 and not echo:
+            raise InvalidRequest("max_tokens: 0 goes with echo alone", param="max_tokens")
+        logprobs = fields.checked_logprobs(body.logprobs, "logprobs", self._limits)
+        raw = fields.raw_prompts(body.prompt, n, self._limits)
+        base = self._sampling(body, bounds, logprobs)
+        if echo:
+            base = replace(base, prompt_logprobs=logprobs)
+        job = self._job(body, n, base)
+        prompts, sampling = [], []
+        for one in raw:
+            prompt = await self._prompt(one, body.add_special_tokens is not False, bounds, "prompt")
+            room = _room(prompt, bounds, "prompt")
+            max_tokens = min(DEFAULT_MAX_TOKENS, room) if asked is None else max(1, asked)
+            prompts.append(prompt)
+            base = replace(base, seed=_drawn(body.seed))  # equal prompts differ unless a seed is given
+            sampling.append(_sized(base, max_tokens, room, "max_tokens"))
+        return replace(
+            job, prompts=tuple(prompts), sampling=tuple(sampling), echo=echo, score_only=asked == 0
+        )
+
+    async def chat(self, body: ChatRequest, bounds: ModelBounds) -> Job:
+        """Raises InvalidRequest."""
+        n = fields.checked_n(body.n, self._limits)
+        top = fields.checked_logprobs(body.top_logprobs, "top_logprobs", self._limits)
+        if top and not body.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+        newer = body.max_completion_tokens is not None
+        field = "max_completion_tokens" if newer else "max_tokens"
+        asked = body.max_completion_tokens if newer else body.max_tokens
+        if asked == 0:
+            raise InvalidRequest(f"{field}: 0 leaves nothing to generate", param=field)
+        base = self._sampling(body, bounds, (top or 0) if body.logprobs else None)
+        job = self._job(body, n, base)
+        text = await self.rendered(body)
+        prompt = await self._prompt(text, bool(body.add_special_tokens), bounds, "messages")
+        room = _room(prompt, bounds, "messages")
+        return replace(job, prompts=(prompt,), sampling=(_sized(base, asked or room, room, field),))
+
+    async def rendered(self, body: ChatRequest | TokenizeRequest) -> str:
+        """The text of a conversation by the model's template. Raises InvalidRequest."""
+        messages = plain_messages(body.messages or [], self._limits.max_messages)
+        options = dict(body.chat_template_kwargs or {})
+        if _RESERVED & options.keys():
+            name = min(_RESERVED & options.keys())
+            raise InvalidRequest(
+                f"chat_template_kwargs: {name} is a field of its own", param="chat_template_kwargs"
+            )
+        goes_on = bool(body.continue_final_message)
+        if goes_on and body.add_generation_prompt and "add_generation_prompt" in body.model_fields_set:
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt exclude each other",
+                param="continue_final_message",
+            )
+        options["continue_final_message"] = goes_on
+        options["add_generation_prompt"] = body.add_generation_prompt is not False and not goes_on
+        if sum(len(message["content"] or "") for message in messages) <= INLINE_CHARS:
+            return self._tokenizer.render_chat(messages, **options)
+        return await asyncio.to_thread(self._tokenizer.render_chat, messages, **options)
+
+    async def _prompt(
+        self, raw: str | list[int], add_special: bool, bounds: ModelBounds, field: str
+    ) -> Prompt:
+        if not isinstance(raw, str):
+            return Prompt(fields.checked_ids(raw, bounds.vocab_size, field), None)
+        # No token is longer than the longest: a text of more bytes than that cannot fit, and is not read.
+        if len(raw) > bounds.max_model_len * self._tokenizer.max_token_bytes:
+            raise PromptTooLong(
+                f"{field}: longer than the model's context of {bounds.max_model_len} tokens", param=field
+            )
+        ids = await self._tokenizer.encode_async(raw, add_special)
+        if not ids:
+            raise InvalidRequest(f"{field}: holds no token", param=field)
+        return Prompt(tuple(ids), raw)
+
+    def _sampling(
+        self, body: CompletionRequest | ChatRequest, bounds: ModelBounds, logprobs: int | None
+    ) -> SamplingParams:
+        """Null is the default, as an absent field is. The length is set by `_sized`."""
+        return SamplingParams(
+            temperature=_or(body.temperature, 1.0),
+            top_k=max(0, body.top_k or 0),
+            top_p=_or(body.top_p, 1.0),
+            min_p=body.min_p or 0.0,
+            repetition_penalty=_or(body.repetition_penalty, 1.0),
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            logit_bias=fields.logit_bias(body.logit_bias, bounds.vocab_size, self._limits),
+            seed=_drawn(body.seed),
+            logprobs=logprobs,
+            min_tokens=body.min_tokens or 0,
+            stop_token_ids=fields.stop_token_ids(body.stop_token_ids, bounds.vocab_size),
+            ignore_eos=bool(body.ignore_eos),
+        )
+
+    def _job(self, body: CompletionRequest | ChatRequest, n: int, base: SamplingParams) -> Job:
+        """What needs no prompt."""
+        options = body.stream_options
+        if options is not None and not body.stream:
+            raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
+        return Job(
+            prompts=(),
+            sampling=(),
+            n=n,
+            stop=fields.stop_strings(body.stop, self._limits),
+            include_stop=bool(body.include_stop_str_in_output),
+            skip_special_tokens=body.skip_special_tokens is not False,
+            stream=bool(body.stream),
+            include_usage=options is not None and bool(options.include_usage),
+            continuous_usage=options is not None and bool(options.continuous_usage_stats),
+            return_token_ids=bool(body.return_token_ids),
+            echo=False,
+            score_only=False,
+            cache_salt=body.cache_salt or "",
+        )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _drawn(seed: int | None) -> int:
+    """Unsigned 64 bit: the client's, or a new one, so that a request that moves goes on as it would have."""
+    return random.getrandbits(64) if seed is None else seed & (2**64 - 1)
+
+
+def _room(prompt: Prompt, bounds: ModelBounds, field: str) -> int:
+    """Tokens that can follow the prompt: at least one."""
+    room = bounds.max_model_len - len(prompt.ids)
+    if room < 1:
+        raise PromptTooLong(
+            f"{field}: {len(prompt.ids)} tokens leave no room in the model's context of "
+            f"{bounds.max_model_len} tokens",
+            param=field,
+        )
+    return room
+
+
+def _sized(base: SamplingParams, max_tokens: int, room: int, field: str) -> SamplingParams:
+    if max_tokens > room:
+        raise PromptTooLong(f"{field}: {max_tokens} tokens asked, {room} fit behind the prompt", param=field)
+    if base.min_tokens > max_tokens:
+        raise InvalidRequest(f"min_tokens: more than the {max_tokens} of {field}", param="min_tokens")
+    return replace(base, max_tokens=max_tokens)
