@@ -56,9 +56,11 @@ def create_app(
     tokenizer: Tokenizer | Path,
     directory: WorkerDirectory,
     clock: Callable[[], float] = time.monotonic,
+    echo_request_id: bool = True,
 ) -> FastAPI:
     """`model` is the served name; `tokenizer` may be the checkpoint's folder. Starting the app (its lifespan)
-    opens the lines to the workers. Raises ConfigError."""
+    opens the lines to the workers. `echo_request_id` is off where the server around the app does it. Raises
+    ConfigError."""
     if isinstance(tokenizer, Path):
         tokenizer = Tokenizer.load(tokenizer)
     metrics = RouterMetrics(model, clock)
@@ -82,7 +84,9 @@ def create_app(
 
     app = FastAPI(title="eLLM on Ray", version=package_version(), lifespan=lifespan)
     app.state.service = service
-    app.add_middleware(Edge, api_keys=config.api_keys, admin_key=config.admin_key)
+    app.add_middleware(
+        Edge, api_keys=config.api_keys, admin_key=config.admin_key, echo_request_id=echo_request_id
+    )
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -41,3 +41,4 @@ class RouterConfig:
     refresh_s: float = 1.0  # of the worker directory
     queue_timeout_s: float = 30.0  # a request waits so long for a worker to be up
     heartbeat_s: float = 1.0  # to each worker, so that the lease holds
+    drain_timeout_s: float = 60.0  # a router that goes waits so long for its open streams

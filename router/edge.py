@@ -57,8 +57,15 @@ def bearer(scope: Scope) -> str:
 class Edge:
     """Wraps the application."""
 
-    def __init__(self, app: ASGIApp, api_keys: tuple[str, ...] = (), admin_key: str | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        api_keys: tuple[str, ...] = (),
+        admin_key: str | None = None,
+        echo_request_id: bool = True,
+    ) -> None:
         self._app = app
+        self._echo = echo_request_id
         self._keys = [key.encode() for key in api_keys]
         self._admin_key = None if admin_key is None else admin_key.encode()
 
@@ -74,7 +81,8 @@ class Edge:
             nonlocal started
             if not started:
                 started = True
-                message["headers"] = [*message.get("headers", ()), id_header]
+                if self._echo:
+                    message["headers"] = [*message.get("headers", ()), id_header]
             await send(message)
 
         try:
