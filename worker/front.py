@@ -198,14 +198,7 @@ class WorkerFront:
                 self._forget(output.request_id, owner)
                 self._ended.put(output.request_id, output.attempt, now)
         for router_id, mine in by_box.items():
-            box = self._boxes[router_id]
-            box.put(mine, now)
-            if box.lags(now):
-                self._cut(box)
-
-    def _cut(self, box: Outbox) -> None:
-        log.warning("router %s lags %d items behind and is cut off", box.router_id, box.num_items)
-        self._drop(box)
+            self._boxes[router_id].put(mine, now)
 
     def _drop(self, box: Outbox) -> None:
         """Abort the router's requests and end its stream."""
@@ -229,12 +222,11 @@ class WorkerFront:
         now = self._clock()
         for box in list(self._boxes.values()):
             if now - box.last_heard > self._config.router_lease_s:
-                log.warning(
-                    "router %s is silent: %d requests of it are aborted", box.router_id, len(box.live)
-                )
+                log.warning("router %s is silent; %d requests are aborted", box.router_id, len(box.live))
                 self._drop(box)
             elif box.lags(now):
-                self._cut(box)
+                log.warning("router %s lags %d items behind; it is cut off", box.router_id, box.num_items)
+                self._drop(box)
             elif now - box.last_sent >= period:
                 box.make_report_due()
             else:

@@ -142,7 +142,7 @@ class WorkerSupervisor:
         if self._problem is not None:
             return self._problem
         silent = time.monotonic() - self._heard_at
-        if silent > SILENCE_S:
+        if silent > min(SILENCE_S, self._config.stall_s):
             return f"the rank has not answered for {silent:.0f} s"
         status = self._status
         if status is None or status.state == "loading":

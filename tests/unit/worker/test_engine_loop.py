@@ -182,10 +182,10 @@ def test_the_report_echoes_the_newest_submit_that_it_knows(running: list[EngineL
 
 
 def test_stop_ends_both_threads_and_closes_the_executor() -> None:
-    executor, sink = HeldExecutor(), Sink()
+    executor, sink = HeldExecutor(0.01), Sink()
     _, loop = make_engine(executor, worker_config())
     loop.start(sink)
-    loop.submit("router", 0, [request("a", 900)])
+    loop.submit("router", 0, [request("a", 900)])  # 9 s
     wait_until(lambda: len(sink.steps) > 2)
     assert loop.stop(5)
     assert loop.state == "stopped"

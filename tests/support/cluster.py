@@ -1,0 +1,77 @@
+"""A local Ray cluster with Serve for a test module, and what its tests ask of workers on it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import ray
+from ray import serve
+
+from ellm.router.ray_channel import RayChannel
+from ellm.router.replicas import RayDirectory
+from ellm.worker.api.config import ModelConfig, WorkerConfig
+from ellm.worker.supervisor import worker_application
+
+APP = "workers"
+
+
+@contextmanager
+def local_cluster(num_cpus: int = 8) -> Iterator[None]:
+    """A cluster of this process's own. Afterwards none of its processes is left, or the test fails."""
+    # Actors of the tests find their classes where the tests do.
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+    before = {p.pid for p in psutil.Process().children(recursive=True)}
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        object_store_memory=80 * 2**20,
+        log_to_driver=False,
+        configure_logging=False,
+    )
+    started: list[psutil.Process] = []
+    try:
+        serve.start(proxy_location="Disabled")
+        yield
+        started = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
+        serve.shutdown()
+    finally:
+        ray.shutdown()
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert not alive, f"left behind: {[(p.pid, p.name()) for p in alive]}"
+
+
+def simulated_config(step_s: float = 0.005, **changes: float) -> WorkerConfig:
+    """Workers that step every `step_s`, with short leases."""
+    values: dict[str, float] = {"router_lease_s": 1.0, "stall_s": 3.0, "drain_timeout_s": 10.0} | changes
+    return WorkerConfig(model=ModelConfig(path=f"simulated:overhead_s={step_s}"), **values)  # type: ignore[arg-type]
+
+
+def deploy(config: WorkerConfig, num_workers: int = 1) -> None:
+    """Returns when the workers are ready."""
+    serve.run(worker_application(config, num_workers=num_workers, rank_cpus=0.5), name=APP, route_prefix=None)
+
+
+async def workers(directory: RayDirectory) -> list[RayChannel]:
+    return sorted((await directory.refresh()).values(), key=lambda c: c.info.worker_id)
+
+
+def process_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float) -> float:
+    """Seconds it took."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < timeout_s, f"waited {timeout_s} s in vain"
+        time.sleep(0.02)
+    return time.monotonic() - start
