@@ -22,6 +22,8 @@ class Completion:
     def apply(self, step: ScheduledStep, result: StepResult) -> list[SequenceOutput]:
         """One output for every sequence that got a token or ended, in the plan's order."""
         outputs: list[SequenceOutput] = []
+        num_samples = sum(entry.samples for entry in step.plan.entries)
+        assert len(result.token_ids) == num_samples, "wrong number of tokens in a result"
         tokens = iter(result.token_ids)
         state = self._state
         block_size, commits = state.block_size, state.prefix_caching
