@@ -44,11 +44,13 @@ if [ ! -x "$VENV/bin/python" ] || ! "$VENV/bin/python" -m pip --version >/dev/nu
   "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null \
     || fail "this Python cannot make a virtual environment with pip; run: apt install python3-venv"
   mkdir -p "$VENV"
-  phase "[1/3] virtual environment in $VENV " "$PYTHON" -m venv "$VENV"
+  phase "[1/4] virtual environment in $VENV " "$PYTHON" -m venv "$VENV"
 fi
 : >"$LOG"
 pip=("$VENV/bin/python" -m pip --disable-pip-version-check install -q -c constraints.txt)
-phase "[2/3] PyTorch " "${pip[@]}" "$(grep '^torch==' constraints.txt)"
-phase "[3/3] Ray, transformers, eLLM and its tools " "${pip[@]}" -e ".[$EXTRAS]"
+phase "[2/4] PyTorch " "${pip[@]}" "$(grep '^torch==' constraints.txt)"
+phase "[3/4] Ray, transformers, eLLM and its tools " "${pip[@]}" -e ".[$EXTRAS]"
+# The first run on a machine compiles them, later ones find them in __pycache__; and it shows that all works.
+phase "[4/4] CPU kernels " "$VENV/bin/ellm" generate --prompt 'A list is' --max-tokens 2
 wanted >"$STAMP"
 echo "Installed in $((SECONDS - start))s."

@@ -14,12 +14,12 @@ COLUMNS = ("id", "node", "state", "num_running", "num_waiting", "free_blocks", "
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="everything, as one JSON object")
-    parser.add_argument("--api-key", help="where the server wants one")
+    parser.add_argument("--api-key", help="the admin key, where the server has one")
 
 
 def run(args: argparse.Namespace) -> int:
     server = Server(args.url, args.api_key, timeout_s=10.0)
-    status = server.get("/status")
+    status = server.get("/admin/workers")
     if args.json:
         print(json.dumps(status))
         return 0

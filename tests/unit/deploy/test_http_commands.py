@@ -34,7 +34,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         bodies = {
             "/v1/models": {"data": [{"id": "tiny"}]},
-            "/status": {"workers": [WORKER]},
+            "/admin/workers": {"workers": [WORKER]},
         }
         if self.path == "/html":
             return self._send(200, b"<html>", "text/html")
