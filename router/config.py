@@ -33,6 +33,7 @@ class FailoverConfig:
 class RouterConfig:
     num_replicas: int = 1
     policy: str = "least-requests"
+    tokenizer: str | None = None  # a folder or hub id; None: the model's own
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     failover: FailoverConfig = field(default_factory=FailoverConfig)
     api_keys: tuple[str, ...] = ()  # empty: open

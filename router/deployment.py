@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,9 @@ def _builder(config: RouterConfig, model: ModelConfig) -> Callable[[], Any]:
 
     def build() -> Any:
         name = model.name or Path(model.path.rstrip("/")).name
+        source = model if config.tokenizer is None else replace(model, path=config.tokenizer)
         # Serve echoes the request id itself, whatever the application does.
-        app = create_app(config, name, load_tokenizer(model), RayDirectory(), echo_request_id=False)
+        app = create_app(config, name, load_tokenizer(source), RayDirectory(), echo_request_id=False)
         # What is loaded by now stays: the collector need not look at it with every request.
         gc.collect()
         gc.freeze()
