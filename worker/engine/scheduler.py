@@ -142,14 +142,15 @@ class Scheduler:
     def _admit(self, draft: _Draft, rows: int, now: float) -> None:
         """Start waiting sequences, strictly in order, while there are rows, places and blocks."""
         state = self._state
-        while rows > 0 and len(state.running) < state.max_num_seqs:
+        pool = state.pool
+        while rows > 0 and len(state.running) < state.max_num_seqs and pool.num_available:
             seq = state.waiting.peek()
             if seq is None or seq.num_outstanding:
                 return
             hits = self._find_hits(seq)
             num_new = num_blocks_for(len(seq.tokens), state.block_size) - len(hits)
-            num_taken = num_new + state.pool.num_cached_of(hits)
-            if num_taken > state.pool.num_available:
+            num_taken = num_new + pool.num_cached_of(hits)
+            if num_taken > pool.num_available:
                 return
             if not self._policy.may_admit(state, seq, num_taken, now):
                 return

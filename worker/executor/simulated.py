@@ -2,9 +2,9 @@
 
 The next token depends on (seed, choice index, all tokens before it) and on nothing else, so a stream that is
 not the same under another batch, chunking, preemption or failover shows a wrong plan. With `verify` it looks
-at each plan as hardware would: a pool of slots holds, for every position written, a digest of the tokens up to
-it, and an entry that attends to a slot with another content raises PlanViolation. Elapsed time comes from a
-cost model; the caller advances its own clock by it, or lets the executor sleep.
+at each plan as hardware would: a pool of slots holds, for every position written, a digest of the tokens up
+to it, and an entry that attends to a slot with another content raises PlanViolation. Elapsed time comes from
+a cost model; the caller advances its own clock by it, or lets the executor sleep.
 
 True output lengths, where a test or a simulation has them, are known here and nowhere above.
 """
@@ -57,7 +57,7 @@ class _Resident:
 class SimulatedExecutor:
     """Carries out plans on nothing but a cost model.
 
-    `output_length(new)` is the number of tokens after which a sequence says end-of-text by itself, or None for
+    `output_length(new)` is the number of tokens after which a sequence says end-of-text by itself, None for
     one that never does; it may depend on prompt, sampling and choice only. With `ignore_eos` it goes on.
     """
 
