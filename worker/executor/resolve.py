@@ -38,9 +38,9 @@ def resolve_max_model_len(asked: int | None, arch: Architecture) -> int:
     """Tokens. Raises ConfigError when more is asked than the checkpoint has positions for."""
     if asked is None:
         return arch.max_model_len
-    if not 1 <= asked <= arch.max_model_len:
+    if not 2 <= asked <= arch.max_model_len:
         raise ConfigError(
-            f"max_model_len = {asked}: this checkpoint allows 1 to {arch.max_model_len}",
+            f"max_model_len = {asked}: this checkpoint allows 2 to {arch.max_model_len}",
             param="model.max_model_len",
         )
     return asked

@@ -25,6 +25,7 @@ _COSTLY = SamplingParams(
     prompt_logprobs=1,
 )
 _GREEDY = SamplingParams(temperature=0.0)
+_SCORED_ROWS = 256
 
 
 def _plan(
@@ -41,28 +42,38 @@ def largest_plan(scheduler: SchedulerConfig, block_size: int, max_model_len: int
 
     As many rows as a step may have, as many of them sampling as may run, each with every sampler feature.
     Contexts are short: bodies walk the pool in tiles, so that memory depends on rows and not on context.
+    Prompt log-probabilities are made in slices: a few rows of them stand for all.
     """
-    rows = scheduler.max_step_tokens
-    chunk = min(rows, max_model_len)
-    num_chunks = min(-(-rows // chunk), scheduler.max_num_seqs)
-    num_decode = min(max(0, rows - num_chunks), scheduler.max_num_seqs - num_chunks)
-    entries: list[PlanEntry] = []
-    for i in range(num_decode):
-        # Decode rows share blocks, each with a slot of its own.
-        block, offset = divmod(i, block_size)
-        entries.append(PlanEntry(-1 - i, offset, 1, (0,), [block], samples=True))
-    first = -(-num_decode // block_size)
-    left = rows - num_decode
-    for i in range(num_chunks):
-        size = min(chunk, left)
-        if size == 0:
-            break
-        blocks = list(range(first, first - (-size // block_size)))
-        first += len(blocks)
-        left -= size
-        seq_id = -1 - num_decode - i
-        entries.append(PlanEntry(seq_id, 0, size, (0,) * size, blocks, samples=True, prompt_logprobs=True))
-    return _plan(0, entries, _COSTLY, ()), first
+    rows, seqs = scheduler.max_step_tokens, scheduler.max_num_seqs
+    num_decode = min(rows, seqs)
+    while num_decode and num_decode + len(_chunks(rows - num_decode, max_model_len)) > seqs:
+        num_decode -= 1
+    # Decode rows share blocks, each with a slot of its own.
+    entries = [
+        PlanEntry(-1 - i, i % block_size, 1, (0,), [i // block_size], samples=True) for i in range(num_decode)
+    ]
+    num_blocks = -(-num_decode // block_size)
+    sizes = _chunks(rows - num_decode, max_model_len)
+    if len(sizes) > seqs:
+        sizes = [min(rows, max_model_len)] * seqs
+    for i, size in enumerate(sizes):
+        blocks = list(range(num_blocks, num_blocks - (-size // block_size)))
+        num_blocks += len(blocks)
+        entries.append(
+            PlanEntry(-1 - num_decode - i, 0, size, (0,) * size, blocks, samples=True, prompt_logprobs=i == 0)
+        )
+    return _plan(0, entries, _COSTLY, ()), num_blocks
+
+
+def _chunks(rows: int, max_model_len: int) -> list[int]:
+    """Sizes of the fewest chunks that make `rows`, the first short enough to be scored."""
+    first = min(rows, max_model_len, _SCORED_ROWS)
+    sizes = [first] if first else []
+    rows -= first
+    while rows:
+        sizes.append(min(rows, max_model_len))
+        rows -= sizes[-1]
+    return sizes
 
 
 def step_kinds(scheduler: SchedulerConfig, block_size: int, max_model_len: int) -> Iterator[BatchPlan]:
@@ -70,7 +81,7 @@ def step_kinds(scheduler: SchedulerConfig, block_size: int, max_model_len: int) 
 
     Just-in-time bodies compile on the first call of each kind.
     """
-    size = min(block_size + 1, max_model_len - 1, scheduler.max_step_tokens - 1)
+    size = max(1, min(block_size + 1, max_model_len - 1, scheduler.max_step_tokens - 1))
     blocks = [0, 1]
     ids = tuple(range(-1, -4, -1))[: max(1, min(3, scheduler.max_num_seqs, scheduler.max_step_tokens))]
 

@@ -72,7 +72,7 @@ class Attention:
         """x [R, hidden] -> [R, hidden], or [n, hidden] for `rows` [n] alone; all R rows reach the pool."""
         ops = self._ops
         qkv = self._qkv(x).view(-1, self._all_heads, self._head_dim)
-        q, k, v = torch.split(qkv, self._heads, dim=1)  # views: [R, H, D], [R, K, D] twice
+        q, k, v = qkv.split_with_sizes(self._heads, 1)  # views: [R, H, D], [R, K, D] twice
         if self._q_norm is not None and self._k_norm is not None:
             q, k = self._norm_heads(q, self._q_norm), self._norm_heads(k, self._k_norm)
         if cos_sin is not None:
