@@ -13,6 +13,7 @@ from support.engine_scenarios import make_script, make_setting, output_length, p
 from ellm.worker.api.config import SchedulerConfig
 from ellm.worker.cache.block_pool import BlockPool
 from ellm.worker.cache.prefix_index import PrefixIndex
+from ellm.worker.engine.plan import BatchPlan
 from ellm.worker.engine.sequence import Sequence
 from ellm.worker.engine.state import EngineState
 
@@ -132,3 +133,32 @@ def test_a_broken_engine_is_caught(
     assert not some_script_fails(range(3))
     damage(monkeypatch)
     assert some_script_fails(range(40))
+
+
+def rows_of(plan: BatchPlan) -> list[tuple[int, int, int, list[int]]]:
+    """Who runs which positions in which blocks; a live table may have grown since."""
+    size = LIMITS.block_size
+    return [
+        (e.seq_id, e.start, e.num_tokens, e.block_ids[: -(-(e.start + e.num_tokens) // size)])
+        for e in plan.entries
+    ]
+
+
+def test_no_decision_depends_on_a_length_to_come() -> None:
+    """Two worlds that differ only in how long outputs will be: the same plans until the first one ends."""
+    config = SchedulerConfig(max_step_tokens=24, max_num_seqs=12)
+    worlds = []
+    for shift in (0, 1):
+        driver = EngineDriver(
+            replace(LIMITS, num_blocks=40),
+            scheduler=config,
+            output_length=lambda new, shift=shift: 15 + (new.sampling.seed * 7 + 11 * shift) % 20,
+        )
+        for i in range(20):
+            driver.add(request(f"r{i}", 10, seed=i, max_tokens=40))
+        while not driver.reasons:
+            driver.turn()
+        worlds.append(driver.plans)
+    common = min(len(plans) for plans in worlds) - 1  # at depth two, one more was planned than came back
+    assert common > 14
+    assert [rows_of(plan) for plan in worlds[0][:common]] == [rows_of(plan) for plan in worlds[1][:common]]
