@@ -1,4 +1,4 @@
-"""The brain and a real model together: a starved pool, shared prefixes and resumed requests change no token."""
+"""The brain with a real model: a starved pool, shared prefixes, resumed requests change no token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHARED = golden.prompt(50, seed=100)
 
 
 def requests() -> list[EngineRequest]:
-    """Greedy and drawn, penalised and scored, two choices of one prompt, half of them with a common prefix."""
+    """Greedy, drawn, penalised, scored; two choices of one prompt; half of them with a common prefix."""
     drawn = replace(GREEDY, temperature=0.9, top_p=0.95, seed=11)
     samplings = [
         GREEDY,

@@ -180,12 +180,12 @@ def _runner(loaded: LoadedModel, ops: Ops, num_blocks: int, block_size: int) -> 
 def _warm_up(config: WorkerConfig, loaded: LoadedModel, ops: Ops, progress: Progress) -> int:
     """Run every kind of step, then the largest, on a pool of their own; bytes at the peak of the largest."""
     block_size, max_model_len = config.cache.block_size, loaded.max_model_len
-    progress("warming up", 0.0)
     largest, num_blocks = largest_plan(config.scheduler, block_size, max_model_len)
     runner = _runner(loaded, ops, max(2, num_blocks), block_size)
-    for plan in step_kinds(config.scheduler, block_size, max_model_len):
+    kinds = list(step_kinds(config.scheduler, block_size, max_model_len))
+    for i, plan in enumerate(kinds):
+        progress("warming up", i / (len(kinds) + 1))
         runner.execute(plan)
-    progress("warming up", 0.5)
     peak = PeakMemory(loaded.device)
     runner.execute(largest)
     progress("warming up", 1.0)

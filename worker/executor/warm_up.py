@@ -77,7 +77,8 @@ def _chunks(rows: int, max_model_len: int) -> list[int]:
 
 
 def step_kinds(scheduler: SchedulerConfig, block_size: int, max_model_len: int) -> Iterator[BatchPlan]:
-    """Small plans: a prefill, decodes of one and of several rows, a mixed step, an end.
+    """Small plans: prefills with every sampler feature and with none, decodes of one and of several rows, a
+    mixed step, an end.
 
     Just-in-time bodies compile on the first call of each kind.
     """
@@ -88,6 +89,7 @@ def step_kinds(scheduler: SchedulerConfig, block_size: int, max_model_len: int) 
     def prefill(seq_id: int) -> PlanEntry:
         return PlanEntry(seq_id, 0, size, (0,) * size, blocks, samples=True)
 
+    yield _plan(0, [prefill(ids[0])], _COSTLY, ())
     yield _plan(1, [prefill(ids[0])], _GREEDY, ())
     released: tuple[int, ...] = ()
     for count in range(1, len(ids) + 1):
