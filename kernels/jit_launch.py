@@ -76,19 +76,19 @@ class Kernel:
         self._lock = threading.Lock()
 
     def __call__(self, kind: int, units: int, words: tuple[int, ...]) -> None:
-        """Run it over `units` units of work; `words` are its arguments after the header."""
+        """Run it; `words` are its arguments after the header. One unit of work stays on this thread."""
         compiled = self._compiled.get(kind)
         if compiled is None:
             compiled = self._compile(kind)
         block = array("q", (0, 0, *words))
         address = block.buffer_info()[0]
-        threads = min(units, torch.get_num_threads())
-        parallel = _gomp_parallel() if threads > 1 else None
+        threads = torch.get_num_threads()
+        parallel = _gomp_parallel() if units > 1 and threads > 1 else None
         if parallel is None:
             compiled[0](address)
         else:
             # Always the whole pool: asking for fewer makes OpenMP take its team apart.
-            parallel(compiled[1], address, torch.get_num_threads(), 0)
+            parallel(compiled[1], address, threads, 0)
 
     def compile(self, kind: int) -> Any:
         """Compile for an element kind, or load from the cache; returns numba's function object."""

@@ -27,6 +27,7 @@ from ellm.kernels.jit_ir import (
     widen_bf16,
 )
 
+DOUBLE = ir.DoubleType()
 F32, BF16, F16 = 0, 1, 2
 KINDS = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
 HEADER = 2  # words of a kernel's block before its arguments: see `jit_launch`
@@ -124,6 +125,16 @@ def load_i32(builder: Any, address: Any) -> Any:
 @instruction(types.float32, types.intp)
 def load_float(builder: Any, address: Any) -> Any:
     return builder.load(pointer_to(builder, address, FLOAT), typ=FLOAT, align=1)
+
+
+@instruction(types.float64, types.intp)
+def load_double(builder: Any, address: Any) -> Any:
+    return builder.load(pointer_to(builder, address, DOUBLE), typ=DOUBLE, align=1)
+
+
+@instruction(types.void, types.intp, types.float64)
+def store_double(builder: Any, address: Any, value: Any) -> None:
+    builder.store(value, pointer_to(builder, address, DOUBLE), align=1)
 
 
 @instruction(types.void, types.intp, types.float32)

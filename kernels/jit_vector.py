@@ -32,6 +32,12 @@ def spread(builder: Any, value: Any) -> Any:
     return splat(builder, value)
 
 
+@instruction(vector)
+def lane_numbers(builder: Any) -> Any:
+    """0 to 15."""
+    return ir.Constant(VEC, [float(i) for i in range(LANES)])
+
+
 @instruction(vector, vector, vector, vector)
 def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     """a * b + c, rounded once."""

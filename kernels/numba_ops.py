@@ -13,11 +13,12 @@ from torch import Tensor
 from ellm.kernels import jit_attention, jit_pool, jit_rows
 from ellm.kernels.jit_math import LOG2_E
 from ellm.kernels.jit_memory import KINDS
+from ellm.kernels.numba_sampling import logprobs, sample
 from ellm.kernels.ops import AttentionMeta, Linear, SamplingBatch
 from ellm.kernels.packed_linear import pack_linear
-from ellm.kernels.reference_sampling import logprobs, sample
+from ellm.kernels.scratch import scratch
 
-UNIT_BYTES = 1 << 15  # rows of a unit of work: enough that handing it out costs nothing
+UNIT_BYTES = 1 << 17  # rows of a unit of work: worth waking another thread for
 UNBOUNDED = 1 << 40  # a window that is none
 
 
@@ -148,7 +149,6 @@ class NumbaOps:
             for cache in (k_cache, v_cache)
         )
         bytes_per_thread = jit_pool.scratch_bytes(longest * group, dim)
-        scratch = self._scratch(bytes_per_thread * torch.get_num_threads())
         units = len(runs) * kv_heads
         words = [units, runs.ctypes.data, kv_heads, group, dim, block_size]
         words += [sliding_window or UNBOUNDED, _float_bits(scale * LOG2_E)]
@@ -156,7 +156,7 @@ class NumbaOps:
         for cache in (k_cache, v_cache):
             words += [cache.data_ptr(), *(stride * size for stride in cache.stride()[:3])]
         words += [meta.block_tables.data_ptr(), meta.block_tables.shape[1], meta.positions.data_ptr()]
-        words += [scratch, bytes_per_thread, int(in_place)]
+        words += [scratch(bytes_per_thread * torch.get_num_threads()), bytes_per_thread, int(in_place)]
         if units:
             jit_attention.paged_attention(kind, units, tuple(words))
         return out
@@ -181,14 +181,6 @@ class NumbaOps:
         longest = int(rows.max()) if len(rows) else 0
         self._local.runs = (meta, rows_per_run, runs, longest)
         return runs, longest
-
-    def _scratch(self, num_bytes: int) -> int:
-        """The address of this thread's scratch memory, aligned to a cache line."""
-        memory: Tensor | None = getattr(self._local, "scratch", None)
-        if memory is None or memory.numel() < num_bytes + 64:
-            memory = torch.empty(2 * num_bytes + 64, dtype=torch.uint8)
-            self._local.scratch = memory
-        return -(-memory.data_ptr() // 64) * 64
 
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """logits [S, V] -> token ids [S]."""

@@ -25,10 +25,10 @@ NOISE_CHUNK = 1 << 21  # logits whose noise is made at once: float64 temporaries
 
 
 def adjust_logits(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """Bias and penalties: logits [S, V] -> [S, V] float32 (a copy where anything changes)."""
-    out = logits.float()
+    """Bias and penalties: logits [S, V] -> [S, V], a float32 copy where there are any."""
     if batch.bias is None and batch.penalty_ids is None:
-        return out
+        return logits
+    out = logits.float()
     if out is logits:
         out = out.clone()
     if batch.bias is not None:
@@ -60,7 +60,7 @@ def _penalise(logits: Tensor, batch: SamplingBatch) -> None:
 
 def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """logits [S, V] -> token ids [S] int64."""
-    logits = adjust_logits(logits, batch)
+    logits = adjust_logits(logits, batch).float()
     greedy = torch.argmax(logits, dim=-1)
     if batch.temperature is None or len(greedy) == 0:
         return greedy

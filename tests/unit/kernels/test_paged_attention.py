@@ -32,6 +32,9 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+Entry = tuple[int, int, int]  # sequence, first position, end
+
+
 def attend(ops: Ops, sequences: PagedSequences, entries: list[Entry], window: int | None) -> Tensor:
     q, meta = sequences.step(entries)
     scale = sequences.heads.dim**-0.5
