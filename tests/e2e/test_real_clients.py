@@ -1,0 +1,181 @@
+"""One server with the model that ships: lm-eval against transformers, and hundreds of clients that vanish.
+
+The tests share the server; the last word is that every block is free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from support.served import Served, served, wait_for
+from support.tree import ROOT
+
+from ellm.deploy.ports import free_ports
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+FOLDER = ROOT / "deploy" / "bundled" / "pydoc-5m"
+TASK = """
+task: pydoc_endings
+dataset_path: json
+dataset_kwargs:
+  data_files: {data}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list:
+  - metric: acc
+"""
+QUESTIONS = [
+    ("Return a list of", [" strings", " the names of all files in the directory", " é☃", " -1"]),
+    (
+        "The list method append adds an item to the",
+        [" end of the list", " front", " dictionary that is given"],
+    ),
+    ("Raise ValueError if the", [" value is not present.", " file", " time zone is not known to the system"]),
+    ("os.path.join", [" joins one or more path components intelligently", " removes a file"]),
+]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Served]:
+    (port,) = free_ports(1)
+    flags = [
+        "--port",
+        str(port),
+        "--workers",
+        "2",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--kv-blocks",
+        "2048",
+    ]
+    with served(*flags) as made:
+        made.wait_until_ready()
+        yield made
+
+
+@pytest.fixture(scope="module")
+def url(server: Served) -> str:
+    return server.wait_until_ready()
+
+
+def lm_eval(out: Path, tasks: Path, model: str, arguments: str) -> dict[tuple[int, str], float]:
+    """Run the command; (question, choice) -> log-likelihood."""
+    command = [
+        *(sys.executable, "-m", "lm_eval", "--model", model, "--model_args", arguments),
+        *("--tasks", "pydoc_endings", "--include_path", str(tasks), "--batch_size", "1"),
+        *("--output_path", str(out), "--log_samples"),
+    ]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(tasks / "cache"),
+        "OPENAI_API_KEY": "x",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (samples,) = out.rglob("samples_pydoc_endings_*.jsonl")
+    found = {}
+    for line in samples.read_text().splitlines():
+        sample = json.loads(line)
+        for choice, (response,) in zip(sample["doc"]["choices"], sample["resps"], strict=True):
+            found[sample["doc_id"], choice] = float(response[0])
+    return found
+
+
+@pytest.mark.needs_tool("lm_eval")
+def test_lm_eval_scores_as_transformers_does(url: str, tmp_path: Path) -> None:
+    """Every continuation's log-likelihood over HTTP (echo, logprobs, token ids) within 2e-5 per token."""
+    data = tmp_path / "questions.jsonl"
+    rows = [{"question": question, "choices": choices, "answer": 0} for question, choices in QUESTIONS]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "task.yaml").write_text(TASK.format(data=data))
+    ours = lm_eval(
+        tmp_path / "ours",
+        tmp_path,
+        "local-completions",
+        f"model=pydoc-5m,base_url={url}/v1/completions,tokenizer={FOLDER},num_concurrent=4,max_length=2048",
+    )
+    theirs = lm_eval(
+        tmp_path / "theirs", tmp_path, "hf", f"pretrained={FOLDER},dtype=float32,device=cpu,max_length=2048"
+    )
+    assert len(ours) == sum(len(choices) for _, choices in QUESTIONS)
+    assert ours.keys() == theirs.keys()
+    assert max(abs(ours[key] - theirs[key]) for key in ours) <= 2e-5
+
+
+async def vanish(port: int, body: dict[str, Any], after_first_token: bool) -> None:
+    """Ask for a stream, and reset the connection after its first token or while the prompt is computed."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    payload = json.dumps(body).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(payload)}\r\n\r\n"
+    )
+    writer.write(head.encode() + payload)
+    await writer.drain()
+    if after_first_token:
+        assert b" 200 " in await reader.readline()
+        while not (await reader.readline()).startswith(b"data: {"):
+            pass
+    else:
+        await asyncio.sleep(0.02)
+    raw = writer.get_extra_info("socket")
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, not a goodbye
+    writer.close()
+
+
+async def vanish_all(port: int, count: int, body: dict[str, Any], after_first_token: bool) -> None:
+    """At most 100 at once."""
+    gate = asyncio.Semaphore(100)
+
+    async def one(index: int) -> None:
+        async with gate:
+            prompt = [3 + (index + i) % 4000 for i in range(body["num_prompt"])]
+            request = {"prompt": prompt, "max_tokens": 400, "ignore_eos": True, "stream": True}
+            await vanish(port, request, after_first_token)
+
+    await asyncio.gather(*(one(index) for index in range(count)))
+
+
+def workers(url: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = httpx.get(f"{url}/admin/workers", timeout=20).json()["workers"]
+    return found
+
+
+def nothing_is_held(url: str) -> bool:
+    return all(
+        w["num_running"] == w["num_waiting"] == 0 and w["free_blocks"] + w["cached_blocks"] == w["num_blocks"]
+        for w in workers(url)
+    )
+
+
+def test_clients_that_vanish_leave_nothing_behind(url: str) -> None:
+    port = int(url.rsplit(":", 1)[1])
+    before = workers(url)
+    asyncio.run(vanish_all(port, 500, {"num_prompt": 20}, after_first_token=True))
+    asyncio.run(vanish_all(port, 200, {"num_prompt": 1600}, after_first_token=False))
+    wait_for(lambda: nothing_is_held(url), 60)
+    after = workers(url)
+    assert [w["epoch"] for w in after] == [w["epoch"] for w in before], "a worker was restarted"
+    # Far fewer tokens than were asked for: the engine stopped when the clients did.
+    made = sum(w["generation_tokens"] for w in after) - sum(w["generation_tokens"] for w in before)
+    assert 500 <= made < 500 * 400 / 2
+    answer = httpx.post(f"{url}/v1/completions", json={"prompt": "Return", "max_tokens": 4}, timeout=30)
+    assert answer.status_code == 200
