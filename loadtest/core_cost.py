@@ -1,0 +1,106 @@
+"""What the brain costs: microseconds of EngineCore per scheduled sequence, with a number of them decoding.
+
+begin_step and finish_step are timed at pipeline depth 2 around the simulated executor, whose own time is left
+out. The least of several medians is the figure: that is the program's own cost, and the rest is the machine's
+other work.
+
+    python -m ellm.loadtest.core_cost --json OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+from ellm.loadtest.result import device_name, git_commit, package_versions
+from ellm.worker.api.config import SchedulerConfig, WorkerConfig
+from ellm.worker.api.cost_model import CostModel
+from ellm.worker.api.request import EngineRequest, SamplingParams
+from ellm.worker.engine.core import EngineCore
+from ellm.worker.engine.plan import BatchPlan, ModelLimits
+from ellm.worker.executor.simulated import SimulatedExecutor
+
+BATCHES = (1, 8, 32, 128, 256)
+BUDGET_US = 10.0  # per scheduled sequence, at 32 and more
+_PROMPT, _STEPS, _ROUNDS = 256, 128, 5
+_BLOCK = 16
+
+
+def measure_core_cost(num_seqs: int, *, steps: int = _STEPS, rounds: int = _ROUNDS) -> dict[str, float]:
+    """Microseconds per scheduled sequence and step: `total_us`, and its parts `begin_us` and `finish_us`.
+
+    `num_seqs` requests of 256 prompt tokens decode; prefix cache on, so that blocks are hashed as they fill.
+    """
+    total = _PROMPT + steps * (rounds + 2)
+    limits = ModelLimits(num_seqs * (total // _BLOCK + 2), _BLOCK, total + 64, 32_000, (0,))
+    config = WorkerConfig(scheduler=SchedulerConfig(max_num_seqs=num_seqs))
+    core = EngineCore(limits, config)
+    executor = SimulatedExecutor(limits, CostModel.known(overhead_s=0.005, kv_token_s=1e-8), verify=False)
+    for i in range(num_seqs):
+        prompt = tuple((7 * i + 13 * j) % 32_000 for j in range(_PROMPT))
+        sampling = SamplingParams(max_tokens=total - _PROMPT, ignore_eos=True, seed=i)
+        core.add_request(EngineRequest(f"request-{i}", prompt, sampling), 0.0)
+    outstanding: deque[BatchPlan] = deque()
+    while core.report(0.0).generation_tokens < 2 * num_seqs:  # every prompt is in
+        _turn(core, executor, outstanding)
+    medians = []
+    for _ in range(rounds):
+        times = [_turn(core, executor, outstanding) for _ in range(steps)]
+        medians.append(tuple(1e6 * median(part) / num_seqs for part in zip(*times, strict=True)))
+    begin_us, finish_us = min(medians, key=sum)
+    return {
+        "num_seqs": num_seqs,
+        "total_us": begin_us + finish_us,
+        "begin_us": begin_us,
+        "finish_us": finish_us,
+    }
+
+
+def _turn(
+    core: EngineCore, executor: SimulatedExecutor, outstanding: deque[BatchPlan]
+) -> tuple[float, float]:
+    """Plan as far as the core goes and take one step back; seconds of (begin_step, finish_step)."""
+    start = perf_counter()
+    while (plan := core.begin_step(0.0)) is not None:
+        outstanding.append(plan)
+    begun = perf_counter()
+    plan = outstanding.popleft()
+    result = executor.execute(plan)
+    executed = perf_counter()
+    outputs = core.finish_step(plan, result, 0.0)
+    finished = perf_counter()
+    assert len(outputs) == sum(entry.samples for entry in plan.entries)
+    return begun - start, finished - executed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a line per batch size; exit status 1 if one of 32 and more is above the budget."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    args = parser.parse_args(arguments)
+    rows = [measure_core_cost(num_seqs) for num_seqs in BATCHES]
+    for row in rows:
+        print(
+            f"{row['num_seqs']:4.0f} sequences: {row['total_us']:6.2f} us each"
+            f" (begin {row['begin_us']:.2f}, finish {row['finish_us']:.2f})"
+        )
+    if args.json is not None:
+        record: dict[str, Any] = {
+            "device": device_name(),
+            "versions": package_versions(),
+            "commit": git_commit(),
+        }
+        args.json.write_text(json.dumps(record | {"budget_us": BUDGET_US, "rows": rows}, indent=1) + "\n")
+    return int(any(row["total_us"] > BUDGET_US for row in rows if row["num_seqs"] >= 32))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
