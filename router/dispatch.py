@@ -75,6 +75,7 @@ class Dispatcher:
         """Look for workers once, then go on looking, and watch those that are there."""
         with contextlib.suppress(Exception):
             await self._refresh()
+        self._watched_at = self._clock()
         self._spawn(self._forever(self._refresh, self._config.refresh_s))
         self._spawn(self._forever(self._watch, WATCH_PERIOD_S))
 
@@ -156,7 +157,14 @@ class Dispatcher:
         """A worker ends our stream too when it drains, and when it did not hear from us for a lease."""
         if link.draining:
             return "drain"
-        return "lag" if self._clock() - self._lagged_at < LAG_MEMORY_S else "death"
+        now = self._clock()
+        self._note_lag(now)
+        return "lag" if now - self._lagged_at < LAG_MEMORY_S else "death"
+
+    def _note_lag(self, now: float) -> None:
+        """Remember that our own loop has stood still for about as long as a worker waits for us."""
+        if now - self._watched_at > self._config.failover.fail_s:
+            self._lagged_at = now
 
     # Failover
 
@@ -230,8 +238,7 @@ class Dispatcher:
 
     async def _watch(self) -> None:
         now = self._clock()
-        if now - self._watched_at > self._config.failover.suspect_s:
-            self._lagged_at = now
+        self._note_lag(now)
         self._watched_at = now
         for link in list(self.links.values()):
             if link.watch.tick(now) is Hearing.SILENT:

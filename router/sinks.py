@@ -103,6 +103,8 @@ class EventStream:
         scored: Sequence[ScoredToken],
         finish_reason: FinishReason | None,
     ) -> None:
+        if self._ended:  # failed; what still comes is for nobody
+            return
         index = sequence.index
         if not self._opened[index]:
             self._opened[index] = True
