@@ -4,21 +4,18 @@ begin_step and finish_step are timed at pipeline depth 2 around the simulated ex
 out. The least of several medians is the figure: that is the program's own cost, and the rest is the machine's
 other work.
 
-    python -m ellm.loadtest.core_cost --json OUT
+    python -m ellm.loadtest.core_cost
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
 
-from ellm.loadtest.result import device_name, git_commit, package_versions
+from ellm.loadtest.result import Result, Row, command_line
 from ellm.worker.api.config import SchedulerConfig, WorkerConfig
 from ellm.worker.api.cost_model import CostModel
 from ellm.worker.api.request import EngineRequest, SamplingParams
@@ -80,26 +77,36 @@ def _turn(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a line per batch size; exit status 1 if one of 32 and more is above the budget."""
+    """Print a line per batch size and write the result file; exit status 1 if one of 32 and more is above the budget."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    args = parser.parse_args(arguments)
-    rows = [measure_core_cost(num_seqs) for num_seqs in BATCHES]
-    for row in rows:
-        print(
-            f"{row['num_seqs']:4.0f} sequences: {row['total_us']:6.2f} us each"
-            f" (begin {row['begin_us']:.2f}, finish {row['finish_us']:.2f})"
-        )
-    if args.json is not None:
-        record: dict[str, Any] = {
-            "device": device_name(),
-            "versions": package_versions(),
-            "commit": git_commit(),
+    parser.parse_args(arguments)
+    figures = [measure_core_cost(num_seqs) for num_seqs in BATCHES]
+    rows: list[Row] = [
+        {
+            "sequences": int(figure["num_seqs"]),
+            "begin_step, us each": figure["begin_us"],
+            "finish_step, us each": figure["finish_us"],
+            "us each": figure["total_us"],
+            "ratio": BUDGET_US / figure["total_us"] if figure["num_seqs"] >= 32 else None,
+            "against": "budget of 10 us" if figure["num_seqs"] >= 32 else None,
         }
-        args.json.write_text(json.dumps(record | {"budget_us": BUDGET_US, "rows": rows}, indent=1) + "\n")
-    return int(any(row["total_us"] > BUDGET_US for row in rows if row["num_seqs"] >= 32))
+        for figure in figures
+    ]
+    for row in rows:
+        print(f"{row['sequences']:4} sequences: {row['us each']:6.2f} us each")
+    result = Result(
+        name="core-cost",
+        title="The engine's brain",
+        about="Microseconds of EngineCore (planning a step and taking its result) per decoding sequence, pipeline "
+        "depth 2, prefix cache on, the executor's own time left out; the least of several medians.",
+        command=command_line("ellm.loadtest.core_cost"),
+        rows=rows,
+        raw=figures,
+    )
+    print(f"wrote {result.write()}")
+    return int(any(one["total_us"] > BUDGET_US for one in figures if one["num_seqs"] >= 32))
 
 
 if __name__ == "__main__":
