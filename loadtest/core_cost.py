@@ -77,7 +77,7 @@ def _turn(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a line per batch size and write the result file; exit status 1 if one of 32 and more is above the budget."""
+    """Print a line per batch size, write the result file; 1 if one of 32 and more is above the budget."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -99,8 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = Result(
         name="core-cost",
         title="The engine's brain",
-        about="Microseconds of EngineCore (planning a step and taking its result) per decoding sequence, pipeline "
-        "depth 2, prefix cache on, the executor's own time left out; the least of several medians.",
+        about="Microseconds of EngineCore (planning a step and taking its result) per decoding sequence, "
+        "pipeline depth 2, prefix cache on, the executor's own time left out; the least of several medians.",
         command=command_line("ellm.loadtest.core_cost"),
         rows=rows,
         raw=figures,
