@@ -178,6 +178,7 @@ class RouterMetrics(Collector):
         yield self._counter(
             "ellm_request_success", "Sequences by how they ended.", "finished_reason", self.finished
         )
+        yield self._counter("ellm_request_errors", "Requests answered with an error.", "code", self.errors)
         yield self._counter(
             "ellm_admission_rejections", "Requests that were not admitted.", "reason", self.rejections
         )

@@ -177,7 +177,8 @@ class EventStream:
         sleeper = self._sleeper
         if sleeper is not None:
             self._sleeper = None
-            sleeper.set_result(None)
+            if not sleeper.done():  # it may have been cancelled, with its task not yet told
+                sleeper.set_result(None)
         elif self._num_waiting > self._max_bytes:
             self._max_bytes = 1 << 62  # once
             self._cut_off()
@@ -191,14 +192,9 @@ class EventStream:
 
     def _wake(self) -> None:
         sleeper, self._sleeper = self._sleeper, None
-        if sleeper is not None:
+        if sleeper is not None and not sleeper.done():
             sleeper.set_result(None)
 
     async def _sleep(self) -> None:
-        # One future per sleep: an Event costs more. A cancelled sleeper is set aside, or `_put` would set it.
-        self._sleeper = self._loop.create_future()
-        try:
-            await self._sleeper
-        except asyncio.CancelledError:
-            self._sleeper = None
-            raise
+        self._sleeper = self._loop.create_future()  # one per sleep: an Event costs more
+        await self._sleeper

@@ -1,0 +1,113 @@
+"""Names and buckets of the field, counters that never run backwards, and what requests add to them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import httpx
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+from support.router_server import MODEL, RouterServer, wait_until
+
+from ellm.router.metrics import FORGET_S, TTFT_BUCKETS, Histogram, RouterMetrics
+from ellm.worker.api.report import WorkerInfo, WorkerReport
+
+INFO = WorkerInfo("w0", "e0", "m", "n", 1024, 16, 64, 1000, (0,), "cpu", "float32", True)
+
+
+def values(text: str) -> dict[str, float]:
+    """Sample -> value; labels other than the model's in braces."""
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = ",".join(f"{k}={v}" for k, v in sorted(sample.labels.items()) if k != "model_name")
+            found[sample.name + ("{" + labels + "}" if labels else "")] = sample.value
+    return found
+
+
+def test_the_endpoint_has_the_fields_names(client: httpx.Client) -> None:
+    response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    assert response.text.endswith("\n")
+    names = {
+        f.name: f.type for f in text_string_to_metric_families(response.text) if f.name.startswith("ellm_")
+    }
+    for name in (
+        "ellm_time_to_first_token_seconds", "ellm_inter_token_latency_seconds",
+        "ellm_time_per_output_token_seconds", "ellm_e2e_request_latency_seconds",
+    ):  # fmt: skip
+        assert names[name] == "histogram"
+    for name in (
+        "ellm_prompt_tokens", "ellm_generation_tokens", "ellm_num_preemptions", "ellm_request_success",
+        "ellm_prefix_cache_queries", "ellm_prefix_cache_hits", "ellm_router_failovers",
+        "ellm_admission_rejections", "ellm_router_decisions",
+    ):  # fmt: skip
+        assert names[name] == "counter"
+        assert f"{name}_total" in response.text
+    for name in (
+        "ellm_num_requests_running", "ellm_num_requests_waiting", "ellm_kv_cache_usage_perc",
+        "ellm_kv_cache_headroom_tokens", "ellm_router_report_age_seconds", "ellm_step_time_seconds",
+    ):  # fmt: skip
+        assert names[name] == "gauge"
+    assert ":" not in "".join(names)
+
+
+def test_requests_are_counted(server: RouterServer, client: httpx.Client) -> None:
+    before = values(client.get("/metrics").text)
+    body = {"model": MODEL, "prompt": [7, 8, 9], "max_tokens": 5, "n": 2, "ignore_eos": True}
+    assert client.post("/v1/completions", json=body).status_code == 200
+    assert client.post("/v1/completions", json={**body, "n": 0}).status_code == 400
+
+    def grown(name: str) -> float:
+        return values(client.get("/metrics").text)[name] - before.get(name, 0.0)
+
+    assert grown("ellm_request_success_total{finished_reason=length}") == 2
+    assert grown("ellm_request_errors_total{code=invalid_value}") == 1
+    assert grown("ellm_time_to_first_token_seconds_count") == 2
+    # One per output: a router that is behind gets several tokens in one.
+    assert 2 <= grown("ellm_inter_token_latency_seconds_count") <= 8
+    assert grown("ellm_e2e_request_latency_seconds_count") == 2
+    assert grown("ellm_time_per_output_token_seconds_count") == 2
+    assert grown("ellm_time_to_first_token_seconds_sum") > 0
+    wait_until(lambda: grown("ellm_generation_tokens_total") == 10)
+    assert grown("ellm_prompt_tokens_total") >= 3
+
+
+@given(st.lists(st.floats(0, 5000, allow_nan=False), max_size=50))
+def test_a_histogram_cumulates(observed: list[float]) -> None:
+    histogram = Histogram(TTFT_BUCKETS)
+    for value in observed:
+        histogram.observe(value)
+    buckets, total = histogram.samples()
+    assert abs(total - sum(observed)) <= 1e-6 * (1 + total)
+    for bound, count in buckets:
+        assert count == sum(value <= float(bound) for value in observed)
+    assert buckets[-1] == ("+Inf", len(observed))
+
+
+def test_counters_of_workers_never_run_backwards() -> None:
+    now = [0.0]
+    metrics = RouterMetrics("m", lambda: now[0])
+    second = replace(INFO, epoch="e1")
+
+    def total() -> float:
+        return values(metrics.text().decode())["ellm_generation_tokens_total"]
+
+    metrics.worker_report(INFO, WorkerReport(1, generation_tokens=100))
+    assert total() == 100
+    metrics.worker_gone(INFO)
+    assert total() == 100
+    metrics.worker_report(second, WorkerReport(1, generation_tokens=7))
+    assert total() == 107
+    metrics.worker_report(INFO, WorkerReport(2, generation_tokens=130))  # it was not dead after all
+    assert total() == 137
+    metrics.worker_gone(INFO)
+    now[0] = FORGET_S + 1
+    metrics.worker_gone(second)
+    assert total() == 137
+    now[0] = 3 * FORGET_S
+    metrics.worker_gone(second)
+    assert total() == 137
+    gauge = [name for name in values(metrics.text().decode()) if name.startswith("ellm_num_requests_running")]
+    assert gauge == []
