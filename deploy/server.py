@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 import types
+from typing import Any
 
 from ellm.deploy import application, ports, ray_cluster, workers
 from ellm.deploy.application import DeployFailed
@@ -24,6 +25,7 @@ from ellm.worker.model.inspect import inspect_checkpoint
 
 INTERRUPTED = 130
 WATCH_S = 5.0
+FIND_S = 5.0
 LOST_S = 30.0  # without an answer from Serve's controller
 
 
@@ -100,16 +102,17 @@ def start(config: EllmConfig, progress: Progress) -> None:
         ray_cluster.start_serve(config)
     deadline = time.monotonic() + config.cluster.start_timeout_s
     application.deploy(config)
-    with progress.phase(f"{config.cluster.num_workers} workers on {config.worker.model.device}"):
+    count = config.cluster.num_workers
+    with progress.phase(f"{count} worker{'s' if count > 1 else ''} on {config.worker.model.device}"):
         application.wait_for("Worker", deadline, lambda: progress.note(workers.progress()))
-        infos = workers.infos()
         progress.note("ready")
-    for line in workers.pool_lines(infos):
-        progress.line(f"  {line}")
     with progress.phase("Router"):
         application.wait_for("Router", deadline)
     with progress.phase("HTTP ingress"):
-        wait_until_ready(config, deadline)
+        wait_until_ready(config, progress, deadline)
+        progress.note("ready")
+    for line in workers.pool_lines(worker_table(config)):
+        progress.line(f"  {line}")
 
 
 def needed_cpus(config: EllmConfig) -> float:
@@ -125,7 +128,7 @@ def base_url(config: EllmConfig) -> str:
     return f"http://[{host}]:{config.cluster.port}" if ":" in host else f"http://{host}:{config.cluster.port}"
 
 
-def wait_until_ready(config: EllmConfig, deadline: float) -> None:
+def wait_until_ready(config: EllmConfig, progress: Progress, deadline: float) -> None:
     """Until /health/ready is 200 through the ingress. Raises DeployFailed."""
     server = Server(base_url(config), timeout_s=2.0)
     reason = ""
@@ -135,13 +138,34 @@ def wait_until_ready(config: EllmConfig, deadline: float) -> None:
             return
         except RequestFailed as error:
             reason = error.message
+            progress.note(reason)
         time.sleep(0.05)
     raise DeployFailed(f"not ready after {config.cluster.start_timeout_s:.0f} s: {reason}")
 
 
+def worker_table(config: EllmConfig) -> list[dict[str, Any]]:
+    """The workers as a router sees them; it is given a moment to find them all."""
+    key = config.router.admin_key or next(iter(config.router.api_keys), None)
+    server = Server(base_url(config), key, timeout_s=5.0)
+    deadline = time.monotonic() + FIND_S
+    while True:
+        try:
+            table: list[dict[str, Any]] = server.get("/admin/workers")["workers"]
+        except RequestFailed:
+            table = []
+        if len(table) >= config.cluster.num_workers or time.monotonic() > deadline:
+            return table
+        time.sleep(0.05)
+
+
 def announce(config: EllmConfig) -> None:
     url = base_url(config)
-    body = {"model": config.worker.model.name, "prompt": "The list method append", "max_tokens": 32}
+    body = {
+        "model": config.worker.model.name,
+        "prompt": "The list method append",
+        "max_tokens": 32,
+        "temperature": 0,
+    }
     key = " -H 'Authorization: Bearer YOUR_KEY'" if config.router.api_keys else ""
     print(f"\nReady: {url}\n")
     print(f"  curl {url}/v1/completions -H 'Content-Type: application/json'{key} \\")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ellm.worker.api import wire
 from ellm.worker.api.actor_name import NAMESPACE, epoch_of
-from ellm.worker.api.report import WorkerInfo
 
 ANSWER_S = 1.0
 
@@ -38,12 +36,6 @@ def progress() -> str:
     return ", ".join(f"{count} x {text}" if len(found) > 1 else text for text, count in texts.items())
 
 
-def infos() -> list[WorkerInfo]:
-    """Of the ranks that have loaded, by worker id."""
-    found = [wire.unpack_info(packed) for packed in ask(ranks(), "describe") if packed is not None]
-    return sorted(found, key=lambda info: info.worker_id)
-
-
 def ask(handles: Sequence[Any], method: str) -> list[Any]:
     """The answers of those that answer in time."""
     import ray
@@ -60,19 +52,19 @@ def ask(handles: Sequence[Any], method: str) -> list[Any]:
     return answers
 
 
-def pool_lines(found: Sequence[WorkerInfo]) -> list[str]:
-    """How the KV pools were sized, one line per worker (one for all where they are alike)."""
-    texts = Counter(describe_pool(info) for info in found)
-    if len(texts) == 1 and len(found) > 1:
-        return [f"each worker: {next(iter(texts))}"]
-    return [f"{info.worker_id}: {describe_pool(info)}" for info in found]
+def pool_lines(table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How the KV pools were sized, from the router's table of workers: one line each, or one for all."""
+    kinds = {tuple(row[name] for name in ("device", "dtype", "num_blocks", "block_size")) for row in table}
+    if len(kinds) == 1 and len(table) > 1:
+        return [f"each worker: {describe_pool(table[0])}"]
+    return [f"{row['id']}: {describe_pool(row)}" for row in table]
 
 
-def describe_pool(info: WorkerInfo) -> str:
-    tokens = info.num_blocks * info.block_size
-    parts = ", ".join(f"{what} {_bytes(size)}" for what, size in info.memory)
+def describe_pool(row: Mapping[str, Any]) -> str:
+    tokens = row["num_blocks"] * row["block_size"]
+    parts = ", ".join(f"{what} {_bytes(size)}" for what, size in row["memory"].items())
     sized = f" ({parts})" if parts else ""
-    return f"{info.dtype} on {info.device}, KV pool {info.num_blocks} blocks = {tokens:,} tokens{sized}"
+    return f"{row['dtype']} on {row['device']}, KV pool {row['num_blocks']} blocks = {tokens:,} tokens{sized}"
 
 
 def _percent(share: float) -> str:

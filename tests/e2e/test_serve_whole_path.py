@@ -1,0 +1,178 @@
+"""From `ellm serve` to the last process: the model that ships, two workers, real clients, one lost worker.
+
+The tests share one server and run in their order; the last one stops it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import psutil
+import pytest
+from support.served import ELLM, Served, served, wait_for
+
+from ellm.deploy.ports import free_ports
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+PROMPT = "The list method append"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Served]:
+    (port,) = free_ports(1)
+    flags = ["--port", str(port), "--workers", "2", "--device", "cpu", "--kv-blocks", "512"]
+    with served(*flags) as made:
+        made.wait_until_ready()
+        yield made
+
+
+@pytest.fixture(scope="module")
+def url(server: Served) -> str:
+    return server.wait_until_ready()
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def model(client: openai.OpenAI) -> str:
+    (found,) = client.models.list().data
+    return found.id
+
+
+def status(url: str) -> list[dict[str, Any]]:
+    done = subprocess.run([ELLM, "status", "--url", url, "--json"], capture_output=True, text=True)
+    workers: list[dict[str, Any]] = json.loads(done.stdout)["workers"] if done.returncode == 0 else []
+    return workers
+
+
+def ready_workers(url: str) -> list[dict[str, Any]]:
+    return [worker for worker in status(url) if worker["state"] == "ready"]
+
+
+def long_stream(client: openai.OpenAI, model: str, num_tokens: int) -> Any:
+    """A greedy stream that ends by length alone."""
+    extra = {"ignore_eos": True}
+    return client.completions.create(
+        model=model, prompt=PROMPT, max_tokens=num_tokens, temperature=0, stream=True, extra_body=extra
+    )
+
+
+def test_it_says_what_it_does_and_how_to_ask_it(server: Served, url: str) -> None:
+    for phase in (
+        "Ray: ",
+        "Ray Serve with ",
+        "2 workers on cpu: ready",
+        "each worker: ",
+        "Router",
+        "HTTP ingress",
+    ):
+        server.wait_for_line(rf"^\[ *\d+\.\d s\] +{phase}", 5.0)
+    assert "KV pool 512 blocks = 8,192 tokens" in server.output
+    curl = server.output[server.output.index("curl") :].partition("ellm chat")[0]
+    done = subprocess.run(["bash", "-c", f"{curl} -sS"], capture_output=True, text=True)
+    if done.returncode != 127:  # curl may be missing
+        assert json.loads(done.stdout)["choices"][0]["text"]
+
+
+def test_a_completion(client: openai.OpenAI, model: str) -> None:
+    answer = client.completions.create(model=model, prompt=PROMPT, max_tokens=16, temperature=0)
+    assert answer.choices[0].text.strip()
+    assert answer.choices[0].finish_reason in ("length", "stop")
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens <= 16
+    again = client.completions.create(model=model, prompt=PROMPT, max_tokens=16, temperature=0)
+    assert again.choices[0].text == answer.choices[0].text
+
+
+def test_a_streamed_chat(client: openai.OpenAI, model: str) -> None:
+    messages: Any = [{"role": "user", "content": "What is a list?"}]
+    chunks = list(
+        client.chat.completions.create(
+            model=model, messages=messages, max_tokens=16, temperature=0, stream=True
+        )
+    )
+    deltas = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    assert deltas[0].delta.role == "assistant"
+    assert "".join(delta.delta.content or "" for delta in deltas).strip()
+    assert [delta.finish_reason for delta in deltas][-1] in ("length", "stop")
+    assert len({chunk.id for chunk in chunks}) == 1
+    whole = client.chat.completions.create(model=model, messages=messages, max_tokens=16, temperature=0)
+    assert whole.choices[0].message.content == "".join(delta.delta.content or "" for delta in deltas)
+
+
+def test_the_terminal_chat(url: str) -> None:
+    command = [ELLM, "chat", "--url", url, "--max-tokens", "8", "--temperature", "0"]
+    done = subprocess.run(command, input="What is a list?\n", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_status_names_the_workers_and_their_processes(url: str) -> None:
+    workers = ready_workers(url)
+    assert [worker["id"] for worker in workers] == ["w0", "w1"]
+    for worker in workers:
+        assert {"node", "num_running", "num_waiting", "free_blocks", "num_blocks"} <= set(worker)
+        assert all(psutil.pid_exists(pid) for pid in worker["rank_pids"])
+    pids = [pid for worker in workers for pid in worker["rank_pids"]]
+    assert len(set(pids)) == 2
+
+
+def test_a_stream_survives_the_death_of_its_worker(client: openai.OpenAI, model: str, url: str) -> None:
+    num_tokens = 1200
+    calm = "".join(chunk.choices[0].text for chunk in long_stream(client, model, num_tokens))
+    texts: list[str] = []
+    finish = None
+    killed = None
+    for chunk in long_stream(client, model, num_tokens):
+        texts.append(chunk.choices[0].text)
+        finish = chunk.choices[0].finish_reason or finish
+        if killed is None and len(texts) >= 3:
+            # The router's own table is a heartbeat old: take the worker that is busy.
+            busy = [worker for worker in status(url) if worker["num_here"] > 0]
+            assert busy, "the stream ended before its worker could be found"
+            (killed,) = busy[0]["rank_pids"]
+            os.kill(killed, signal.SIGKILL)
+    assert killed is not None
+    assert "".join(texts) == calm
+    assert finish == "length"
+    assert not psutil.pid_exists(killed) or psutil.Process(killed).status() == psutil.STATUS_ZOMBIE
+    wait_for(lambda: len(ready_workers(url)) == 2, 120)  # Serve has started a new one
+    assert killed not in [pid for worker in status(url) for pid in worker["rank_pids"]]
+
+
+def test_ctrl_c_lets_a_stream_end_and_leaves_nothing(
+    server: Served, client: openai.OpenAI, model: str, url: str
+) -> None:
+    started = threading.Event()
+    texts: list[str] = []
+    finish: list[str] = []
+
+    def read() -> None:
+        for chunk in long_stream(client, model, 600):
+            texts.append(chunk.choices[0].text)
+            finish.extend([chunk.choices[0].finish_reason] if chunk.choices[0].finish_reason else [])
+            started.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert started.wait(60)
+    assert len(server.processes()) > 5
+    server.signal(signal.SIGINT)
+    code = server.wait()
+    reader.join(10)
+    assert code == 0, server.output
+    assert finish == ["length"]
+    assert server.processes() == []
+    assert "Traceback" not in server.output
