@@ -1,6 +1,6 @@
-"""`ellm serve` from its first check to its last process: start, wait until ready, hold, drain, clear away.
+"""The driver of `ellm serve`: check, start, wait until ready, hold, drain, leave.
 
-Whatever happens after Ray is started, this process ends with nothing of it left on the machine.
+`foreground.py` stands before it and clears away what should be left.
 """
 
 from __future__ import annotations
@@ -17,63 +17,60 @@ from ellm.deploy import application, ports, ray_cluster, workers
 from ellm.deploy.application import DeployFailed
 from ellm.deploy.config import EllmConfig
 from ellm.deploy.http_client import RequestFailed, Server
-from ellm.deploy.leftovers import Session
 from ellm.deploy.progress import Progress
 from ellm.deploy.resolve import num_cores
 from ellm.worker.build import SIMULATED
 from ellm.worker.model.inspect import inspect_checkpoint
 
 INTERRUPTED = 130
-WATCH_S = 5.0
+WATCH_S = 2.0
+MARGIN_S = 20.0  # for Serve to take down what has drained
 FIND_S = 5.0
 LOST_S = 30.0  # without an answer from Serve's controller
 
 
 class Stopped(BaseException):
-    """A signal came while the cluster was starting."""
+    """SIGINT came while the cluster was starting."""
 
 
-class Signals:
-    """The first SIGINT, SIGTERM or SIGHUP asks for an orderly end, the second ends everything at once."""
+class Interrupt:
+    """SIGINT: raises Stopped while the cluster starts, and sets `asked` from then on."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self) -> None:
         self.asked = threading.Event()
         self._starting = True
-        self._session = session
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
 
     def started(self) -> None:
-        """From now on a signal sets `asked`; before, it raises Stopped in the main thread."""
         self._starting = False
 
     def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
-        if self.asked.is_set():
-            self._session.end(0.0)
-            os._exit(INTERRUPTED)
         self.asked.set()
         if self._starting:
+            self._starting = False
             raise Stopped
 
 
-def serve(config: EllmConfig) -> int:
-    """Hold a cluster up until a signal; returns the exit code. Raises EllmError."""
-    check(config)
+def run(config: EllmConfig) -> int:
+    """Hold a cluster up until SIGINT, or until the parent process is gone; returns the exit code.
+
+    Raises EllmError.
+    """
     progress = Progress()
-    session = Session()
-    signals = Signals(session)
+    interrupt = Interrupt()
     try:
         start(config, progress)
-        signals.started()
+        interrupt.started()
         announce(config)
-        lost = watch(signals, progress)
-        shut_down(config, progress, signals)
+        lost = watch(interrupt, progress)
+        progress.line("Stopping: running requests may end, Ctrl-C again ends them now")
+        application.delete(time.monotonic() + config.worker.drain_timeout_s + MARGIN_S)
     except Stopped:
         progress.line("Stopping")
         return INTERRUPTED
     finally:
-        signals.started()
-        clear(config, session)
+        interrupt.started()
+        ray_cluster.stop(own=config.cluster.address is None)
         progress.line("Stopped")
     return 1 if lost else 0
 
@@ -173,11 +170,11 @@ def announce(config: EllmConfig) -> None:
     print(f"  ellm chat --url {url}\n\nCtrl-C stops it.", flush=True)
 
 
-def watch(signals: Signals, progress: Progress) -> bool:
-    """Wait for a signal. True if the cluster was lost before one came."""
+def watch(interrupt: Interrupt, progress: Progress) -> bool:
+    """Wait for the signal. True if the cluster was lost before it came."""
     shown = "RUNNING"
-    answered = time.monotonic()
-    while not signals.asked.wait(WATCH_S):
+    parent, answered = os.getppid(), time.monotonic()
+    while not interrupt.asked.wait(WATCH_S) and os.getppid() == parent:
         status = application.status()
         if status is not None:
             answered = time.monotonic()
@@ -189,16 +186,3 @@ def watch(signals: Signals, progress: Progress) -> bool:
             progress.line("Ray does not answer any more; ending")
             return True
     return False
-
-
-def shut_down(config: EllmConfig, progress: Progress, signals: Signals) -> None:
-    """Let running requests end, then take the application down. A second signal cuts it short."""
-    progress.line("Stopping: running requests may end, Ctrl-C again ends them now")
-    deadline = time.monotonic() + config.worker.drain_timeout_s + 20.0
-    application.delete(deadline)
-
-
-def clear(config: EllmConfig, session: Session) -> None:
-    """Leave Ray, and end every process of a cluster of our own."""
-    ray_cluster.stop(own=config.cluster.address is None)
-    session.end(5.0)

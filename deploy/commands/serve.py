@@ -56,6 +56,6 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         print(config.dump(resolved, loaded.origins), end="")
         return 0
-    from ellm.deploy import server
+    from ellm.deploy import foreground
 
-    return server.serve(resolved)
+    return foreground.serve(resolved)

@@ -24,7 +24,7 @@ def test_a_signal_during_the_start_ends_it() -> None:
     with served(*SIMULATED, "--port", str(port)) as server:
         server.wait_for_line(r"\] Ray: ")
         server.signal(signal.SIGTERM)
-        assert server.wait() == 130
+        assert server.wait() == 130, server.output
         assert server.processes() == []
         assert "Ready" not in server.output
         assert "Traceback" not in server.output

@@ -1,0 +1,76 @@
+"""`ellm serve` as the terminal sees it: a small process in front of the one that drives Ray.
+
+The driver runs in a process group of its own, so that Ctrl-C, a hangup and a SIGTERM to the group reach this
+process alone and not Ray's, which would fall over each other. The first signal asks the driver for an orderly
+end, the second ends everything at once. When the driver is gone, however it went, so is all that it started.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+import types
+
+from ellm.deploy import server
+from ellm.deploy.config import EllmConfig
+from ellm.deploy.leftovers import Session
+from ellm.worker.api.errors import EllmError
+
+INTERRUPTED = 130
+GRACE_S = 5.0  # for what the driver has ended to be gone
+
+
+def serve(config: EllmConfig) -> int:
+    """Hold a cluster up until a signal; returns the exit code. Raises ConfigError before anything starts."""
+    server.check(config)
+    session = Session()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    driver = os.fork()  # no threads and no Ray yet
+    if driver == 0:
+        os._exit(_drive(config))
+    asked = _forward_signals(driver, session)
+    _, status = os.waitpid(driver, 0)
+    killed = session.end(GRACE_S)
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        print(f"ellm serve: the cluster fell ({signal.Signals(-code).name})", file=sys.stderr)
+        return 1
+    if killed and not asked:
+        print(f"ellm serve: had to end {', '.join(killed)}", file=sys.stderr)
+    return code
+
+
+def _drive(config: EllmConfig) -> int:
+    """In the driver: the exit code, whatever happens."""
+    os.setpgrp()
+    try:
+        return server.run(config)
+    except EllmError as error:
+        print(f"ellm serve: {error.message}", file=sys.stderr)
+    except Exception:  # the edge of the process
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 1
+
+
+def _forward_signals(driver: int, session: Session) -> list[int]:
+    """Install the handlers; the list holds the signals that have come."""
+    asked: list[int] = []
+
+    def on_signal(number: int, frame: types.FrameType | None) -> None:
+        asked.append(number)
+        if len(asked) == 1:
+            os.kill(driver, signal.SIGINT)
+            return
+        os.kill(driver, signal.SIGKILL)
+        session.end(0.0)
+        os._exit(INTERRUPTED)
+
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, on_signal)
+    return asked
