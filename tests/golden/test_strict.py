@@ -76,6 +76,7 @@ def sampling(seq_id: int) -> SamplingParams:
     return replace(SAMPLING[seq_id], logprobs=3)
 
 
+@pytest.fixture(scope="module")
 def alone(engine: LocalExecutor) -> dict[int, Trace]:
     """Every sequence by itself, its prompt in one chunk."""
     traces = {}
@@ -116,11 +117,10 @@ def assert_equal(got: dict[int, Trace], want: dict[int, Trace]) -> None:
         assert torch.equal(got[seq_id].kv, expected.kv), seq_id
 
 
-def test_company_and_chunking_change_nothing(engine: LocalExecutor) -> None:
-    want = alone(engine)
-    assert any(len(set(t.tokens)) > 5 for t in want.values())
+def test_company_and_chunking_change_nothing(engine: LocalExecutor, alone: dict[int, Trace]) -> None:
+    assert any(len(set(t.tokens)) > 5 for t in alone.values())
     for seed in (1, 2):
-        assert_equal(mixed(engine, seed), want)
+        assert_equal(mixed(engine, seed), alone)
 
 
 def test_prefill_writes_what_decode_wrote(engine: LocalExecutor) -> None:
@@ -140,11 +140,20 @@ def test_prefill_writes_what_decode_wrote(engine: LocalExecutor) -> None:
     assert torch.equal(sequence_kv(engine, joined), kv)
 
 
-def test_threads_change_nothing(engine: LocalExecutor) -> None:
-    want = alone(engine)
+def test_threads_change_nothing(engine: LocalExecutor, alone: dict[int, Trace]) -> None:
     threads = torch.get_num_threads()
+    driver = PlanDriver(engine)
+    tracks = [
+        driver.add(seq_id, golden.prompt(PROMPTS[seq_id], seq_id), sampling(seq_id)) for seq_id in (1, 6)
+    ]
     torch.set_num_threads(2)
     try:
-        assert_equal(mixed(engine, seed=4), want)
+        driver.step({1: 40, 6: 32})
+        for left in (21, 1):
+            driver.step({1: left, 6: 1})
     finally:
         torch.set_num_threads(threads)
+    for track in tracks:
+        want = alone[track.seq_id]
+        assert track.outputs == want.tokens[: len(track.outputs)]
+        assert torch.equal(sequence_kv(engine, track), want.kv[:, :, : track.computed])

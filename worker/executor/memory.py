@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import resource
 from pathlib import Path
 
@@ -22,10 +23,11 @@ def available_bytes(device: torch.device) -> int:
 
 
 def _system_available() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * _KIB
-    raise OSError("/proc/meminfo has no MemAvailable")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux: half of what is built in
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return next(int(line.split()[1]) * _KIB for line in lines if line.startswith("MemAvailable:"))
 
 
 def _cgroup_available() -> int:
