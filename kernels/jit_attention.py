@@ -48,6 +48,7 @@ from ellm.kernels.jit_pool import (
     UNITS,
     WINDOW,
     Q,
+    fetch_groups,
     find_groups,
     is_paired,
     padded_bytes,
@@ -177,6 +178,7 @@ def _run(block, kind, scratch, run, head):
     base = max(0, position + 1 - word(block, WINDOW)) // TILE * TILE
     while base < end:
         find_groups(block, kind, table, base, end, head, scratch, staged)
+        fetch_groups(block, table, base + TILE, end, head)
         for i in range(max(0, base - position), rows):
             last = position + i + 1
             first = max(0, last - word(block, WINDOW))

@@ -153,6 +153,13 @@ def fetch_add(builder: Any, address: Any, amount: Any) -> Any:
     return builder.atomic_rmw("add", pointer_to(builder, address, ir.IntType(64)), amount, "seq_cst")
 
 
+@instruction(types.void, types.intp)
+def prefetch(builder: Any, address: Any) -> None:
+    """Ask for the cache line of any address, without waiting."""
+    hints = [ir.Constant(I32, hint) for hint in (0, 3, 1)]  # to read; to keep near; data
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer_to(builder, address, ir.IntType(8)), *hints)
+
+
 @instruction(types.void, types.intp, types.intp, types.intp)
 def copy_bytes(builder: Any, target: Any, source: Any, count: Any) -> None:
     byte = ir.IntType(8)

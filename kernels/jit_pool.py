@@ -18,6 +18,7 @@ from ellm.kernels.jit_memory import (
     item_size,
     load_i32,
     load_part,
+    prefetch,
     store_f32,
     store_i64,
     word,
@@ -142,3 +143,16 @@ def find_groups(block, kind, table, base, end, head, scratch, staged):
                     offset = position - index * word(block, BLOCK)
                     source = _place(block, side, table, index, head) + offset * word(block, side + 3)
                 store_i64(scratch + 8 * (pair * GROUPS + group), source)
+
+
+@inline
+def fetch_groups(block, table, base, end, head):
+    """Ask for the tile at `base` ahead of its turn: blocks lie anywhere, no hardware would guess them."""
+    for position in range(base, min(base + TILE, end), LANES):
+        index = position // word(block, BLOCK)
+        offset = position - index * word(block, BLOCK)
+        for side in range(K_POOL, V_TOKEN, V_POOL - K_POOL):
+            stride = word(block, side + 3)
+            source = _place(block, side, table, index, head) + offset * stride
+            for line in range(0, LANES * stride, 64):
+                prefetch(source + line)

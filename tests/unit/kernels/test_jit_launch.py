@@ -1,0 +1,97 @@
+"""Running kernels: each unit once whoever runs it, without OpenMP too, and without a folder for the cache."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("numba")
+
+from ellm.kernels import jit_launch
+from ellm.kernels.jit_launch import Kernel
+from ellm.kernels.jit_memory import fetch_add, word
+
+
+def _count(variant: int) -> Any:
+    def count(block):  # type: ignore[no-untyped-def]
+        """words: units, address of [units] int64, address of [threads] int64"""
+        kind = variant & 3
+        slot = fetch_add(block + 8, 1)
+        unit = fetch_add(block, 1)
+        while unit < word(block, 0):
+            fetch_add(word(block, 1) + 8 * unit, 1 + kind)
+            fetch_add(word(block, 2) + 8 * slot, 1)
+            unit = fetch_add(block, 1)
+
+    return count
+
+
+COUNT = Kernel(_count)
+
+
+@pytest.fixture(params=[1, 2, 4])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def run(units: int) -> tuple[list[int], list[int]]:
+    done, by_thread = np.zeros(units, dtype=np.int64), np.zeros(8, dtype=np.int64)
+    COUNT(0, units, (units, done.ctypes.data, by_thread.ctypes.data))
+    return done.tolist(), by_thread.tolist()
+
+
+def test_every_unit_runs_once(threads: int) -> None:
+    for units in (0, 1, 2, 5, 20000):
+        done, by_thread = run(units)
+        assert done == [1] * units
+        assert sum(by_thread) == units
+        assert not any(by_thread[threads if units > 1 else 1 :])
+
+
+def test_kernels_of_several_threads_do_not_mix(threads: int) -> None:
+    results: list[list[int]] = []
+
+    def work() -> None:
+        torch.set_num_threads(threads)
+        results.extend(run(1000)[0] for _ in range(20))
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert results == [[1] * 1000] * 60
+
+
+def test_torchs_own_pool_is_found() -> None:
+    assert jit_launch._gomp_parallel() is not None
+
+
+def test_one_thread_where_there_is_no_openmp(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    monkeypatch.setattr(jit_launch, "_gomp_parallel", lambda: None)
+    done, by_thread = run(100)
+    assert done == [1] * 100
+    assert by_thread[0] == 100
+
+
+def test_kinds_are_compiled_apart() -> None:
+    done, by_thread = np.zeros(3, dtype=np.int64), np.zeros(8, dtype=np.int64)
+    COUNT(2, 3, (3, done.ctypes.data, by_thread.ctypes.data))
+    assert done.tolist() == [3, 3, 3]
+
+
+def test_without_a_folder_to_cache_in(caplog: pytest.LogCaptureFixture) -> None:
+    scope: dict[str, Any] = {}
+    exec("def nothing(block):\n    pass", scope)  # numba finds no file beside which to keep it
+    with caplog.at_level("INFO"):
+        function = jit_launch._compile_cached(scope["nothing"])
+    assert function.address
+    assert "NUMBA_CACHE_DIR" in caplog.text
