@@ -41,6 +41,7 @@ class RequestContext:
 
     request_id: str
     tenant: str  # stands for the key; "" where none is needed
+    send: Send  # past the framework's own layers, which would each pass on every chunk
 
 
 def request_id(scope: Scope) -> str:
@@ -86,7 +87,7 @@ class Edge:
             await send(message)
 
         try:
-            scope[CONTEXT] = RequestContext(ident, self._tenant(scope))
+            scope[CONTEXT] = RequestContext(ident, self._tenant(scope), send_with_id)
             await self._app(scope, receive, send_with_id)
         except EllmError as error:
             if not started:

@@ -76,8 +76,7 @@ class Service:
 
 
 class Exchange(Response):
-    """An ASGI response that does all its work when it is called: nothing of FastAPI's stands between it and
-    the client's connection."""
+    """An ASGI response that does all its work when it is called, past FastAPI to the client's connection."""
 
     def __init__(self, service: Service, kind: Kind) -> None:
         self.background = None
@@ -86,6 +85,7 @@ class Exchange(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         context: RequestContext = scope[CONTEXT]
+        send = context.send
         try:
             body = await read_json(scope, receive, self._service.config.limits.max_body_bytes)
             await _while_client_stays(receive, lambda: self._answer(body, scope, send, context))
