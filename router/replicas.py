@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util import list_named_actors
 
-from ellm.router.ray_channel import RayChannel
+from ellm.router.stream_channel import StreamChannel
 from ellm.worker.api import wire
 from ellm.worker.api.actor_name import NAMESPACE, epoch_of
 
@@ -27,9 +27,9 @@ class RayDirectory:
     """Knows each incarnation once: its channel stays the same object as long as its actor has its name."""
 
     def __init__(self) -> None:
-        self._channels: dict[str, RayChannel] = {}
+        self._channels: dict[str, StreamChannel] = {}
 
-    async def refresh(self) -> Mapping[str, RayChannel]:
+    async def refresh(self) -> Mapping[str, StreamChannel]:
         """Epoch -> channel of every worker that has loaded and whose actor lives."""
         names = await asyncio.to_thread(_rank_names)
         new = [(epoch, name) for epoch, name in names.items() if epoch not in self._channels]
@@ -52,12 +52,15 @@ def _rank_names() -> dict[str, str]:
     return names
 
 
-async def _open(name: str) -> RayChannel | None:
+async def _open(name: str) -> StreamChannel | None:
     """The channel to this actor; None if it has died since, loads still, or does not answer in time."""
     try:
         handle: Any = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
-        packed = await asyncio.wait_for(handle.describe.remote(), DESCRIBE_TIMEOUT_S)
+        described = await asyncio.wait_for(handle.describe.remote(), DESCRIBE_TIMEOUT_S)
     except (ValueError, RayError, TimeoutError) as error:
         log.debug("%s does not answer: %r", name, error)
         return None
-    return None if packed is None else RayChannel(handle, wire.unpack_info(packed))
+    if described is None:
+        return None
+    packed, host, port, secret = described[:4]
+    return StreamChannel(wire.unpack_info(packed), host, port, secret)

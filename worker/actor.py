@@ -2,8 +2,9 @@
 
 It is found by its name (worker/api/actor_name.py), never restarts by itself, and ends as soon as its engine
 fails or its supervisor is gone: routers see the death and move their requests. Loading runs off the event
-loops, so that progress can be asked for meanwhile. The data path (submit, abort, outputs) has one event loop,
-which the front needs; control has another, which answers while the first is busy.
+loops, so that progress can be asked for meanwhile. Requests and tokens do not pass through Ray: a router asks
+`describe` where to connect (worker/stream_server.py). That data path has one event loop; control has another,
+which answers while the first is busy.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import sys
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from ellm.worker.api.report import WorkerInfo
 from ellm.worker.build import LoadedEngine, load_engine
 from ellm.worker.front import WorkerFront
 from ellm.worker.loop import EngineLoop
+from ellm.worker.stream_server import StreamServer
 from ellm.worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -64,6 +66,10 @@ class RankActor:
         self._error: tuple[str, str] | None = None
         self._front: WorkerFront | None = None
         self._engine: EngineLoop | None = None
+        self._server: StreamServer | None = None
+        self._secret = secrets.token_bytes(16)
+        self._host = ray.util.get_node_ip_address()
+        self._port = 0
 
     # Data: one event loop.
 
@@ -79,25 +85,24 @@ class RankActor:
         )
         self._front = WorkerFront(self._info(loaded), self._config, self._engine)
         self._front.start()
+        server = StreamServer(self._front, self._secret)
+        self._port = await server.start(self._host)
+        self._server = server
         return True
 
-    async def describe(self) -> wire.Message | None:
-        """The packed WorkerInfo; None while loading."""
-        return None if self._front is None else self._front.describe()
-
-    async def submit(self, message: wire.Message) -> None:
-        self._ready_front().submit(message)
-
-    async def abort(self, message: wire.Message) -> None:
-        self._ready_front().abort(message)
-
-    async def outputs(self, router_id: str) -> AsyncIterator[wire.Message]:
-        async for message in self._ready_front().outputs(router_id):
-            yield message
+    async def describe(self) -> tuple[wire.Message, str, int, bytes] | None:
+        """(packed WorkerInfo, host, port, secret) for a router to connect with; None while loading."""
+        if self._front is None or self._server is None:
+            return None
+        return self._front.describe(), self._host, self._port, self._secret
 
     async def drain(self, timeout_s: float) -> bool:
         """Let running requests end, then end the streams. True if nothing was left."""
-        return True if self._front is None else await self._front.drain(timeout_s)
+        if self._front is None or self._server is None:
+            return True
+        done = await self._front.drain(timeout_s)
+        await self._server.close()
+        return done
 
     # Control: another event loop; reads only.
 
@@ -118,9 +123,10 @@ class RankActor:
             front.num_streams,
         )
 
-    def _ready_front(self) -> WorkerFront:
-        assert self._front is not None, "no one is told of a worker before it is ready"
-        return self._front
+    @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
+    async def cpu_s(self) -> float:
+        """CPU seconds of this process, all its threads, since its start."""
+        return time.process_time()
 
     def _note_progress(self, what: str, share: float) -> None:
         self._progress = (what, share)
@@ -154,5 +160,5 @@ class RankActor:
 
 
 def rank_actor() -> Any:
-    """The actor class, with its event loops: calls of the data path come in any number, streams included."""
+    """The actor class, with its event loops."""
     return ray.remote(concurrency_groups={"control": 8}, max_restarts=0, max_task_retries=0)(RankActor)

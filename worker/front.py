@@ -4,17 +4,18 @@ Each router has one outbox and reads it through one long-lived stream: a message
 tokens of all its requests, a report every heartbeat. The front keeps who asked for what, so that
 
 - a submission is taken once, by (request id, attempt), also after the request has ended;
-- a router that is silent for a lease, or lags a whole lease behind, is dropped: its stream ends, its requests
-  are aborted and their blocks are free (Ray runs a stream's generator on when its consumer is gone);
+- a router that leaves, is silent for a lease, or lags a whole lease behind is dropped: its stream ends, its
+  requests are aborted and their blocks are free;
 - while the worker drains, new requests are refused and running ones go to their end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 
 from ellm.worker.api import wire
@@ -49,12 +50,14 @@ class WorkerFront:
         self.info = info
         self.state: WorkerState = "ready"
         self.num_streams = 0
+        self.num_dropped = 0  # routers that fell silent or behind, since the start
         self._config = config
         self._engine = engine
         self._clock = clock
         self._boxes: dict[str, Outbox] = {}
         self._owners: dict[str, _Owner] = {}
         self._ended = Tombstones()  # finished and aborted requests: they are not taken again
+        self._tenures = itertools.count(1)
         self._ticker: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -77,12 +80,16 @@ class WorkerFront:
         """Requests that are not finished."""
         return len(self._owners)
 
+    @property
+    def _failed(self) -> bool:
+        return self._engine.state == "failed"
+
     def describe(self) -> wire.Message:
         return wire.pack_info(self.info)
 
     def report(self) -> WorkerReport:
         """The engine's newest, with what the front alone knows."""
-        state: WorkerState = "failed" if self._engine.state == "failed" else self.state
+        state: WorkerState = "failed" if self._failed else self.state
         since = self._engine.since_progress_s()
         return replace(self._engine.report, state=state, since_last_step_s=since)
 
@@ -108,7 +115,20 @@ class WorkerFront:
         if mine:
             self._engine.abort(mine)
 
-    async def outputs(self, router_id: str) -> AsyncIterator[wire.Message]:
+    def arrive(self, router_id: str) -> int:
+        """A router has come, or come again over another line. Returns what `leave` wants to know."""
+        box = self._heard(router_id)
+        box.tenure = next(self._tenures)
+        return box.tenure
+
+    def leave(self, router_id: str, tenure: int) -> None:
+        """The line of this arrival is gone. Unless the router has come again since, nobody is left to read:
+        it is dropped without waiting for its lease."""
+        box = self._boxes.get(router_id)
+        if box is not None and box.tenure == tenure:
+            self._drop(box)
+
+    async def outputs(self, router_id: str) -> AsyncGenerator[wire.Message, None]:
         """The router's stream of STEP messages; ends when another one is opened, when the router is dropped,
         and when the worker closes."""
         box = self._heard(router_id)
@@ -172,8 +192,8 @@ class WorkerFront:
             return False
         if self._ended.covers(request_id, attempt, self._clock()):
             return False
-        if self.state != "ready":
-            error = Unavailable(f"the worker is {self.state}")
+        if self.state != "ready" or self._failed:
+            error = Unavailable("the worker takes no new requests")
             box.put([refusal(request, error)], self._clock())
             return False
         if owner is not None:
@@ -221,13 +241,22 @@ class WorkerFront:
     def _tick(self, period: float) -> None:
         now = self._clock()
         for box in list(self._boxes.values()):
-            if now - box.last_heard > self._config.router_lease_s:
-                log.warning("router %s is silent; %d requests are aborted", box.router_id, len(box.live))
-                self._drop(box)
-            elif box.lags(now):
-                log.warning("router %s lags %d items behind; it is cut off", box.router_id, box.num_items)
+            reason = self._fault(box, now)
+            if reason is not None:
+                log.warning("router %s %s; %d requests are aborted", box.router_id, reason, len(box.live))
+                self.num_dropped += 1
                 self._drop(box)
             elif now - box.last_sent >= period:
                 box.make_report_due()
             else:
                 box.report_due = True  # with the next step
+
+    def _fault(self, box: Outbox, now: float) -> str | None:
+        """Why this router cannot be served any more."""
+        if self._failed:
+            return "is left by the failed engine"
+        if now - box.last_heard > self._config.router_lease_s:
+            return "is silent"
+        if box.lags(now):
+            return f"lags {box.num_items} items behind"
+        return None

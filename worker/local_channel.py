@@ -35,9 +35,13 @@ class LocalChannel:
 
     async def outputs(self, router_id: str) -> AsyncIterator[wire.Message]:
         self._check()
-        async for message in self._front.outputs(router_id):
-            self._check()
-            yield message
+        tenure = self._front.arrive(router_id)
+        try:
+            async for message in self._front.outputs(router_id):
+                self._check()
+                yield message
+        finally:
+            self._front.leave(router_id, tenure)
         raise ChannelClosed(f"worker {self.info.worker_id} has ended the stream")
 
     def _check(self) -> None:

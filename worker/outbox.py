@@ -35,6 +35,7 @@ class Outbox:
         self.report_due = True
         self.closed = False
         self.seq = 0  # of the next message
+        self.tenure = 0  # which arrival of the router holds this
         self.stream = 0  # how often a stream was opened; the newest alone may take
         self._items: deque[_Item] = deque()
         self._max_items = max_items

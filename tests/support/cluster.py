@@ -12,8 +12,8 @@ import psutil
 import ray
 from ray import serve
 
-from ellm.router.ray_channel import RayChannel
 from ellm.router.replicas import RayDirectory
+from ellm.router.stream_channel import StreamChannel
 from ellm.worker.api.config import ModelConfig, WorkerConfig
 from ellm.worker.supervisor import worker_application
 
@@ -48,7 +48,7 @@ def local_cluster(num_cpus: int = 8) -> Iterator[None]:
 
 def simulated_config(step_s: float = 0.005, **changes: float) -> WorkerConfig:
     """Workers that step every `step_s`, with short leases."""
-    values: dict[str, float] = {"router_lease_s": 1.0, "stall_s": 3.0, "drain_timeout_s": 10.0} | changes
+    values: dict[str, float] = {"router_lease_s": 2.0, "stall_s": 3.0, "drain_timeout_s": 10.0} | changes
     return WorkerConfig(model=ModelConfig(path=f"simulated:overhead_s={step_s}"), **values)  # type: ignore[arg-type]
 
 
@@ -57,7 +57,7 @@ def deploy(config: WorkerConfig, num_workers: int = 1) -> None:
     serve.run(worker_application(config, num_workers=num_workers, rank_cpus=0.5), name=APP, route_prefix=None)
 
 
-async def workers(directory: RayDirectory) -> list[RayChannel]:
+async def workers(directory: RayDirectory) -> list[StreamChannel]:
     return sorted((await directory.refresh()).values(), key=lambda c: c.info.worker_id)
 
 

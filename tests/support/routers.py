@@ -11,8 +11,8 @@ import ray
 from support.cluster import workers
 from support.workers import request
 
-from ellm.router.ray_channel import RayChannel
 from ellm.router.replicas import RayDirectory
+from ellm.router.stream_channel import StreamChannel
 from ellm.worker.api import wire
 from ellm.worker.api.channel import ChannelClosed
 from ellm.worker.api.output import SequenceOutput
@@ -23,7 +23,7 @@ from ellm.worker.api.request import EngineRequest
 class Router:
     """One router's end of a channel."""
 
-    def __init__(self, channel: RayChannel, name: str = "r0") -> None:
+    def __init__(self, channel: StreamChannel, name: str = "r0") -> None:
         self.channel = channel
         self.name = name
         self.outputs: list[SequenceOutput] = []
@@ -74,7 +74,7 @@ async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None
         await asyncio.sleep(0.005)
 
 
-async def until_replaced(directory: RayDirectory, old: set[str], number: int) -> list[RayChannel]:
+async def until_replaced(directory: RayDirectory, old: set[str], number: int) -> list[StreamChannel]:
     deadline = time.monotonic() + 30
     while True:
         found = await workers(directory)

@@ -49,9 +49,9 @@ class HeldExecutor:
 
 
 def worker_config(depth: int = 2, **changes: float) -> WorkerConfig:
-    """Short periods, so that a test sees a lease expire."""
+    """A short heartbeat; a test about leases sets its own."""
     scheduler = SchedulerConfig(pipeline_depth=depth, max_num_seqs=64, max_step_tokens=256)
-    config = WorkerConfig(scheduler=scheduler, heartbeat_s=0.05, router_lease_s=0.4, outbox_items=64)
+    config = WorkerConfig(scheduler=scheduler, heartbeat_s=0.05, router_lease_s=10.0, outbox_items=64)
     return replace(config, **changes)
 
 
@@ -78,6 +78,12 @@ def request(name: str, max_tokens: int = 8, prompt_len: int = 20, attempt: int =
     prompt = tuple(1 + (start + i) % 999 for i in range(prompt_len))
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     return EngineRequest(name, prompt, params, attempt=attempt)
+
+
+def bulky(name: str, max_tokens: int) -> EngineRequest:
+    """A request whose outputs are large: it soon fills a stream that nobody reads."""
+    plain = request(name, max_tokens)
+    return replace(plain, sampling=replace(plain.sampling, logprobs=50))
 
 
 def expected_tokens(req: EngineRequest) -> tuple[int, ...]:

@@ -4,7 +4,9 @@ A message is `(version, kind, *fields)`. A reader of version N understands N - 1
 ever added at the end, and extra ones are ignored. Only builtins travel, so nothing of ours need be importable
 on the other side, and only durations travel, never clock readings.
 
-    router -> worker   SUBMIT  (v, "submit", router_id, seq, [request, ...])
+    router -> worker   HELLO   (v, "hello", router_id, secret)  first on a connection, where there is one
+                       OPEN    (v, "open", router_id)           begin the stream of STEP messages
+                       SUBMIT  (v, "submit", router_id, seq, [request, ...])
                        ABORT   (v, "abort", router_id, seq, [(request_id, attempt), ...])
     worker -> router   STEP    (v, "step", epoch, seq, [output, ...], report | None)
 """
@@ -95,6 +97,14 @@ def pack_info(info: WorkerInfo) -> Message:
 def unpack_info(message: Sequence[Any]) -> WorkerInfo:
     info: WorkerInfo = _make(WorkerInfo, message)
     return info
+
+
+def hello(router_id: str, secret: bytes) -> Message:
+    return (VERSION, "hello", router_id, secret)
+
+
+def open_stream(router_id: str) -> Message:
+    return (VERSION, "open", router_id)
 
 
 def submit(router_id: str, seq: int, requests: Sequence[EngineRequest]) -> Message:

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from support.workers import wait_until
 
 from ellm.worker.watchdog import EXIT_ORPHANED, Watchdog, process_start
 
@@ -78,13 +79,12 @@ def test_it_ends_a_process_whose_lease_expires() -> None:
 
 def test_a_renewed_lease_holds() -> None:
     reasons: list[str] = []
-    dog = Watchdog(0.3, (os.getpid(),), period_s=0.02, end=reasons.append)
-    for _ in range(20):
-        time.sleep(0.03)
+    dog = Watchdog(1.0, (os.getpid(),), period_s=0.02, end=reasons.append)
+    for _ in range(25):
+        time.sleep(0.05)
         dog.renew()
     assert reasons == []
-    time.sleep(0.5)
-    assert len(reasons) == 1
+    wait_until(lambda: len(reasons) == 1)
     assert "lease" in reasons[0]
     dog.stop()
 
