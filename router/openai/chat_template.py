@@ -71,6 +71,7 @@ class ChatTemplate:
         """Raises ConfigError when the template does not parse."""
         self.source = source
         self._special_tokens = dict(special_tokens)
+        self._knows_developers = "developer" in source  # the newer name of the system role
         try:
             self._render: Callable[..., str] = _environment().from_string(source).render
         except TemplateSyntaxError as error:
@@ -100,6 +101,10 @@ class ChatTemplate:
         **variables: Any,
     ) -> str:
         """The prompt's text. `continue_final_message` leaves the last message open. Raises InvalidRequest."""
+        if not self._knows_developers:
+            messages = [
+                m | {"role": "system"} if m["role"] == "developer" else m for m in map(dict, messages)
+            ]
         values = self._special_tokens | variables
         try:
             text = self._render(

@@ -24,7 +24,13 @@ def bearer(key: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/version", "/docs", "/nothing", "/v1/models/x"])
 def test_everything_but_health_needs_a_key(locked: httpx.Client, path: str) -> None:
-    for headers in ({}, bearer("third"), {"Authorization": "Bearer"}, {"Authorization": "first"}, bearer("chief")):
+    for headers in (
+        {},
+        bearer("third"),
+        {"Authorization": "Bearer"},
+        {"Authorization": "first"},
+        bearer("chief"),
+    ):
         response = locked.get(path, headers=headers)
         assert response.status_code == 401
         assert response.json()["error"]["code"] == "invalid_api_key"
