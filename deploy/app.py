@@ -18,8 +18,8 @@ from ellm.worker.supervisor import worker_application
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:
-    """The application of a Serve config's `args`. Raises ConfigError."""
-    return build_application(resolve(from_mapping(args)))
+    """The application of a Serve config's `args`, for the cluster that runs it. Raises ConfigError."""
+    return build_application(resolve(from_mapping({"address": "auto", **args})))
 
 
 def build_application(config: EllmConfig) -> serve.Application:

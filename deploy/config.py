@@ -226,6 +226,8 @@ def validate(config: EllmConfig) -> None:
         value = leaves[path]
         if value is not None and not low <= value <= high:
             raise ConfigError(f"{path}: {value} is not between {low} and {high}", param=path)
+    if config.worker.tensor_parallel_size != 1:
+        raise ConfigError("only one rank per worker is supported so far (--tp 1)", param="tp")
     if config.cluster.grpc_port == config.cluster.port:
         raise ConfigError("cluster.grpc_port and cluster.port are the same port", param="cluster.grpc_port")
 

@@ -34,7 +34,7 @@ class Progress:
 
     @contextmanager
     def phase(self, text: str) -> Iterator[Progress]:
-        """Show `text` while the block runs, and a finished line after it unless the block raises."""
+        """Show `text` while the block runs, and a line after it that says how it went."""
         self._text, self._note, self._phase_start = text, "", time.monotonic()
         stop = threading.Event()
         ticker = threading.Thread(target=self._tick, args=(stop,), daemon=True)
@@ -45,6 +45,7 @@ class Progress:
             stop.set()
             ticker.join()
             self._clear()
+            self.line(f"{text}: not finished")
             raise
         stop.set()
         ticker.join()

@@ -1,7 +1,7 @@
 """Turns "auto" and what was left open into values, once, from this machine and the checkpoint.
 
 Asks neither torch nor Ray: a command line must answer at once. On a cluster of several machines the number of
-threads stays open, and each worker's own node decides.
+threads stays open: Ray gives each rank as many as it has CPUs (cluster.worker_num_cpus).
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from ellm.worker.api.errors import ConfigError
 
 def resolve(config: EllmConfig) -> EllmConfig:
     """The config with device, STRICT, name and threads decided. Raises ConfigError."""
-    model = resolve_model(config.worker.model)
+    here = config.cluster.address is None
+    model = resolve_model(config.worker.model, here)
     worker = replace(config.worker, model=model)
-    if worker.num_threads is None and model.device == "cpu" and config.cluster.address is None:
+    if worker.num_threads is None and model.device == "cpu" and here:
         ranks = config.cluster.num_workers * worker.tensor_parallel_size
         worker = replace(worker, num_threads=max(1, num_cores() // ranks))
     return replace(config, worker=worker)
@@ -29,12 +30,13 @@ def resolve(config: EllmConfig) -> EllmConfig:
 def resolve_worker(worker: WorkerConfig) -> WorkerConfig:
     """One worker alone on this machine, with all its cores (`ellm generate`)."""
     threads = worker.num_threads or max(1, num_cores() // worker.tensor_parallel_size)
-    return replace(worker, model=resolve_model(worker.model), num_threads=threads)
+    return replace(worker, model=resolve_model(worker.model, here=True), num_threads=threads)
 
 
-def resolve_model(model: ModelConfig) -> ModelConfig:
+def resolve_model(model: ModelConfig, here: bool) -> ModelConfig:
+    """`here`: it will run on this machine. Raises ConfigError for a device that this machine lacks."""
     device = this_device() if model.device == "auto" else model.device
-    if device == "cuda" and model.device != "auto" and this_device() != "cuda":
+    if here and device == "cuda" and this_device() != "cuda":
         raise ConfigError("worker.model.device is cuda, but this machine has no NVIDIA GPU", param="device")
     folder = Path(model.path).expanduser()
     path = str(folder.resolve()) if folder.is_dir() else model.path

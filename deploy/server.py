@@ -19,7 +19,12 @@ from ellm.deploy.config import EllmConfig
 from ellm.deploy.http_client import RequestFailed, Server
 from ellm.deploy.progress import Progress
 from ellm.deploy.resolve import num_cores
+from ellm.router.policies import make_policy as router_policy
+from ellm.worker.api.config import ModelConfig
+from ellm.worker.api.errors import ConfigError
 from ellm.worker.build import SIMULATED
+from ellm.worker.engine.policies import make_policy as engine_policy
+from ellm.worker.model.architecture import Architecture
 from ellm.worker.model.inspect import inspect_checkpoint
 
 INTERRUPTED = 130
@@ -77,17 +82,32 @@ def run(config: EllmConfig) -> int:
 
 def check(config: EllmConfig) -> None:
     """All that can be known to be wrong before anything starts. Raises ConfigError."""
+    router_policy(config.router.policy)
+    engine_policy(config.worker.scheduler)
     model = config.worker.model
     if not model.path.startswith(SIMULATED):
-        inspect_checkpoint(model.path, model.revision)
+        check_fits(model, inspect_checkpoint(model.path, model.revision))
     if config.cluster.address is None:
         ports.check_free(config.cluster.host, config.cluster.port, "port")
         if config.cluster.grpc_port is not None:
             ports.check_free(config.cluster.host, config.cluster.grpc_port, "grpc_port")
 
 
+def check_fits(model: ModelConfig, found: Architecture) -> None:
+    """Settings that this checkpoint or device cannot have. Raises ConfigError."""
+    if model.device == "cpu" and model.dtype == "float16":
+        raise ConfigError("float16 is not supported on a CPU; use bfloat16 or float32", param="dtype")
+    if (model.max_model_len or 0) > found.max_model_len:
+        raise ConfigError(
+            f"max_model_len = {model.max_model_len}: this checkpoint allows at most {found.max_model_len}",
+            param="max_model_len",
+        )
+
+
 def start(config: EllmConfig, progress: Progress) -> None:
     """Everything up to the first 200 from /health/ready. Raises EllmError."""
+    if config.cluster.grpc_port is not None:
+        progress.line("gRPC is not served by this version: the port stays closed")
     haproxy = config.cluster.haproxy and ray_cluster.haproxy_works()
     if config.cluster.haproxy and not haproxy:
         progress.line("HAProxy does not run on this machine; Ray Serve's own proxy takes its place")

@@ -48,6 +48,7 @@ def test_a_gpu_is_used_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_missing_gpu_is_refused() -> None:
     with pytest.raises(ConfigError, match="no NVIDIA GPU"):
         made("device=cuda")
+    assert made("device=cuda", "address=auto").worker.model.device == "cuda"
 
 
 def test_a_folder_is_found_from_any_working_directory(
