@@ -33,6 +33,7 @@ from ellm.worker.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 EXIT_FAILED = 71
+CONCURRENCY_GROUPS = {"control": 8}  # beside the default one
 # With the default of 5 ms an event loop waits that long for the interpreter while the engine plans a step.
 SWITCH_INTERVAL_S = 0.0005
 
@@ -161,4 +162,4 @@ class RankActor:
 
 def rank_actor() -> Any:
     """The actor class, with its event loops."""
-    return ray.remote(concurrency_groups={"control": 8}, max_restarts=0, max_task_retries=0)(RankActor)
+    return ray.remote(concurrency_groups=CONCURRENCY_GROUPS, max_restarts=0, max_task_retries=0)(RankActor)
