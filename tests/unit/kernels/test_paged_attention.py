@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -143,3 +144,17 @@ def test_bits_do_not_depend_on_batch_chunking_or_blocks(
         for entries in random_steps(lengths, random.Random(seed)):
             expected = torch.cat([whole[i][start:end] for i, start, end in entries])
             assert same_bits(attend(ops, sequences, entries, window), expected)
+
+
+def test_a_block_outside_the_pool_is_refused() -> None:
+    ops = select("cpu", jit=True)
+    sequences = PagedSequences([40, 20], Heads())
+    q, meta = sequences.step([(0, 39, 40), (1, 3, 20)])
+    for wrong in (-1, len(sequences.k_pool)):
+        meta.block_tables[1, 0] = wrong
+        fresh = replace(meta)
+        with pytest.raises(AssertionError):
+            ops.paged_attention(q, sequences.k_pool, sequences.v_pool, fresh, 0.1)
+    k = torch.zeros(1, 2, 64)
+    with pytest.raises(AssertionError, match="slot_mapping"):
+        ops.kv_store(k, k, torch.tensor([16 * len(sequences.k_pool)]), sequences.k_pool, sequences.v_pool)
