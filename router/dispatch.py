@@ -21,6 +21,7 @@ from ellm.router.link import WorkerLink
 from ellm.router.policies import RoutedRequest, RoutingPolicy, make_policy
 from ellm.router.sequence import Sequence as LiveSequence
 from ellm.router.sequence import Verdict
+from ellm.router.subset import subset
 from ellm.worker.api.channel import WorkerChannel, WorkerDirectory
 from ellm.worker.api.errors import EllmError, Unavailable, WorkerFailed
 from ellm.worker.api.output import FinishReason
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 WATCH_PERIOD_S = 0.1
 LAG_MEMORY_S = 10.0  # a stream lost so soon after our loop stood still was not lost by the worker
+MOVE_PAUSE_S = 0.02
 MAX_MOVES = 16  # free ones included: a request that every worker gives back must end
 HANDED_BACK = "unavailable"  # the error code with which a draining worker gives a request back
 
@@ -170,7 +172,7 @@ class Dispatcher:
 
     def _refused(self, sequence: LiveSequence) -> None:
         error = sequence.error
-        if isinstance(error, tuple) and error[0] == HANDED_BACK:
+        if error is None or (isinstance(error, tuple) and error[0] == HANDED_BACK):
             self._move([sequence], "drain", death=False)
         else:
             self._fail(sequence, typed_error(error))
@@ -193,6 +195,8 @@ class Dispatcher:
 
     async def _place_again(self, sequence: LiveSequence) -> None:
         try:
+            # The first move is made at once; a request that nobody keeps is not sent round in circles.
+            await asyncio.sleep(MOVE_PAUSE_S * (sequence.num_moves - 1))
             await self._place([sequence], RoutedRequest(sequence.prompt_ids, salt=sequence.salt))
         except EllmError as error:
             self._fail(sequence, error)
@@ -228,9 +232,9 @@ class Dispatcher:
 
     async def _refresh(self) -> None:
         channels = await self._directory.refresh()
-        for epoch, channel in channels.items():
+        for epoch in subset(channels, self.router_id):
             if epoch not in self.links:
-                self.links[epoch] = self._link(channel)
+                self.links[epoch] = self._link(channels[epoch])
 
     def _link(self, channel: WorkerChannel) -> WorkerLink:
         watch = SilenceWatch(self._config.failover, WATCH_PERIOD_S, self._clock())

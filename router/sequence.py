@@ -165,7 +165,7 @@ class Sequence:
         return self._accept(wire.unpack_output(output), now)
 
     def _accept(self, output: SequenceOutput, now: float) -> Verdict:
-        if output.finish_reason == "error" or output.finish_reason == "abort":
+        if output.finish_reason in ("error", "abort"):  # an abort that we did not ask for has no error
             self.error = output.error
             return Verdict.REFUSED
         if output.prompt_logprobs is not None and self.prompt_logprobs is None:

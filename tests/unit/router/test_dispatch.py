@@ -1,0 +1,118 @@
+"""Who gets a request, what is known of workers, and what becomes of refusals."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from support.router_server import EchoWorker, RouterServer, router_config, wait_until
+
+from ellm.router.dispatch import typed_error
+from ellm.router.subset import ALL_UP_TO, CHOSEN, subset
+from ellm.worker.api.errors import EllmError, PromptTooLong, QueueFull, WorkerFailed
+from ellm.worker.api.output import SequenceOutput
+
+
+@pytest.fixture
+def three() -> Iterator[RouterServer]:
+    with RouterServer([EchoWorker(i) for i in range(3)], router_config(heartbeat_s=0.1)) as server:
+        wait_until(lambda: len(server.service.dispatcher.ready_links) == 3)
+        yield server
+
+
+def loads(server: RouterServer) -> list[int]:
+    return [len(link.live) for link in server.service.dispatcher.links.values()]
+
+
+def test_a_burst_is_spread_evenly(three: RouterServer) -> None:
+    """Thirty at once: what was sent and is not reported yet counts."""
+    for worker in three.workers:
+        worker.executor.gate.clear()
+
+    def ask(number: int) -> int:
+        with three.client() as client:
+            body = {"prompt": [5 + number, 6, 7], "max_tokens": 3}
+            return client.post("/v1/completions", json=body).status_code
+
+    with ThreadPoolExecutor(30) as pool:
+        futures = [pool.submit(ask, number) for number in range(30)]
+        wait_until(lambda: sum(loads(three)) == 30, 10)
+        assert loads(three) == [10, 10, 10]
+        for worker in three.workers:
+            worker.executor.gate.set()
+        assert [future.result() for future in futures] == [200] * 30
+    # Once the workers have reported them, nothing is counted twice.
+    links = three.service.dispatcher.links.values()
+    wait_until(lambda: all(link.replica(time.monotonic()).num_requests == 0 for link in links))
+
+
+def test_a_heartbeat_keeps_the_lease_of_an_idle_router(three: RouterServer) -> None:
+    front = three.workers[0].front
+    heard = [box.last_heard for box in front._boxes.values()]
+    wait_until(lambda: [box.last_heard for box in front._boxes.values()] > heard)
+
+
+def test_a_draining_worker_gets_nothing_new(three: RouterServer) -> None:
+    three.on_loop(three.workers[0].front.begin_drain)
+    with three.client() as client:
+        for number in range(12):  # also the first ones, which it may have to give back
+            body = {"prompt": [5 + number, 6], "max_tokens": 2}
+            assert client.post("/v1/completions", json=body).status_code == 200
+        states = {w["id"]: w["state"] for w in client.get("/admin/workers").json()["workers"]}
+    assert states == {"w0": "draining", "w1": "ready", "w2": "ready"}
+    assert three.service.metrics.failovers["death"] == 0
+
+
+def test_a_worker_that_leaves_the_directory_keeps_its_requests(three: RouterServer) -> None:
+    with three.client() as client, ThreadPoolExecutor(3) as pool:
+        body = {"prompt": [5, 6], "max_tokens": 1000, "ignore_eos": True}
+        futures = [pool.submit(client.post, "/v1/completions", json=body) for _ in range(3)]
+        wait_until(lambda: loads(three) == [1, 1, 1])
+        three.on_loop(lambda: three.directory.channels.pop("epoch0"))
+        assert [future.result().status_code for future in futures] == [200] * 3
+    assert not three.service.metrics.failovers
+
+
+def test_a_workers_own_errors_keep_their_type(three: RouterServer) -> None:
+    for worker in three.workers:
+        front = worker.front
+        front._engine.submit = lambda router_id, seq, requests, front=front: front.publish(  # type: ignore
+            [
+                SequenceOutput(r.request_id, r.attempt, 0, (), "error", error=("queue_full", "full here"))
+                for r in requests
+            ]
+        )
+    with three.client() as client:
+        for streamed in (False, True):
+            response = client.post("/v1/completions", json={"prompt": "x", "stream": streamed})
+            assert response.status_code == 429
+            assert response.json()["error"]["message"] == "full here"
+            assert response.headers["retry-after"] == "1"
+
+
+def test_errors_by_their_code() -> None:
+    assert isinstance(typed_error(("context_length_exceeded", "m")), PromptTooLong)
+    assert isinstance(typed_error(("queue_full", "m")), QueueFull)
+    assert isinstance(typed_error(("worker_failed", "m")), WorkerFailed)
+    for error in (("internal_error", "path/of/file.py"), ("no_such_code", "secret"), None):
+        assert type(typed_error(error)) is EllmError
+        assert typed_error(error).message == "internal error"
+
+
+def test_few_workers_are_all_used() -> None:
+    epochs = [f"e{i}" for i in range(ALL_UP_TO)]
+    assert subset(epochs, "r") == set(epochs)
+
+
+def test_of_many_each_router_uses_some_and_all_are_used() -> None:
+    epochs = [f"e{i}" for i in range(200)]
+    chosen = {router: subset(epochs, f"r{router}") for router in range(40)}
+    assert {len(found) for found in chosen.values()} == {CHOSEN}
+    counts = Counter(epoch for found in chosen.values() for epoch in found)
+    assert len(counts) == 200
+    # One worker less changes one line at most.
+    for router, found in chosen.items():
+        assert len(subset(epochs[1:], f"r{router}") - found) <= 1
