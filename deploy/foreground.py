@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 import types
 
@@ -19,6 +20,7 @@ from ellm.deploy.leftovers import Session
 from ellm.worker.api.errors import EllmError
 
 INTERRUPTED = 130
+SAME_S = 0.5  # `make` passes on a signal that the whole group has had
 GRACE_S = 5.0  # for what the driver has ended to be gone
 
 
@@ -58,19 +60,22 @@ def _drive(config: EllmConfig) -> int:
     return 1
 
 
-def _forward_signals(driver: int, session: Session) -> list[int]:
-    """Install the handlers; the list holds the signals that have come."""
-    asked: list[int] = []
+def _forward_signals(driver: int, session: Session) -> list[float]:
+    """Install the handlers; the list holds when the first signal came."""
+    asked: list[float] = []
 
     def on_signal(number: int, frame: types.FrameType | None) -> None:
-        asked.append(number)
-        if len(asked) == 1:
+        now = time.monotonic()
+        if not asked:
+            asked.append(now)
             os.kill(driver, signal.SIGINT)
-            return
-        os.kill(driver, signal.SIGKILL)
-        session.end(0.0)
-        os._exit(INTERRUPTED)
+        elif now - asked[0] > SAME_S:
+            os.kill(driver, signal.SIGKILL)
+            session.end(0.0)
+            os._exit(INTERRUPTED)
 
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, on_signal)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, on_signal)
     return asked

@@ -110,10 +110,13 @@ def test_lm_eval_scores_as_transformers_does(url: str, tmp_path: Path) -> None:
         tmp_path / "ours",
         tmp_path,
         "local-completions",
-        f"model=pydoc-5m,base_url={url}/v1/completions,tokenizer={FOLDER},num_concurrent=4,max_length=2048",
+        f"model=pydoc-5m,base_url={url}/v1/completions,tokenizer={FOLDER},num_concurrent=4,max_length=2048,add_bos_token=True",
     )
     theirs = lm_eval(
-        tmp_path / "theirs", tmp_path, "hf", f"pretrained={FOLDER},dtype=float32,device=cpu,max_length=2048"
+        tmp_path / "theirs",
+        tmp_path,
+        "hf",
+        f"pretrained={FOLDER},dtype=float32,max_length=2048,add_bos_token=True",
     )
     assert len(ours) == sum(len(choices) for _, choices in QUESTIONS)
     assert ours.keys() == theirs.keys()

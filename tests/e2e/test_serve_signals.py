@@ -45,12 +45,15 @@ def test_two_servers_on_one_machine() -> None:
         assert first.wait() == 0
         assert first.processes() == []
         assert models(second_url) == ["second"]
-        # A second signal while it drains ends it at once.
-        second.signal(signal.SIGINT)
-        time.sleep(0.1)
-        second.signal(signal.SIGINT)
-        second.wait(30)
-        wait_for(lambda: second.processes() == [], 15)
+        with stream(second_url, "second", num_tokens=3000) as response:  # 30 s of it
+            assert response.readline().startswith(b"data:")
+            second.signal(signal.SIGINT)
+            second.wait_for_line("Stopping")
+            time.sleep(2.0)
+            assert second.process.poll() is None  # it drains
+            second.signal(signal.SIGINT)
+            assert second.wait(10) == 130
+            assert second.processes() == []
 
 
 @pytest.mark.slow
@@ -61,6 +64,13 @@ def test_nothing_outlives_a_killed_server() -> None:
         server.process.kill()
         server.process.wait()
         wait_for(lambda: server.processes() == [], 30)
+
+
+def stream(url: str, model: str, num_tokens: int) -> Any:
+    body = {"model": model, "prompt": "x", "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
+    return urllib.request.urlopen(request, timeout=60)
 
 
 def models(url: str) -> list[str]:
