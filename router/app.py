@@ -24,8 +24,9 @@ from ellm.router import health
 from ellm.router.config import RouterConfig
 from ellm.router.dispatch import Dispatcher
 from ellm.router.edge import Edge
+from ellm.router.errors import BodyTooLarge, UnknownRoute, WrongMethod
 from ellm.router.exchange import Exchange, Service
-from ellm.router.http_bodies import JSON_TYPE, BodyTooLarge, read_json, send_error
+from ellm.router.http_bodies import JSON_TYPE, read_json, send_error
 from ellm.router.metrics import CONTENT_TYPE, RouterMetrics
 from ellm.router.openai.answer import error_body
 from ellm.router.openai.convert import Converter
@@ -82,7 +83,7 @@ def create_app(
         finally:
             await service.dispatcher.close()
 
-    app = FastAPI(title="eLLM on Ray", version=package_version(), lifespan=lifespan)
+    app = FastAPI(title="eLLM on Ray", version=package_version(), lifespan=lifespan, redirect_slashes=False)
     app.state.service = service
     app.add_middleware(
         Edge, api_keys=config.api_keys, admin_key=config.admin_key, echo_request_id=echo_request_id
@@ -101,22 +102,6 @@ def create_app(
     _add_tokens(app, service)
     _add_operations(app, service)
     return app
-
-
-class UnknownRoute(EllmError):
-    """404: no such path."""
-
-    status = 404
-    code = "not_found"
-    kind = "invalid_request_error"
-
-
-class WrongMethod(EllmError):
-    """405: the path takes another method."""
-
-    status = 405
-    code = "method_not_allowed"
-    kind = "invalid_request_error"
 
 
 async def _http_exception(request: Request, raised: Exception) -> Response:

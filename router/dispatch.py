@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from ellm.router.admission import Admission, WorkerGate
 from ellm.router.config import RouterConfig
+from ellm.router.errors import typed_error
 from ellm.router.failover import Hearing, PoisonList, SilenceWatch
 from ellm.router.link import WorkerLink
 from ellm.router.policies import RoutedRequest, RoutingPolicy, make_policy
@@ -65,7 +66,7 @@ class Dispatcher:
         self._directory = directory
         self._config = config
         self._observer = observer
-        self._clock = clock
+        self.clock = clock
         self._policy: RoutingPolicy = make_policy(config.policy)
         self._poison = PoisonList()
         self._home: dict[str, WorkerLink] = {}  # request id -> where it lives
@@ -77,7 +78,7 @@ class Dispatcher:
         """Look for workers once, then go on looking, and watch those that are there."""
         with contextlib.suppress(Exception):
             await self._refresh()
-        self._watched_at = self._clock()
+        self._watched_at = self.clock()
         self._spawn(self._forever(self._refresh, self._config.refresh_s))
         self._spawn(self._forever(self._watch, WATCH_PERIOD_S))
 
@@ -99,17 +100,15 @@ class Dispatcher:
 
     async def wait_for_worker(self, since: float | None = None) -> WorkerInfo:
         """Raises Unavailable when none is up within the queue's time."""
-        since = self._clock() if since is None else since
+        since = self.clock() if since is None else since
         while not (ready := self.ready_links):
-            await self.gate.wait(self._clock() - since)
+            await self.gate.wait(self.clock() - since)
         return ready[0].info
 
     async def submit(self, sequences: Sequence[LiveSequence], request: RoutedRequest) -> None:
         """Send sequences that share a prompt to one worker, waiting for one to be up. Raises Unavailable,
         WorkerFailed (a prompt that is held back)."""
-        self._poison.check(request.prompt_ids, self._clock())
-        for sequence in sequences:
-            sequence.accepted_at = sequence.accepted_at or self._clock()
+        self._poison.check(request.prompt_ids, self.clock())
         await self._place(sequences, request)
 
     def cancel(self, sequence: LiveSequence) -> None:
@@ -159,7 +158,7 @@ class Dispatcher:
         """A worker ends our stream too when it drains, and when it did not hear from us for a lease."""
         if link.draining:
             return "drain"
-        now = self._clock()
+        now = self.clock()
         self._note_lag(now)
         return "lag" if now - self._lagged_at < LAG_MEMORY_S else "death"
 
@@ -186,7 +185,7 @@ class Dispatcher:
             sequence.num_deaths += death
             self._observer.failover(reason)
             if sequence.num_deaths > self._config.failover.max_failovers:
-                self._poison.add(sequence.prompt_ids, self._clock())
+                self._poison.add(sequence.prompt_ids, self.clock())
                 self._fail(sequence, WorkerFailed("the workers that ran this request have failed"))
             elif sequence.num_moves > MAX_MOVES:
                 self._fail(sequence, Unavailable("no worker keeps this request", retry_after_s=5.0))
@@ -209,9 +208,9 @@ class Dispatcher:
             sequence.sink.fail(sequence, error)
 
     async def _place(self, sequences: Sequence[LiveSequence], request: RoutedRequest) -> None:
-        since = self._clock()
+        since = self.clock()
         while (link := self._choose(request)) is None:
-            await self.gate.wait(self._clock() - since)
+            await self.gate.wait(self.clock() - since)
         sequences = [s for s in sequences if s.finished is None]
         for sequence in sequences:
             self._home[sequence.request_id] = link
@@ -220,7 +219,7 @@ class Dispatcher:
     def _choose(self, request: RoutedRequest) -> WorkerLink | None:
         ready = self.ready_links
         heard = [link for link in ready if link.watch.hearing is Hearing.HEARD]
-        now = self._clock()
+        now = self.clock()
         replicas = [link.replica(now) for link in heard or ready]
         chosen = self._policy.choose(request, replicas, now)
         if chosen is None:
@@ -237,11 +236,11 @@ class Dispatcher:
                 self.links[epoch] = self._link(channels[epoch])
 
     def _link(self, channel: WorkerChannel) -> WorkerLink:
-        watch = SilenceWatch(self._config.failover, WATCH_PERIOD_S, self._clock())
-        return WorkerLink(channel, self.router_id, self, watch, self._config.heartbeat_s, self._clock)
+        watch = SilenceWatch(self._config.failover, WATCH_PERIOD_S, self.clock())
+        return WorkerLink(channel, self.router_id, self, watch, self._config.heartbeat_s, self.clock)
 
     async def _watch(self) -> None:
-        now = self._clock()
+        now = self.clock()
         self._note_lag(now)
         self._watched_at = now
         for link in list(self.links.values()):
@@ -268,21 +267,3 @@ class Dispatcher:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _by_code(root: type[EllmError]) -> dict[str, type[EllmError]]:
-    found = {root.code: root}
-    for child in root.__subclasses__():
-        found.update(_by_code(child))
-    return found
-
-
-def typed_error(error: EllmError | tuple[str, str] | None) -> EllmError:
-    """The error of a worker's (code, message). One without a known code says nothing of its cause."""
-    if isinstance(error, EllmError):
-        return error
-    kinds = _by_code(EllmError)
-    if error is None or error[0] not in kinds or error[0] == EllmError.code:
-        return EllmError("internal error")
-    kind = kinds[error[0]]
-    return kind(error[1], retry_after_s=1.0 if kind.status in (429, 503) else None)

@@ -15,6 +15,7 @@ from hashlib import blake2b
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ellm.router.errors import Unauthorized
 from ellm.router.http_bodies import header, send_error
 from ellm.worker.api.errors import EllmError
 
@@ -25,14 +26,6 @@ ADMIN_PREFIX = "/admin"
 CONTEXT = "ellm.context"
 _NOT_IN_ID = re.compile(r"[^A-Za-z0-9._:\-]")
 _MAX_ID = 128
-
-
-class Unauthorized(EllmError):
-    """401: a key is needed, or the one given is not known."""
-
-    status = 401
-    code = "invalid_api_key"
-    kind = "authentication_error"
 
 
 @dataclass(frozen=True, slots=True)

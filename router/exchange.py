@@ -18,9 +18,9 @@ from starlette.types import Receive, Scope, Send
 from ellm.router.config import RouterConfig
 from ellm.router.dispatch import Dispatcher
 from ellm.router.edge import CONTEXT, RequestContext
+from ellm.router.errors import BodyTooLarge
 from ellm.router.generation import Generation
 from ellm.router.http_bodies import (
-    BodyTooLarge,
     ClientLeft,
     header,
     read_json,
@@ -99,12 +99,13 @@ class Exchange(Response):
 
     async def _answer(self, body: Any, scope: Scope, send: Send, context: RequestContext) -> None:
         service = self._service
+        arrived_at = service.dispatcher.clock()
         job = await service.job(self._kind, body)
         shape = ChatShape() if self._kind == "chat" else CompletionShape()
         answer = Answer(shape, job, service.tokenizer, service.model, service.fingerprint)
         salt = f"{context.tenant}/{job.cache_salt}" if context.tenant or job.cache_salt else ""
         session = header(scope, b"x-session-id")
-        generation = Generation(job, service.dispatcher, service.tokenizer, salt, session)
+        generation = Generation(job, service.dispatcher, service.tokenizer, arrived_at, salt, session)
         try:
             if job.stream:
                 await self._stream(generation, answer, send)

@@ -10,20 +10,13 @@ from typing import Any
 import orjson
 from starlette.types import Receive, Scope, Send
 
+from ellm.router.errors import BodyTooLarge
 from ellm.router.openai.answer import error_body
 from ellm.worker.api.errors import EllmError, InvalidRequest
 
 JSON_TYPE = b"application/json"
 LINGER_S = 2.0
 LINGER_BYTES = 256 * 1024 * 1024
-
-
-class BodyTooLarge(EllmError):
-    """413: the body is beyond the limit; it was not read to its end."""
-
-    status = 413
-    code = "request_too_large"
-    kind = "invalid_request_error"
 
 
 class ClientLeft(Exception):

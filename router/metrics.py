@@ -139,8 +139,8 @@ class RouterMetrics(Collector):
         if reason not in ("stop", "length") or not sequence.first_token_at:
             return
         now = self._clock()
-        self._observe("ellm_time_to_first_token_seconds", sequence.first_token_at - sequence.accepted_at)
-        self._observe("ellm_e2e_request_latency_seconds", now - sequence.accepted_at)
+        self._observe("ellm_time_to_first_token_seconds", sequence.first_token_at - sequence.arrived_at)
+        self._observe("ellm_e2e_request_latency_seconds", now - sequence.arrived_at)
         decode_s = sequence.token_at - sequence.first_token_at
         self._observe("ellm_request_decode_time_seconds", decode_s)
         if len(sequence.output_ids) > 1:

@@ -69,7 +69,7 @@ class Sequence:
         "_plain",
         "_scored",
         "_shown",
-        "accepted_at",
+        "arrived_at",
         "attempt",
         "choice_index",
         "detokenizer",
@@ -116,7 +116,7 @@ class Sequence:
         self.num_cached_tokens = 0
         self.finished: FinishReason | None = None
         self.error: EllmError | tuple[str, str] | None = None
-        self.accepted_at = 0.0
+        self.arrived_at = 0.0
         self.first_token_at = 0.0
         self.token_at = 0.0
         self._matcher: StopMatcher | None = None

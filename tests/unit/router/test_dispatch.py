@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from support.router_server import EchoWorker, RouterServer, router_config, wait_until
 
-from ellm.router.dispatch import typed_error
+from ellm.router.errors import typed_error
 from ellm.router.subset import ALL_UP_TO, CHOSEN, subset
 from ellm.worker.api.errors import EllmError, PromptTooLong, QueueFull, WorkerFailed
 from ellm.worker.api.output import SequenceOutput

@@ -1,0 +1,64 @@
+"""Errors that only the HTTP edge knows, and the way from a worker's error to a typed one.
+
+EllmError
+├── Unauthorized     401 invalid_api_key
+├── UnknownRoute     404 not_found
+├── WrongMethod      405 method_not_allowed
+└── BodyTooLarge     413 request_too_large
+"""
+
+from __future__ import annotations
+
+from ellm.worker.api.errors import EllmError
+
+RETRY_AFTER_S = 1.0  # where a worker is full or away and has not said for how long
+
+
+class Unauthorized(EllmError):
+    """A key is needed, or the one given is not known."""
+
+    status = 401
+    code = "invalid_api_key"
+    kind = "authentication_error"
+
+
+class UnknownRoute(EllmError):
+    """No such path."""
+
+    status = 404
+    code = "not_found"
+    kind = "invalid_request_error"
+
+
+class WrongMethod(EllmError):
+    """The path takes another method."""
+
+    status = 405
+    code = "method_not_allowed"
+    kind = "invalid_request_error"
+
+
+class BodyTooLarge(EllmError):
+    """The body is beyond the limit; it was not read to its end."""
+
+    status = 413
+    code = "request_too_large"
+    kind = "invalid_request_error"
+
+
+def _by_code(root: type[EllmError]) -> dict[str, type[EllmError]]:
+    found = {root.code: root}
+    for child in root.__subclasses__():
+        found.update(_by_code(child))
+    return found
+
+
+def typed_error(error: EllmError | tuple[str, str] | None) -> EllmError:
+    """The error of a worker's (code, message). One without a known code says nothing of its cause."""
+    if isinstance(error, EllmError):
+        return error
+    kinds = _by_code(EllmError)
+    if error is None or error[0] not in kinds or error[0] == EllmError.code:
+        return EllmError("internal error")
+    kind = kinds[error[0]]
+    return kind(error[1], retry_after_s=RETRY_AFTER_S if kind.status in (429, 503) else None)
