@@ -90,7 +90,12 @@ def start(config: EllmConfig, num_cpus: float) -> str:
             **common,
         )
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise ClusterError(f"Ray did not start: {' '.join(str(error).split())[:500]}") from error
+        reason = " ".join(str(error).split())[:500]
+        if config.cluster.address is not None:
+            reason += (
+                " (a cluster that wants a token: RAY_AUTH_MODE=token, and its token in ~/.ray/auth_token)"
+            )
+        raise ClusterError(f"Ray: {reason}") from error
     dashboard = context.dashboard_url
     return f"a cluster of our own on this machine{f', dashboard http://{dashboard}' if dashboard else ''}"
 

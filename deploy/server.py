@@ -115,7 +115,8 @@ def start(config: EllmConfig, progress: Progress) -> None:
         ray_cluster.set_environment(config, haproxy)
     with progress.phase("Ray"):
         progress.note(ray_cluster.start(config, max(num_cores(), needed_cpus(config))))
-    with progress.phase(f"Ray Serve with {'HAProxy' if haproxy else 'its own proxy'}"):
+    proxy = "HAProxy" if haproxy else "its own proxy"
+    with progress.phase("Ray Serve" if config.cluster.address else f"Ray Serve with {proxy}"):
         ray_cluster.start_serve(config)
     deadline = time.monotonic() + config.cluster.start_timeout_s
     application.deploy(config)
@@ -187,7 +188,8 @@ def announce(config: EllmConfig) -> None:
     print(f"\nReady: {url}\n")
     print(f"  curl {url}/v1/completions -H 'Content-Type: application/json'{key} \\")
     print(f"    -d '{json.dumps(body)}'")
-    print(f"  ellm chat --url {url}\n\nCtrl-C stops it.", flush=True)
+    chat = " --api-key YOUR_KEY" if key else ""
+    print(f"  ellm chat --url {url}{chat}\n\nCtrl-C stops it.", flush=True)
 
 
 def watch(interrupt: Interrupt, progress: Progress) -> bool:
