@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -45,8 +46,15 @@ def resolve_model(model: ModelConfig, here: bool) -> ModelConfig:
         path=path,
         name=model.name or Path(path).name,
         device=device,
-        deterministic=device == "cpu" if model.deterministic is None else model.deterministic,
+        deterministic=strict_default(model, device) if model.deterministic is None else model.deterministic,
     )
+
+
+def strict_default(model: ModelConfig, device: str) -> bool | None:
+    """STRICT on a CPU, off on a GPU; None, which takes what there is and warns, on a CPU without the JIT."""
+    if device != "cpu":
+        return False
+    return True if model.jit is not False and find_spec("numba") is not None else None
 
 
 def this_device() -> Literal["cpu", "cuda"]:

@@ -34,6 +34,7 @@ def test_workers_share_the_cores(
 def test_a_cpu_is_strict_unless_told_otherwise() -> None:
     assert made().worker.model.deterministic is True
     assert made("worker.model.deterministic=false").worker.model.deterministic is False
+    assert made("worker.model.jit=false").worker.model.deterministic is None
 
 
 def test_a_gpu_is_used_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
