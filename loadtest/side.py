@@ -77,8 +77,8 @@ class Side:
 def side_command(name: str, dtype: str, arguments: argparse.Namespace) -> list[str]:
     """How to start a side. Ours run as a module, peers by path with their own interpreter."""
     folder = str(arguments.checkpoint.resolve())
-    if name in ("ellm", "ellm-fast"):
-        strict = "strict" if name == "ellm" else "fast"
+    if name in ("ellm", "ellm-torch"):
+        body = "jit" if name == "ellm" else "torch"
         return [
             sys.executable,
             "-m",
@@ -86,7 +86,7 @@ def side_command(name: str, dtype: str, arguments: argparse.Namespace) -> list[s
             folder,
             dtype,
             str(arguments.threads),
-            strict,
+            body,
         ]
     if name == "vllm":
         return [str(arguments.vllm_python), str(SIDES / "vllm_side.py"), folder, dtype]

@@ -1,6 +1,6 @@
 """Our engine as it serves: EngineLoop over the local executor, without a router or Ray.
 
-python -m ellm.loadtest.sides.ellm_side CHECKPOINT DTYPE THREADS strict|fast [num_blocks]
+python -m ellm.loadtest.sides.ellm_side CHECKPOINT DTYPE THREADS jit|torch
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def main() -> None:
         dtype="float32" if dtype == "float32" else "bfloat16",
         device="cpu",
         max_model_len=1024,
-        deterministic=mode == "strict",
+        jit=mode == "jit",
+        deterministic=mode == "jit",
     )
     cache = CacheConfig(prefix_caching=False, num_blocks=1024)
     config = WorkerConfig(model=model, cache=cache, num_threads=int(threads))
