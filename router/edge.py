@@ -16,7 +16,7 @@ from hashlib import blake2b
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ellm.router.errors import Unauthorized
-from ellm.router.http_bodies import header, send_error
+from ellm.router.http_bodies import ClientLeft, header, send_error
 from ellm.worker.api.errors import EllmError
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,8 @@ class Edge:
         except EllmError as error:
             if not started:
                 await send_error(send_with_id, error)
+        except ClientLeft:
+            log.info("request %s: 499, the client has left", ident)
         except Exception:  # the edge of the process: a client sees no internals
             log.exception("request %s failed", ident)
             if not started:

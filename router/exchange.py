@@ -94,8 +94,6 @@ class Exchange(Response):
         except EllmError as error:
             self._service.metrics.refused(error)
             await send_error(send, error)
-        except ClientLeft:
-            log.info("request %s: 499, the client has left", context.request_id)
 
     async def _answer(self, body: Any, scope: Scope, send: Send, context: RequestContext) -> None:
         service = self._service

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import time
 from typing import Any
 
 import httpx
 import pytest
-from support.router_server import MODEL, RouterServer
+from support.router_server import MODEL, RouterServer, wait_until
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 OK = {"model": MODEL, "prompt": "fine", "max_tokens": 2}
@@ -242,10 +243,17 @@ def test_a_huge_body_is_refused_while_it_is_sent(client: httpx.Client, path: str
     assert_served(client)
 
 
-def test_a_request_cut_off_in_its_body_costs_nothing(server: RouterServer, client: httpx.Client) -> None:
+@pytest.mark.parametrize("path", [COMPLETIONS, "/tokenize"])
+def test_a_request_cut_off_in_its_body_is_no_failure(
+    server: RouterServer, client: httpx.Client, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ellm.router")
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as sock:
-        sock.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{{".encode())
+        sock.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{{".encode())
+        time.sleep(0.05)
+    wait_until(lambda: "499" in caplog.text)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert_served(client)
 
 
