@@ -10,6 +10,7 @@ which answers while the first is busy.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import secrets
@@ -89,6 +90,9 @@ class RankActor:
         server = StreamServer(self._front, self._secret)
         self._port = await server.start(self._host)
         self._server = server
+        # What is loaded by now stays: the collector need not look at it again while tokens wait.
+        gc.collect()
+        gc.freeze()
         return True
 
     async def describe(self) -> tuple[wire.Message, str, int, bytes] | None:

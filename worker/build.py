@@ -5,6 +5,7 @@ A path that begins with `simulated:` takes the simulated executor: real scheduli
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ def model_name(model: ModelConfig) -> str:
 def load_engine(config: WorkerConfig, progress: Progress) -> LoadedEngine:
     """Load the model; may take minutes. Raises ConfigError naming what cannot work."""
     if config.model.path.startswith(SIMULATED):
-        return _simulated(config)
+        return _simulated(config, progress)
     # Torch is imported here, where it is needed: the import alone takes seconds.
     progress("importing torch", 0.0)
     from ellm.worker.executor.local import LocalExecutor
@@ -60,9 +61,14 @@ def load_engine(config: WorkerConfig, progress: Progress) -> LoadedEngine:
     )
 
 
-def _simulated(config: WorkerConfig) -> LoadedEngine:
-    """`simulated:overhead_s=0.005,row_s=1e-5`: the coefficients of CostModel.known, and `vocab_size`."""
+def _simulated(config: WorkerConfig, progress: Progress) -> LoadedEngine:
+    """`simulated:overhead_s=0.005,row_s=1e-5`: the coefficients of CostModel.known, `vocab_size`, and
+    `load_s`, the time that loading takes."""
     values = _coefficients(config.model.path.removeprefix(SIMULATED))
+    load_s = values.pop("load_s", 0.0)
+    for i in range(10):
+        progress("simulating weights", i / 10)
+        time.sleep(load_s / 10)
     limits = ModelLimits(
         num_blocks=config.cache.num_blocks or 4096,
         block_size=config.cache.block_size,
@@ -81,7 +87,8 @@ def _simulated(config: WorkerConfig) -> LoadedEngine:
 
 def _coefficients(text: str) -> dict[str, float]:
     """`key=number` pairs. Raises ConfigError."""
-    known = ("overhead_s", "row_s", "knee_rows", "kv_token_s", "pair_s", "logits_row_s", "vocab_size")
+    costs = ("overhead_s", "row_s", "knee_rows", "kv_token_s", "pair_s", "logits_row_s")
+    known = (*costs, "vocab_size", "load_s")
     values: dict[str, float] = {}
     for pair in filter(None, text.split(",")):
         key, _, number = pair.partition("=")

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 DEPLOYMENT_NAME = "Worker"
 PING_S = 0.5
-LEASE_S = 15.0  # of the rank: so long may the supervisor be silent
+LEASE_S = 30.0  # of the rank: so long may the supervisor be silent and alive
 SILENCE_S = 10.0  # so long may the rank be silent
 HEALTH_CHECK_PERIOD_S = 0.5  # Serve acts on the third failure in a row
 

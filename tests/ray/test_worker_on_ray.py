@@ -10,18 +10,20 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import psutil
 import pytest
 import ray
 from ray import serve
+from ray.util import list_named_actors
 from support.cluster import APP, deploy, local_cluster, process_alive, simulated_config, wait_for, workers
 from support.routers import Router, RouterProcess, run, until, until_replaced
 from support.workers import bulky, request
 
 from ellm.router.replicas import RayDirectory
 from ellm.worker.api import wire
-from ellm.worker.api.actor_name import NAMESPACE, actor_name
+from ellm.worker.api.actor_name import NAMESPACE, actor_name, epoch_of
 from ellm.worker.api.channel import ChannelClosed
 from ellm.worker.api.config import ModelConfig, WorkerConfig
 from ellm.worker.api.errors import ConfigError
@@ -238,6 +240,34 @@ def test_a_worker_that_is_taken_down_drains(single: None) -> None:
         await deleting
         await until(lambda: not process_alive(pid))
         await router.close()
+
+    run(test)
+
+
+def test_a_worker_that_still_loads_shows_its_progress_and_can_be_taken_down(
+    single: None,
+) -> None:
+    serve.delete(APP)
+    slow = replace(CONFIG, model=ModelConfig(path="simulated:load_s=60"))
+    deploy(slow, wait=False)
+
+    async def test() -> None:
+        names: list[str] = []
+        while not names:
+            names = [a["name"] for a in list_named_actors(all_namespaces=True) if epoch_of(a["name"])]
+            await asyncio.sleep(0.1)
+        rank = ray.get_actor(names[0], NAMESPACE)
+        shares = set()
+        while len(shares) < 2:
+            status = await rank.renew.remote()
+            assert status.state == "loading"
+            shares.add(status.progress)
+            await asyncio.sleep(0.5)
+        assert await RayDirectory().refresh() == {}
+        deleted_at = time.monotonic()
+        await asyncio.to_thread(serve.delete, APP)
+        await asyncio.to_thread(wait_for, lambda: not process_alive(status.pid), 10)
+        assert time.monotonic() - deleted_at < 10
 
     run(test)
 

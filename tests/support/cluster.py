@@ -52,9 +52,11 @@ def simulated_config(step_s: float = 0.005, **changes: float) -> WorkerConfig:
     return WorkerConfig(model=ModelConfig(path=f"simulated:overhead_s={step_s}"), **values)  # type: ignore[arg-type]
 
 
-def deploy(config: WorkerConfig, num_workers: int = 1) -> None:
-    """Returns when the workers are ready."""
-    serve.run(worker_application(config, num_workers=num_workers, rank_cpus=0.5), name=APP, route_prefix=None)
+def deploy(config: WorkerConfig, num_workers: int = 1, *, wait: bool = True) -> None:
+    """Returns when the workers are ready, or at once."""
+    application = worker_application(config, num_workers=num_workers, rank_cpus=0.5)
+    target = serve.RunTarget(application, name=APP, route_prefix=None)
+    serve.run_many([target], wait_for_ingress_deployment_creation=wait, wait_for_applications_running=wait)
 
 
 async def workers(directory: RayDirectory) -> list[StreamChannel]:
