@@ -23,6 +23,13 @@ from ellm.loadtest.side import Side, start_sides
 
 Sample = dict[str, float]
 OURS = "ellm"
+ABOUT = """\
+28M-parameter Llama with random weights, {input} prompt and {output} output tokens, greedy, {threads}
+threads, prefix caching off, every side in a process of its own. `ellm` is STRICT (bitwise reproducible),
+which costs nothing here: the JIT body is deterministic by construction and has no looser mode; `ellm-
+torch` is the same engine on the torch body, which is not STRICT. `ratio` is ellm's decode speed divided
+by the side's. The matmul and KV shares say which part of ellm's decode step the linear layers alone and
+one read of the KV cache would take at the speeds of this machine."""
 
 
 def parse() -> argparse.Namespace:
@@ -147,15 +154,7 @@ def main() -> int:
     result = Result(
         name=arguments.name,
         title="Engine on a CPU beside its peers",
-        about=(
-            f"28M-parameter Llama with random weights, {arguments.input} prompt and {arguments.output} "
-            f"output tokens, greedy, {arguments.threads} threads, prefix caching off, every side in a "
-            "process of its own. `ellm` is STRICT (bitwise reproducible), which costs nothing here: the "
-            "JIT body is deterministic by construction and has no looser mode; `ellm-torch` is the same "
-            "engine on the torch body, which is not STRICT. `ratio` is ellm's decode speed divided by the side's. The "
-            "matmul and KV shares say which part of ellm's decode step the linear layers alone and one read "
-            "of the KV cache would take at the speeds of this machine."
-        ),
+        about=ABOUT.format(**vars(arguments)),
         command=command_line("ellm.loadtest.engine_bench"),
         rows=rows,
         seed=arguments.seed,
