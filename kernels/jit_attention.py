@@ -41,11 +41,11 @@ from ellm.kernels.jit_pool import (
     SCALE,
     SCRATCH,
     SCRATCH_BYTES,
-    SOURCES_BYTES,
+    STATES_AT,
     TABLE_ROW,
     TABLES,
-    TILE,
     UNITS,
+    WEIGHTS_AT,
     WINDOW,
     Q,
     fetch_groups,
@@ -55,12 +55,20 @@ from ellm.kernels.jit_pool import (
     token_bytes,
 )
 from ellm.kernels.jit_tile import (
-    add_weighted_bf16_1,
+    TILE,
+    TILE_BYTES,
+    add_weighted_bf16,
     add_weighted_bf16_2,
-    add_weighted_f32_1,
+    add_weighted_bf16_2_twice,
+    add_weighted_bf16_twice,
+    add_weighted_f32,
     add_weighted_f32_4,
+    add_weighted_f32_4_twice,
+    add_weighted_f32_twice,
     scores_bf16,
+    scores_bf16_twice,
     scores_f32,
+    scores_f32_twice,
     split_bf16,
     store_interleaved_bf16,
 )
@@ -89,44 +97,70 @@ def _load_query(block, kind, row, head, state):
 
 
 @inline
-def _scores(block, kind, query, keys):
-    if is_paired(block, kind):
-        return scores_bf16(query, keys, padded_bytes(block) // 2, padded_bytes(block) // 128)
-    return scores_f32(query, keys, padded_bytes(block), padded_bytes(block) // 64)
+def _state_bytes(block):
+    return 128 + 2 * padded_bytes(block)
 
 
 @inline
-def _add_group(block, kind, weights, values, out):
-    done, stride = 0, token_bytes(block, kind)
+def _score_group(block, kind, query, keys, out, count):
+    """Scores of 16 keys for `count` queries, one or two."""
+    gap, stride = _state_bytes(block), token_bytes(block, kind)
+    steps = stride // 64
     if is_paired(block, kind):
-        while done + 128 <= stride:
-            add_weighted_bf16_2(weights, values + done, stride, out + 2 * done)
-            done += 128
-        if done < stride:
-            add_weighted_bf16_1(weights, values + done, stride, out + 2 * done)
+        if count == 2:
+            scores_bf16_twice(query, gap, keys, stride, steps, out)
+        else:
+            scores_bf16(query, gap, keys, stride, steps, out)
+    elif count == 2:
+        scores_f32_twice(query, gap, keys, stride, steps, out)
     else:
-        while done + 256 <= stride:
-            add_weighted_f32_4(weights, values + done, stride, out + done)
-            done += 256
-        while done < stride:
-            add_weighted_f32_1(weights, values + done, stride, out + done)
-            done += 64
+        scores_f32(query, gap, keys, stride, steps, out)
 
 
 @inline
-def _attend(block, kind, scratch, state, base, first, last):
-    """One vector over the tokens [first, last) of the tile that starts at position `base`."""
-    query, accumulator = state + 128, state + 128 + padded_bytes(block)
-    weights = scratch + SOURCES_BYTES
-    begin, end = max(0, first - base) // LANES, min(GROUPS, (last - base + LANES - 1) // LANES)
+def _add_group_bf16(block, weights, values, out, count):
+    stride, gap = padded_bytes(block) // 2, _state_bytes(block)
+    for at in range(0, stride - 127, 128):
+        if count == 2:
+            add_weighted_bf16_2_twice(weights, values + at, stride, out + 2 * at, gap)
+        else:
+            add_weighted_bf16_2(weights, values + at, stride, out + 2 * at, gap)
+    if stride % 128 != 0:
+        at = stride - 64
+        if count == 2:
+            add_weighted_bf16_twice(weights, values + at, stride, out + 2 * at, gap)
+        else:
+            add_weighted_bf16(weights, values + at, stride, out + 2 * at, gap)
+
+
+@inline
+def _add_group_f32(block, weights, values, out, count):
+    stride, gap = padded_bytes(block), _state_bytes(block)
+    whole = stride // 256 * 256
+    for at in range(0, whole, 256):
+        if count == 2:
+            add_weighted_f32_4_twice(weights, values + at, stride, out + at, gap)
+        else:
+            add_weighted_f32_4(weights, values + at, stride, out + at, gap)
+    for at in range(whole, stride, 64):
+        if count == 2:
+            add_weighted_f32_twice(weights, values + at, stride, out + at, gap)
+        else:
+            add_weighted_f32(weights, values + at, stride, out + at, gap)
+
+
+@inline
+def _weigh(block, state, weights, base, first, last):
+    """Turn a vector's scores of the tile at `base` into weights, and scale what it has to the new maximum."""
+    begin, end = _groups(base, first, last)
     old = load_float(state)
     top = spread(old)
     for group in range(begin, end):
         start = base + group * LANES
-        score = _scores(block, kind, query, load_i64(scratch + 8 * group))
+        score = load_f32(weights + 64 * group)
         if start < first or start + LANES > last:
             score = keep_lanes(score, first - start, last - start, NEG_INF)
-        store_f32(weights + 64 * group, score)
+            store_f32(weights + 64 * group, score)
         top = larger(score, top)
     new = peak(top)
     decay = exp2(spread(old) - spread(new))
@@ -138,11 +172,34 @@ def _attend(block, kind, scratch, state, base, first, last):
     store_f32(state + 64, sums)
     if new > old:
         store_float(state, new)
+        accumulator = state + 128 + padded_bytes(block)
         for i in range(0, padded_bytes(block), 64):
             store_f32(accumulator + i, load_f32(accumulator + i) * decay)
+
+
+@inline
+def _groups(base, first, last):
+    """The groups of the tile at `base` that hold some of the tokens [first, last)."""
+    return max(0, first - base) // LANES, min(GROUPS, (last - base + LANES - 1) // LANES)
+
+
+@inline
+def _attend(block, kind, scratch, state, count, base, first, last):
+    """`count` vectors, one or two, of one row over the tokens [first, last) of the tile at `base`."""
+    begin, end = _groups(base, first, last)
+    weights = scratch + WEIGHTS_AT
+    for group in range(begin, end):
+        keys = load_i64(scratch + 8 * group)
+        _score_group(block, kind, state + 128, keys, weights + 64 * group, count)
+    for i in range(count):
+        _weigh(block, state + i * _state_bytes(block), weights + i * TILE_BYTES, base, first, last)
+    accumulator = state + 128 + padded_bytes(block)
     for group in range(begin, end):
         values = load_i64(scratch + 8 * (GROUPS + group))
-        _add_group(block, kind, weights + 64 * group, values, accumulator)
+        if is_paired(block, kind):
+            _add_group_bf16(block, weights + 64 * group, values, accumulator, count)
+        else:
+            _add_group_f32(block, weights + 64 * group, values, accumulator, count)
 
 
 @inline
@@ -167,15 +224,16 @@ def _run(block, kind, scratch, run, head):
     """One run of rows and one key/value head."""
     entry, row, rows = load_i32(run), load_i32(run + 4), load_i32(run + 8)
     group = word(block, GROUP)
-    state_bytes = 128 + 2 * padded_bytes(block)
-    states = scratch + SOURCES_BYTES + 4 * TILE
+    state_bytes = _state_bytes(block)
+    states = scratch + STATES_AT
     staged = states + rows * group * state_bytes
-    for i in range(rows * group):
-        _load_query(block, kind, row + i // group, head * group + i % group, states + i * state_bytes)
     table = word(block, TABLES) + 4 * entry * word(block, TABLE_ROW)
     position = load_i64(word(block, POSITIONS) + 8 * row)  # of the first row; the others follow it
     end = position + rows
     base = max(0, position + 1 - word(block, WINDOW)) // TILE * TILE
+    fetch_groups(block, table, base, end, head)
+    for i in range(rows * group):
+        _load_query(block, kind, row + i // group, head * group + i % group, states + i * state_bytes)
     while base < end:
         find_groups(block, kind, table, base, end, head, scratch, staged)
         fetch_groups(block, table, base + TILE, end, head)
@@ -183,8 +241,9 @@ def _run(block, kind, scratch, run, head):
             last = position + i + 1
             first = max(0, last - word(block, WINDOW))
             if first < base + TILE:
-                for vector in range(i * group, (i + 1) * group):
-                    _attend(block, kind, scratch, states + vector * state_bytes, base, first, last)
+                for g in range(0, group, 2):
+                    state = states + (i * group + g) * state_bytes
+                    _attend(block, kind, scratch, state, min(2, group - g), base, first, last)
         base += TILE
     for i in range(rows * group):
         _finish(block, kind, row + i // group, head * group + i % group, states + i * state_bytes)

@@ -23,10 +23,10 @@ from ellm.kernels.jit_memory import (
     store_i64,
     word,
 )
+from ellm.kernels.jit_tile import TILE, TILE_BYTES
 from ellm.kernels.jit_vector import spread
 
-TILE = 64  # tokens between two updates of the running maximum
-GROUPS = TILE // LANES
+GROUPS = TILE // LANES  # of a tile
 MAX_VECTORS = 32  # (row, head) pairs of a unit, if one row has not more
 
 # The words of the block, after the header.
@@ -59,9 +59,10 @@ MAX_VECTORS = 32  # (row, head) pairs of a unit, if one row has not more
     IN_PLACE,  # 1 if the pool is read without a copy: see `reads_in_place`
 ) = range(26)
 
-# A thread's scratch: where the tile's groups lie; the tile's weights; a state per vector (running maximum,
-# padded to 16; 16 partial sums of weights; query; accumulator); widened keys and values, [TILE, D] each.
-SOURCES_BYTES = 8 * 2 * GROUPS  # addresses of the tile's groups: keys, then values
+# A thread's scratch: where the tile's groups lie; the tile's weights of two vectors; a state per vector
+# (running maximum, padded to 16; 16 partial sums of weights; query; accumulator); widened keys and values.
+WEIGHTS_AT = 8 * 2 * GROUPS  # after the addresses of the tile's groups: keys, then values
+STATES_AT = WEIGHTS_AT + 2 * TILE_BYTES
 
 
 def reads_in_place(kind: int, dim: int, block_size: int, stride: int) -> bool:
@@ -75,7 +76,7 @@ def scratch_bytes(vectors: int, dim: int) -> int:
     """Of one thread, for `vectors` (row, head) pairs at once."""
     padded = -(-dim // LANES) * LANES
     states = vectors * 4 * (2 * padded + 2 * LANES)
-    return SOURCES_BYTES + 4 * TILE + states + 2 * 4 * TILE * padded
+    return STATES_AT + states + 2 * 4 * TILE * padded
 
 
 @inline

@@ -17,6 +17,8 @@ _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
 _VEC = ir.VectorType(ir.FloatType(), LANES)
 _IVEC = ir.VectorType(_I32, LANES)
+TILE = 64  # tokens between two updates of the running maximum
+TILE_BYTES = 4 * TILE  # of a query's scores or weights
 _STEP_BYTES = 64  # of a vector, and of a key or value at a step
 
 
@@ -43,14 +45,17 @@ def _per_lane(quads: list[int]) -> list[int]:
 
 
 def _sums(builder: Any, v: list[Any]) -> Any:
-    """16 vectors -> the vector of their 16 sums: within four lanes, then over them; cheap shuffles only."""
+    """8 vectors -> their sums over some lanes, which `_join_halves` finishes; cheap shuffles only."""
     first, second = _per_quad([0, 4, 1, 5]), _per_quad([2, 6, 3, 7])
-    v = [_join(builder, v[i], v[i + 1], first, second) for i in range(0, 16, 2)]
-    first, second = _per_quad([0, 1, 4, 5]), _per_quad([2, 3, 6, 7])
     v = [_join(builder, v[i], v[i + 1], first, second) for i in range(0, 8, 2)]
-    first, second = _per_lane([0, 1, 4, 5]), _per_lane([2, 3, 6, 7])
+    first, second = _per_quad([0, 1, 4, 5]), _per_quad([2, 3, 6, 7])
     v = [_join(builder, v[i], v[i + 1], first, second) for i in range(0, 4, 2)]
-    return _join(builder, v[0], v[1], _per_lane([0, 2, 4, 6]), _per_lane([1, 3, 5, 7]))
+    return _join(builder, v[0], v[1], _per_lane([0, 1, 4, 5]), _per_lane([2, 3, 6, 7]))
+
+
+def _join_halves(builder: Any, first: Any, second: Any) -> Any:
+    """The sums of 16 vectors from those of 8 and 8."""
+    return _join(builder, first, second, _per_lane([0, 2, 4, 6]), _per_lane([1, 3, 5, 7]))
 
 
 def _read(builder: Any, address: Any, paired: bool) -> list[Any]:
@@ -65,82 +70,85 @@ def _read(builder: Any, address: Any, paired: bool) -> list[Any]:
     return [builder.bitcast(bits, _VEC) for bits in (builder.shl(words, shift), builder.and_(words, mask))]
 
 
-def _scores(builder: Any, q: Any, keys: Any, stride: Any, steps: Any, paired: bool) -> Any:
-    """q . k of 16 keys, `stride` bytes apart: 64 bytes of a key at a step, then over the lanes."""
-    sums = [cgutils.alloca_once_value(builder, ir.Constant(_VEC, None)) for _ in range(LANES)]
+def _half_scores(builder: Any, queries: list[Any], keys: Any, stride: Any, steps: Any, paired: bool) -> Any:
+    """For each query the sums of 8 keys: 64 bytes of a key at a step, then within four lanes."""
+    slots = [[cgutils.alloca_once_value(builder, ir.Constant(_VEC, None)) for _ in range(8)] for _ in queries]
     vectors = 2 if paired else 1
     with cgutils.for_range(builder, steps) as loop:
         at = builder.mul(loop.index, _word(_STEP_BYTES))
-        start = builder.add(q, builder.mul(at, _word(vectors)))
-        query = [load_vector(builder, builder.add(start, _word(_STEP_BYTES * i))) for i in range(vectors)]
+        parts = [
+            [
+                load_vector(
+                    builder, builder.add(q, builder.add(builder.mul(at, _word(vectors)), _word(64 * i)))
+                )
+                for i in range(vectors)
+            ]
+            for q in queries
+        ]
         row = builder.add(keys, at)
-        for slot in sums:
-            added = builder.load(slot)
+        for token in range(8):
             for i, key in enumerate(_read(builder, row, paired)):
-                added = fma_vector(builder, query[i], key, added)
-            builder.store(added, slot)
+                for part, sums in zip(parts, slots, strict=True):
+                    builder.store(fma_vector(builder, part[i], key, builder.load(sums[token])), sums[token])
             row = builder.add(row, stride)
-    return _sums(builder, [builder.load(slot) for slot in sums])
+    return [_sums(builder, [builder.load(slot) for slot in sums]) for sums in slots]
 
 
-def _add_weighted(
-    builder: Any, weights: Any, values: Any, stride: Any, out: Any, steps: int, paired: bool
-) -> None:
-    """out += sum of weight * value over 16 tokens, 64 * `steps` bytes of a value at once.
+def _scores(paired: bool, count: int) -> Any:
+    """(q, gap, keys, stride, steps, out): q . k of 16 keys, `stride` bytes apart, to 16 floats at `out`.
 
-    Even and odd tokens are summed apart and `out` is added last, so that no chain of additions is long.
+    With `count` 2 also for a second query, `gap` bytes after the first, to TILE_BYTES after `out`: a key is
+    loaded once for both.
     """
-    count = steps * (2 if paired else 1)
-    chains = [[ir.Constant(_VEC, None)] * count, [ir.Constant(_VEC, None)] * count]
-    row = values
-    for token in range(LANES):
-        pointer = builder.inttoptr(builder.add(weights, _word(4 * token)), ir.FloatType().as_pointer())
-        weight = splat(builder, builder.load(pointer, typ=ir.FloatType(), align=4))
-        chain = chains[token % 2]
-        value = [v for i in range(steps) for v in _read(builder, builder.add(row, _word(64 * i)), paired)]
-        for i, v in enumerate(value):
-            chain[i] = fma_vector(builder, weight, v, chain[i])
-        row = builder.add(row, stride)
-    for i in range(count):
-        at = builder.add(out, _word(_STEP_BYTES * i))
-        added = builder.fadd(load_vector(builder, at), builder.fadd(chains[0][i], chains[1][i]))
-        builder.store(added, builder.inttoptr(at, _VEC.as_pointer()), align=4)
+
+    def emit(builder: Any, q: Any, gap: Any, keys: Any, stride: Any, steps: Any, out: Any) -> None:
+        queries = [q, builder.add(q, gap)][:count]
+        # All 16 keys at once would take 32 registers for two queries.
+        second = builder.add(keys, builder.mul(stride, _word(8)))
+        halves = [_half_scores(builder, queries, k, stride, steps, paired) for k in (keys, second)]
+        for i, pair in enumerate(zip(*halves, strict=True)):
+            target = builder.inttoptr(builder.add(out, _word(TILE_BYTES * i)), _VEC.as_pointer())
+            builder.store(_join_halves(builder, *pair), target, align=4)
+
+    return instruction(types.void, *[types.intp] * 6)(emit)
 
 
-@instruction(vector, types.intp, types.intp, types.intp, types.intp)
-def scores_f32(builder: Any, q: Any, keys: Any, stride: Any, steps: Any) -> Any:
-    """q . k of 16 float32 keys."""
-    return _scores(builder, q, keys, stride, steps, paired=False)
+def _add_weighted(paired: bool, count: int, steps: int) -> Any:
+    """(weights, values, stride, out, gap): out += weight * value over 16 tokens, of 64 * steps bytes each.
+
+    Even and odd tokens are summed apart and `out` is added last, so that no chain of additions is long. With
+    `count` 2 also for a second output, `gap` bytes after the first, whose weights lie TILE_BYTES on.
+    """
+
+    def emit(builder: Any, weights: Any, values: Any, stride: Any, out: Any, gap: Any) -> None:
+        vectors = steps * (2 if paired else 1)
+        chains = [[[ir.Constant(_VEC, None)] * vectors for _ in range(2)] for _ in range(count)]
+        row = values
+        for token in range(LANES):
+            parts = [builder.add(row, _word(_STEP_BYTES * i)) for i in range(steps)]
+            value = [v for part in parts for v in _read(builder, part, paired)]
+            for which in range(count):
+                address = builder.add(weights, _word(TILE_BYTES * which + 4 * token))
+                pointer = builder.inttoptr(address, ir.FloatType().as_pointer())
+                weight = splat(builder, builder.load(pointer, typ=ir.FloatType(), align=4))
+                chain = chains[which][token % 2]
+                chain[:] = [fma_vector(builder, weight, v, c) for v, c in zip(value, chain, strict=True)]
+            row = builder.add(row, stride)
+        for target, (even, odd) in zip((out, builder.add(out, gap)), chains, strict=False):
+            for i in range(vectors):
+                at = builder.add(target, _word(_STEP_BYTES * i))
+                added = builder.fadd(load_vector(builder, at), builder.fadd(even[i], odd[i]))
+                builder.store(added, builder.inttoptr(at, _VEC.as_pointer()), align=4)
+
+    return instruction(types.void, *[types.intp] * 5)(emit)
 
 
-@instruction(vector, types.intp, types.intp, types.intp, types.intp)
-def scores_bf16(builder: Any, q: Any, keys: Any, stride: Any, steps: Any) -> Any:
-    """q . k of 16 bfloat16 keys; q is float32, in 16 even and 16 odd elements at a time."""
-    return _scores(builder, q, keys, stride, steps, paired=True)
-
-
-@instruction(types.void, types.intp, types.intp, types.intp, types.intp)
-def add_weighted_f32_1(builder: Any, weights: Any, values: Any, stride: Any, out: Any) -> None:
-    """One step of float32 values."""
-    _add_weighted(builder, weights, values, stride, out, 1, paired=False)
-
-
-@instruction(types.void, types.intp, types.intp, types.intp, types.intp)
-def add_weighted_f32_4(builder: Any, weights: Any, values: Any, stride: Any, out: Any) -> None:
-    """Four steps of float32 values."""
-    _add_weighted(builder, weights, values, stride, out, 4, paired=False)
-
-
-@instruction(types.void, types.intp, types.intp, types.intp, types.intp)
-def add_weighted_bf16_1(builder: Any, weights: Any, values: Any, stride: Any, out: Any) -> None:
-    """One step of bfloat16 values; out in even and odd elements."""
-    _add_weighted(builder, weights, values, stride, out, 1, paired=True)
-
-
-@instruction(types.void, types.intp, types.intp, types.intp, types.intp)
-def add_weighted_bf16_2(builder: Any, weights: Any, values: Any, stride: Any, out: Any) -> None:
-    """Two steps of bfloat16 values; out in even and odd elements."""
-    _add_weighted(builder, weights, values, stride, out, 2, paired=True)
+scores_f32, scores_f32_twice = _scores(False, 1), _scores(False, 2)
+scores_bf16, scores_bf16_twice = _scores(True, 1), _scores(True, 2)
+add_weighted_f32, add_weighted_f32_twice = _add_weighted(False, 1, 1), _add_weighted(False, 2, 1)
+add_weighted_f32_4, add_weighted_f32_4_twice = _add_weighted(False, 1, 4), _add_weighted(False, 2, 4)
+add_weighted_bf16, add_weighted_bf16_twice = _add_weighted(True, 1, 1), _add_weighted(True, 2, 1)
+add_weighted_bf16_2, add_weighted_bf16_2_twice = _add_weighted(True, 1, 2), _add_weighted(True, 2, 2)
 
 
 @instruction(types.void, types.intp, types.intp, types.float32)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import platform
 import subprocess
 import sys
 
@@ -14,7 +16,7 @@ from ellm.kernels.dispatch import select
 
 @pytest.fixture
 def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "has_numba", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
 def test_the_jit_is_the_cpus_default_where_numba_is() -> None:
@@ -44,10 +46,23 @@ def test_what_cannot_be_had_is_refused(without_numba: None) -> None:
 def test_a_missing_jit_is_said_in_one_line(without_numba: None, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert select("cpu").name == "torch"
-    assert [r.getMessage() for r in caplog.records] == [dispatch.NO_JIT]
+    (message,) = (r.getMessage() for r in caplog.records)
+    assert "numba is not installed" in message
+    assert "no STRICT" in message
+    assert "\n" not in message
     caplog.clear()
     assert select("cpu", deterministic=False).name == "torch"
     assert not caplog.records
+
+
+def test_an_old_cpu_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    binding = pytest.importorskip("llvmlite.binding")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(binding, "get_host_cpu_features", lambda: {"sse2": True})
+    assert not dispatch.has_numba()
+    with pytest.raises(ValueError, match="no FMA"):
+        select("cpu", jit=True)
+    assert select("cpu", deterministic=False).name == "torch"
 
 
 def test_the_torch_body_needs_no_numba() -> None:
