@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from ellm.deploy.config import EllmConfig
-from ellm.worker.api.config import ModelConfig, WorkerConfig
+from ellm.worker.api.config import ModelConfig, WorkerConfig, served_name
 from ellm.worker.api.errors import ConfigError
 
 
@@ -44,7 +44,7 @@ def resolve_model(model: ModelConfig, here: bool) -> ModelConfig:
     return replace(
         model,
         path=path,
-        name=model.name or Path(path).name,
+        name=served_name(replace(model, path=path)),
         device=device,
         deterministic=strict_default(model, device) if model.deterministic is None else model.deterministic,
     )

@@ -20,9 +20,8 @@ from ellm.deploy.http_client import RequestFailed, Server
 from ellm.deploy.progress import Progress
 from ellm.deploy.resolve import num_cores
 from ellm.router.policies import make_policy as router_policy
-from ellm.worker.api.config import ModelConfig
+from ellm.worker.api.config import SIMULATED, ModelConfig
 from ellm.worker.api.errors import ConfigError
-from ellm.worker.build import SIMULATED
 from ellm.worker.engine.policies import make_policy as engine_policy
 from ellm.worker.model.architecture import Architecture
 from ellm.worker.model.inspect import inspect_checkpoint

@@ -59,10 +59,13 @@ def losses(results: list[dict[str, Any]]) -> list[str]:
     rows: list[tuple[float, str]] = []
     for result in results:
         for row in result["rows"]:
-            ratio = row.get("ratio")
-            if isinstance(ratio, float) and ratio < 1.0:
-                against = row.get("against", "the baseline")
-                rows.append((ratio, f"- {cell(ratio)}x {against}: {what(row)} ({result['title']})"))
+            against = row.get("against", "the baseline")
+            for key in ("ratio", *(key for key in row if key.startswith("ratio "))):
+                ratio = row.get(key)
+                if isinstance(ratio, float) and ratio < 1.0:
+                    part = key.removeprefix("ratio").strip()
+                    about = f"{part}, {what(row)}" if part else what(row)
+                    rows.append((ratio, f"- {cell(ratio)}x {against}: {about} ({result['title']})"))
     if not rows:
         return []
     return ["", "## Where we lose", "", *[line for _, line in sorted(rows)]]

@@ -1,7 +1,7 @@
 """What the brain costs: microseconds of EngineCore per scheduled sequence, with a number of them decoding.
 
 begin_step and finish_step are timed at pipeline depth 2 around the simulated executor, whose own time is left
-out. The least of several medians is the figure: that is the program's own cost, and the rest is the machine's
+out. The least of several means is the figure: that is the program's own cost, and the rest is the machine's
 other work.
 
     python -m ellm.loadtest.core_cost
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from collections import deque
 from collections.abc import Sequence
-from statistics import median
+from statistics import mean
 from time import perf_counter
 
 from ellm.loadtest.result import Result, Row, command_line
@@ -46,11 +46,11 @@ def measure_core_cost(num_seqs: int, *, steps: int = _STEPS, rounds: int = _ROUN
     outstanding: deque[BatchPlan] = deque()
     while core.report(0.0).generation_tokens < 2 * num_seqs:  # every prompt is in
         _turn(core, executor, outstanding)
-    medians = []
+    rounds_us = []
     for _ in range(rounds):
         times = [_turn(core, executor, outstanding) for _ in range(steps)]
-        medians.append(tuple(1e6 * median(part) / num_seqs for part in zip(*times, strict=True)))
-    begin_us, finish_us = min(medians, key=sum)
+        rounds_us.append(tuple(1e6 * mean(part) / num_seqs for part in zip(*times, strict=True)))
+    begin_us, finish_us = min(rounds_us, key=sum)
     return {
         "num_seqs": num_seqs,
         "total_us": begin_us + finish_us,
@@ -100,7 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name="core-cost",
         title="The engine's brain",
         about="Microseconds of EngineCore (planning a step and taking its result) per decoding sequence, "
-        "pipeline depth 2, prefix cache on, the executor's own time left out; the least of several medians.",
+        "pipeline depth 2, prefix cache on, the executor's own time left out; means over whole blocks of "
+        "tokens, the least of several.",
         command=command_line("ellm.loadtest.core_cost"),
         rows=rows,
         raw=figures,

@@ -1,7 +1,7 @@
 """The result file of a benchmark: what was run, on what, and the figures. Knows nothing of any benchmark.
 
 `rows` is what docs/benchmarks.md shows, one flat dict a row; `raw` keeps every single measurement. A row may
-carry `ratio` (ours divided by `against`): under 1 it is listed among the losses.
+carry `ratio` and `ratio SOMETHING` (ours divided by `against`): under 1 it is listed among the losses.
 """
 
 from __future__ import annotations

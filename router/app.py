@@ -6,6 +6,7 @@ a test; it imports neither Ray nor torch.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -39,9 +40,11 @@ from ellm.router.openai.schema import (
 )
 from ellm.router.tokenizer import Tokenizer
 from ellm.worker.api.channel import WorkerDirectory
-from ellm.worker.api.errors import EllmError, InvalidRequest
+from ellm.worker.api.errors import EllmError, InvalidRequest, PromptTooLong
 
 STARTED_AT = int(time.time())
+
+MAX_DETOKENIZE = 200_000  # token ids of one call
 
 
 def package_version() -> str:
@@ -202,7 +205,10 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     async def detokenize(request: Request) -> Response:
         body = parse(DetokenizeRequest, await read_json(request.scope, request.receive, limit))
         service.check_model(body.model)
-        return _json({"prompt": service.tokenizer.decode(body.tokens, bool(body.skip_special_tokens))})
+        if len(body.tokens) > MAX_DETOKENIZE:
+            raise PromptTooLong(f"tokens: at most {MAX_DETOKENIZE}", param="tokens")
+        skip = bool(body.skip_special_tokens)
+        return _json({"prompt": await asyncio.to_thread(service.tokenizer.decode, body.tokens, skip)})
 
 
 def _add_operations(app: FastAPI, service: Service) -> None:

@@ -20,7 +20,7 @@ from ellm.router.config import RouterConfig
 from ellm.router.replicas import RayDirectory
 from ellm.router.simulated_tokenizer import PREFIX, simulated_tokenizer
 from ellm.router.tokenizer import Tokenizer
-from ellm.worker.api.config import ModelConfig
+from ellm.worker.api.config import ModelConfig, served_name
 from ellm.worker.api.errors import ConfigError
 
 DEPLOYMENT_NAME = "Router"
@@ -55,10 +55,10 @@ def _builder(config: RouterConfig, model: ModelConfig) -> Callable[[], Any]:
     """What Serve calls in each replica."""
 
     def build() -> Any:
-        name = model.name or Path(model.path.rstrip("/")).name
+        name = served_name(model)
         source = model if config.tokenizer is None else replace(model, path=config.tokenizer)
         # Serve echoes the request id itself, whatever the application does.
-        app = create_app(config, name, load_tokenizer(source), RayDirectory(), echo_request_id=False)
+        app = create_app(config, name, load_tokenizer(source), RayDirectory(name), echo_request_id=False)
         # What is loaded by now stays: the collector need not look at it with every request.
         gc.collect()
         gc.freeze()

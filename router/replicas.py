@@ -26,12 +26,14 @@ DESCRIBE_TIMEOUT_S = 1.0
 class RayDirectory:
     """Knows each incarnation once: its channel stays the same object as long as its actor has its name."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: str | None = None) -> None:
+        """`model` is the served name: workers of other models on the cluster are not ours. None: all are."""
+        self._model = model
         self._channels: dict[str, StreamChannel] = {}
 
     async def refresh(self) -> Mapping[str, StreamChannel]:
         """Epoch -> channel of every worker that has loaded and whose actor lives."""
-        names = await asyncio.to_thread(_rank_names)
+        names = await asyncio.to_thread(_rank_names, self._model)
         new = [(epoch, name) for epoch, name in names.items() if epoch not in self._channels]
         found = await asyncio.gather(*(_open(name) for _, name in new))
         opened = {
@@ -42,11 +44,11 @@ class RayDirectory:
         return dict(self._channels)
 
 
-def _rank_names() -> dict[str, str]:
-    """Epoch -> name of every rank actor that is not dead."""
+def _rank_names(model: str | None) -> dict[str, str]:
+    """Epoch -> name of every rank actor of `model` that is not dead."""
     names = {}
     for actor in list_named_actors(all_namespaces=True):
-        epoch = epoch_of(actor["name"]) if actor["namespace"] == NAMESPACE else None
+        epoch = epoch_of(actor["name"], model) if actor["namespace"] == NAMESPACE else None
         if epoch is not None:
             names[epoch] = actor["name"]
     return names

@@ -8,16 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from ellm.worker.api.config import ModelConfig, WorkerConfig
+from ellm.worker.api.config import SIMULATED, WorkerConfig, served_name
 from ellm.worker.api.cost_model import CostModel
 from ellm.worker.api.errors import ConfigError
 from ellm.worker.engine.core import EngineCore
 from ellm.worker.executor.base import Executor, ModelLimits
 from ellm.worker.executor.simulated import SimulatedExecutor
 
-SIMULATED = "simulated:"
 Progress = Callable[[str, float], None]  # (what, share done)
 
 
@@ -33,15 +31,6 @@ class LoadedEngine:
     deterministic: bool
 
 
-def model_name(model: ModelConfig) -> str:
-    """What clients call the model: the name given, or the last part of its path."""
-    if model.name is not None:
-        return model.name
-    if model.path.startswith(SIMULATED):
-        return SIMULATED.rstrip(":")
-    return Path(model.path.rstrip("/")).name or model.path
-
-
 def load_engine(config: WorkerConfig, progress: Progress) -> LoadedEngine:
     """Load the model; may take minutes. Raises ConfigError naming what cannot work."""
     if config.model.path.startswith(SIMULATED):
@@ -54,7 +43,7 @@ def load_engine(config: WorkerConfig, progress: Progress) -> LoadedEngine:
     return LoadedEngine(
         EngineCore(executor.limits, config),
         executor,
-        model_name(config.model),
+        served_name(config.model),
         executor.device,
         executor.dtype,
         executor.deterministic,
@@ -81,7 +70,7 @@ def _simulated(config: WorkerConfig, progress: Progress) -> LoadedEngine:
     executor = SimulatedExecutor(
         limits, CostModel.known(knee_rows=knee_rows, **values), verify=False, realtime=True
     )
-    name = model_name(config.model)
+    name = served_name(config.model)
     return LoadedEngine(EngineCore(limits, config), executor, name, "simulated", "none", True)
 
 

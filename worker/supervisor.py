@@ -10,6 +10,7 @@ and it always ends the rank's process before it goes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -19,20 +20,19 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ellm.worker.actor import RankStatus, rank_actor
 from ellm.worker.api.actor_name import NAMESPACE, actor_name
-from ellm.worker.api.config import WorkerConfig
+from ellm.worker.api.config import WorkerConfig, served_name
 from ellm.worker.api.errors import ConfigError
-from ellm.worker.build import model_name
 from ellm.worker.watchdog import process_start
 
 log = logging.getLogger(__name__)
 
 DEPLOYMENT_NAME = "Worker"
-PING_S = 0.5
+PING_S = 2.0
 LEASE_S = 30.0  # of the rank: so long may the supervisor be silent and alive
 SILENCE_S = 10.0  # so long may the rank be silent
 HEALTH_CHECK_PERIOD_S = 0.5  # Serve acts on the third failure in a row
@@ -49,12 +49,12 @@ class WorkerSupervisor:
         self._pid_mark: tuple[int, str | None] | None = None
         self._ended = False
         self._heard_at = time.monotonic()
-        self._pinging: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         check_group(config)
         self.worker_id = f"w{serve.get_replica_context().rank.rank}"
         self.epoch = uuid.uuid4().hex[:12]
         self._rank = self._start_rank(rank_resources)
-        self._pinging = asyncio.create_task(self._ping_forever())
+        self._tasks = [asyncio.create_task(self._ping_forever()), asyncio.create_task(self._watch())]
         await self._load()
 
     async def check_health(self) -> None:
@@ -77,7 +77,7 @@ class WorkerSupervisor:
 
     def _start_rank(self, resources: dict[str, float]) -> Any:
         options: dict[str, Any] = {
-            "name": actor_name(model_name(self._config.model), self.worker_id, self.epoch),
+            "name": actor_name(served_name(self._config.model), self.worker_id, self.epoch),
             "namespace": NAMESPACE,
             "num_cpus": resources.get("CPU", 0),
             "num_gpus": resources.get("GPU", 0),
@@ -109,21 +109,24 @@ class WorkerSupervisor:
             raise ConfigError(message) if code == ConfigError.code else RuntimeError(message)
         log.info("worker %s (%s) is ready, pid %d", self.worker_id, self.epoch, self._status_pid())
 
+    async def _watch(self) -> None:
+        """Hear of the rank's death at once: a call that never returns fails with it."""
+        try:
+            await self._rank.exist.remote()
+        except RayError as error:
+            log.warning("the rank of worker %s is dead: %s", self.worker_id, error)
+            self._problem = "the rank is dead"
+
     async def _ping_forever(self) -> None:
         shown: tuple[str, float] | None = None
         while self._problem is None:
-            try:
+            with contextlib.suppress(RayError, TimeoutError):  # its silence is measured, its death watched
                 self._note(await asyncio.wait_for(self._rank.renew.remote(), SILENCE_S))
-            except RayActorError as error:
-                log.warning("the rank of worker %s is dead: %s", self.worker_id, error)
-                self._problem = "the rank is dead"
-            except (RayError, TimeoutError):
-                pass  # its silence is measured
             progress = self._status.progress if self._status else None
             if progress != shown and progress is not None and self._status_state() == "loading":
                 log.info("worker %s: %s %.0f %%", self.worker_id, progress[0], 100 * progress[1])
                 shown = progress
-            await asyncio.sleep(PING_S)
+            await asyncio.sleep(min(PING_S, self._config.stall_s / 4))
 
     def _note(self, status: RankStatus) -> None:
         self._status = status
@@ -158,8 +161,8 @@ class WorkerSupervisor:
         if self._ended:
             return
         self._ended = True
-        if self._pinging is not None:
-            self._pinging.cancel()
+        for task in self._tasks:
+            task.cancel()
         ray.kill(self._rank, no_restart=True)
         if self._pid_mark is None:
             return

@@ -12,13 +12,21 @@ from dataclasses import dataclass, replace
 
 from ellm.router.config import LimitsConfig
 from ellm.router.openai import fields
+from ellm.router.openai.chat_template import SPECIAL_TOKENS
 from ellm.router.openai.messages import plain_messages
 from ellm.router.openai.schema import ChatRequest, CompletionRequest, TokenizeRequest
 from ellm.router.tokenizer import INLINE_CHARS, Tokenizer
 from ellm.worker.api.errors import InvalidRequest, PromptTooLong
 from ellm.worker.api.request import DEFAULT_MAX_TOKENS, SamplingParams
 
-_RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message"})
+# What the template's own names stand for is not a client's to say.
+MAX_PROMPT_SCORES = 200_000  # prompt tokens x n x (logprobs + 1) of one request
+_RESERVED = frozenset(
+    {
+        *("messages", "tools", "add_generation_prompt", "continue_final_message"),
+        *("self", "raise_exception", "strftime_now", "range", *SPECIAL_TOKENS),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +90,18 @@ class Converter:
             base = replace(base, prompt_logprobs=logprobs)
         job = self._job(body, n, base)
         prompts, sampling = [], []
+        scores = 0
         for one in raw:
             prompt = await self._prompt(one, body.add_special_tokens is not False, bounds, "prompt")
             room = _room(prompt, bounds, "prompt")
             max_tokens = min(DEFAULT_MAX_TOKENS, room) if asked is None else max(1, asked)
             prompts.append(prompt)
+            scores += len(prompt.ids) * n * ((logprobs or 0) + 1)
+            if base.prompt_logprobs is not None and scores > MAX_PROMPT_SCORES:
+                # Written out on the router's one event loop, which all streams share.
+                raise InvalidRequest(
+                    f"echo with logprobs: more than {MAX_PROMPT_SCORES} scores", param="echo"
+                )
             base = replace(base, seed=_drawn(body.seed))  # equal prompts differ unless a seed is given
             sampling.append(_sized(base, max_tokens, room, "max_tokens"))
         return replace(
@@ -117,9 +132,7 @@ class Converter:
         options = dict(body.chat_template_kwargs or {})
         if _RESERVED & options.keys():
             name = min(_RESERVED & options.keys())
-            raise InvalidRequest(
-                f"chat_template_kwargs: {name} is a field of its own", param="chat_template_kwargs"
-            )
+            raise InvalidRequest(f"chat_template_kwargs: {name} is reserved", param="chat_template_kwargs")
         goes_on = bool(body.continue_final_message)
         if goes_on and body.add_generation_prompt and "add_generation_prompt" in body.model_fields_set:
             raise InvalidRequest(

@@ -12,6 +12,9 @@ def actor_name(model: str, worker_id: str, epoch: str) -> str:
     return f"{PREFIX}{model}:{worker_id}:{epoch}"
 
 
-def epoch_of(name: str) -> str | None:
-    """The epoch in an actor's name; None for an actor of another kind."""
-    return name.rpartition(":")[2] if name.startswith(PREFIX) else None
+def epoch_of(name: str, model: str | None = None) -> str | None:
+    """The epoch in an actor's name; None for an actor of another kind, or of another model than `model`."""
+    if not name.startswith(PREFIX):
+        return None
+    served, _, epoch = name[len(PREFIX) :].rsplit(":", 2)
+    return epoch if model is None or served == model else None

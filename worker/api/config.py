@@ -8,6 +8,8 @@ from typing import Literal
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 
+SIMULATED = "simulated:"  # a path that begins so takes the simulated executor
+
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
@@ -45,6 +47,15 @@ class ModelConfig:
     deterministic: bool | None = None  # STRICT; None: on for CPU, off for CUDA
     jit: bool | None = None  # the numba kernels; None: where numba is present
     seed: int = 0  # of requests that bring none, in `ellm generate`
+
+
+def served_name(model: ModelConfig) -> str:
+    """What clients call the model: the name given, or the last part of its path."""
+    if model.name is not None:
+        return model.name
+    if model.path.startswith(SIMULATED):
+        return SIMULATED.rstrip(":")
+    return model.path.rstrip("/").rpartition("/")[2] or model.path
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from ellm.worker.api.actor_name import actor_name, epoch_of
-from ellm.worker.api.config import CacheConfig, ModelConfig, WorkerConfig
+from ellm.worker.api.config import CacheConfig, ModelConfig, WorkerConfig, served_name
 from ellm.worker.api.errors import ConfigError
-from ellm.worker.build import load_engine, model_name
+from ellm.worker.build import load_engine
 
 
 def load(path: str) -> object:
@@ -33,10 +33,10 @@ def test_a_bad_coefficient_is_refused_by_name(path: str) -> None:
 
 
 def test_a_model_is_called_what_the_config_says_or_as_its_folder() -> None:
-    assert model_name(ModelConfig(path="/models/tiny-llama/")) == "tiny-llama"
-    assert model_name(ModelConfig(path="org/model")) == "model"
-    assert model_name(ModelConfig(path="/models/x", name="org/y")) == "org/y"
-    assert model_name(ModelConfig(path="simulated:overhead_s=1")) == "simulated"
+    assert served_name(ModelConfig(path="/models/tiny-llama/")) == "tiny-llama"
+    assert served_name(ModelConfig(path="org/model")) == "model"
+    assert served_name(ModelConfig(path="/models/x", name="org/y")) == "org/y"
+    assert served_name(ModelConfig(path="simulated:overhead_s=1")) == "simulated"
 
 
 def test_an_epoch_is_read_from_an_actors_name_and_from_no_other() -> None:
