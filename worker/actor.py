@@ -129,6 +129,11 @@ class RankActor:
         )
 
     @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
+    async def exist(self) -> None:
+        """Never returns."""
+        await asyncio.Event().wait()
+
+    @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     async def cpu_s(self) -> float:
         """CPU seconds of this process, all its threads, since its start."""
         return time.process_time()

@@ -233,12 +233,11 @@ class WorkerFront:
             self._ended.put(request_id, attempt, now)
 
     async def _tick_forever(self) -> None:
-        period = self._config.heartbeat_s / 2
         while True:
-            await asyncio.sleep(period)
-            self._tick(period)
+            await asyncio.sleep(self._config.heartbeat_s / 2)
+            self._tick()
 
-    def _tick(self, period: float) -> None:
+    def _tick(self) -> None:
         now = self._clock()
         for box in list(self._boxes.values()):
             reason = self._fault(box, now)
@@ -246,7 +245,7 @@ class WorkerFront:
                 log.warning("router %s %s; %d requests are aborted", box.router_id, reason, len(box.live))
                 self.num_dropped += 1
                 self._drop(box)
-            elif now - box.last_sent >= period:
+            elif now - box.last_sent >= 0.6 * self._config.heartbeat_s:  # the next tick is too late
                 box.make_report_due()
             else:
                 box.report_due = True  # with the next step

@@ -58,9 +58,12 @@ class WorkerSupervisor:
         await self._load()
 
     async def check_health(self) -> None:
-        """Called by Serve; raises where the group must be replaced."""
+        """Called by Serve; raises where the group must be replaced. Its rank is ended first: Serve starts the
+        successor while this one is still leaving, and the two must not share a device."""
         problem = self._diagnose()
         if problem is not None:
+            self._problem = problem
+            await self._end_rank()
             raise RuntimeError(f"worker {self.worker_id} ({self.epoch}): {problem}")
 
     async def __del__(self) -> None:
@@ -167,13 +170,12 @@ class WorkerSupervisor:
         if self._pid_mark is None:
             return
         pid, mark = self._pid_mark
-        for attempt in range(100):
-            if mark is None or process_start(pid) != mark:
-                return
-            if attempt == 40:
-                log.warning("rank process %d does not end by itself", pid)
-                os.kill(pid, signal.SIGKILL)
-            await asyncio.sleep(0.05)
+        if mark is not None and process_start(pid) == mark:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)  # a frozen process would not read Ray's message
+        deadline = time.monotonic() + 5.0
+        while mark is not None and process_start(pid) == mark and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
 
 
 def check_group(config: WorkerConfig) -> None:
