@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ellm.kernels.jit_ir import LANES, inline
+from ellm.kernels.jit_ir import LANES, inline, merge
 from ellm.kernels.jit_launch import Kernel
 from ellm.kernels.jit_math import exp2
 from ellm.kernels.jit_memory import (
@@ -219,7 +219,7 @@ def _finish(block, kind, row, head, state):
             store_part(kind, target + i * size, load_f32(accumulator + 4 * i) / norm, dim - i)
 
 
-@inline
+@merge
 def _run(block, kind, scratch, run, head):
     """One run of rows and one key/value head."""
     entry, row, rows = load_i32(run), load_i32(run + 4), load_i32(run + 8)

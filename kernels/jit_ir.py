@@ -123,3 +123,5 @@ def narrow_bf16(builder: Any, value: Any) -> Any:
 
 
 inline = njit(forceinline=True, error_model="numpy")
+# For a long function with one caller: part of the caller's source, so that it is not compiled twice.
+merge = njit(inline="always", error_model="numpy")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ellm.kernels.jit_ir import LANES, inline
+from ellm.kernels.jit_ir import LANES, inline, merge
 from ellm.kernels.jit_launch import Kernel
 from ellm.kernels.jit_math import exp
 from ellm.kernels.jit_memory import (
@@ -204,7 +204,7 @@ def _optional(block, index, row, otherwise):
     return load_float(address + 4 * row) if address != 0 else np.float32(otherwise)
 
 
-@inline
+@merge
 def _sample_row(block, kind, row, logits, top, scratch):
     vocab = word(block, VOCAB)
     z = scratch
