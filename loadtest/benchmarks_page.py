@@ -21,7 +21,7 @@ HEAD = """# Benchmarks
 This page is generated from `loadtest/results/*.json` by `python -m ellm.loadtest.benchmarks_page`; the raw
 values of every run stand in those files. Each comparison ran both sides in turn in the same run, on the same
 cores, with the same checkpoint and the same number of emitted tokens; a figure is the median, and a ratio is
-the median of the ratios of neighbouring runs. Machines are noisy: ratios hold, absolute figures do not.
+the median of the ratios within one round. Machines are noisy: ratios hold, absolute figures do not.
 """
 
 

@@ -199,6 +199,9 @@ class Dispatcher:
             await self._place([sequence], RoutedRequest(sequence.prompt_ids, salt=sequence.salt))
         except EllmError as error:
             self._fail(sequence, error)
+        except Exception:  # a task of its own: nobody else would end the request
+            log.exception("%s cannot be placed", sequence.request_id)
+            self._fail(sequence, EllmError("internal error"))
 
     def _fail(self, sequence: LiveSequence, error: EllmError) -> None:
         if sequence.finished is None:

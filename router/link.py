@@ -181,6 +181,7 @@ class WorkerLink:
         except Exception:  # one request's fault must not end the stream of all
             log.exception("an output of %s could not be taken", sequence.request_id)
             sequence.error = ("internal_error", "")
+            sequence.finished = None  # it may have come that far; its sink must still be told
             self.abort(sequence)
             return Verdict.REFUSED
 

@@ -202,9 +202,12 @@ class RouterMetrics(Collector):
             family = CounterMetricFamily(name, text, labels=["model_name"])
             family.add_metric([self._model], self._total(field))
             yield family
+        # A worker and its successor may both be there: a gauge has one sample for each worker id.
+        by_id = {info.worker_id: (info, report, at) for info, report, at in self._reports.values()}
+        newest = list(by_id.values())
         for name, text, value in GAUGES.values():
             gauge = GaugeMetricFamily(name, text, labels=["model_name", "worker"])
-            for info, report, _ in self._reports.values():
+            for info, report, _ in newest:
                 gauge.add_metric([self._model, info.worker_id], value(report))
             yield gauge
         age = GaugeMetricFamily(
@@ -212,7 +215,7 @@ class RouterMetrics(Collector):
             "Age of a worker's last report.",
             labels=["model_name", "worker"],
         )
-        for info, _, at in self._reports.values():
+        for info, _, at in newest:
             age.add_metric([self._model, info.worker_id], self._clock() - at)
         yield age
 

@@ -35,13 +35,20 @@ class RayDirectory:
         """Epoch -> channel of every worker that has loaded and whose actor lives."""
         names = await asyncio.to_thread(_rank_names, self._model)
         new = [(epoch, name) for epoch, name in names.items() if epoch not in self._channels]
-        found = await asyncio.gather(*(_open(name) for _, name in new))
+        found = await asyncio.gather(*(self._try_open(name) for _, name in new))
         opened = {
             epoch: channel for (epoch, _), channel in zip(new, found, strict=True) if channel is not None
         }
         kept = {epoch: channel for epoch, channel in self._channels.items() if epoch in names}
         self._channels = kept | opened
         return dict(self._channels)
+
+    async def _try_open(self, name: str) -> StreamChannel | None:
+        try:
+            return await _open(name)
+        except Exception:  # one worker that speaks another language hides no other
+            log.exception("%s cannot be understood", name)
+            return None
 
 
 def _rank_names(model: str | None) -> dict[str, str]:

@@ -90,6 +90,7 @@ class EventStream:
         self._waiting: list[bytes] = []
         self._num_waiting = 0  # bytes
         self._started = False  # something was taken: an error can only be an event
+        self._sending = False  # what was taken is on its way to the client
         self._ended = False
         self._error: EllmError | None = None
         self._loop = asyncio.get_running_loop()
@@ -140,6 +141,7 @@ class EventStream:
 
     async def more(self) -> bytes | None:
         """All events since the last; None at the end."""
+        self._sending = False
         while not self._waiting:
             if self._ended:
                 return None
@@ -179,7 +181,7 @@ class EventStream:
             self._sleeper = None
             if not sleeper.done():  # it may have been cancelled, with its task not yet told
                 sleeper.set_result(None)
-        elif self._num_waiting > self._max_bytes:
+        elif self._sending and self._num_waiting > self._max_bytes:
             self._max_bytes = 1 << 62  # once
             self._cut_off()
 
@@ -188,6 +190,7 @@ class EventStream:
         data = waiting[0] if len(waiting) == 1 else b"".join(waiting)
         waiting.clear()
         self._num_waiting = 0
+        self._sending = True  # until `more` is called: what comes meanwhile waits for the client
         return data
 
     def _wake(self) -> None:

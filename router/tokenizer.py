@@ -48,8 +48,12 @@ class Tokenizer:
         return cls(_load_fast(folder), ChatTemplate.load(folder, config))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self._fast.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        if len(text) <= INLINE_CHARS:
+            short: list[int] = self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+            return short
+        # Unlike `encode`, this lets go of the interpreter, so that a thread of its own helps.
+        (found,) = self._fast.encode_batch([text], add_special_tokens=add_special_tokens)
+        return list(found.ids)
 
     async def encode_async(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """`encode`, off the event loop where the text is long."""

@@ -121,10 +121,10 @@ class _Session(asyncio.Protocol):
         if self._router_id is None:
             self._router_id = self._greet(message)
             self._tenure = self._front.arrive(self._router_id)
-        elif message[1] == "submit":
-            self._front.submit(message)
-        elif message[1] == "abort":
-            self._front.abort(message)
+        elif message[1] in ("submit", "abort"):
+            if message[2] != self._router_id:
+                raise wire.WireError("a message in another router's name")
+            (self._front.submit if message[1] == "submit" else self._front.abort)(message)
         elif message[1] == "open":
             wire.check(message, "open")
             self._be_patient()

@@ -149,6 +149,11 @@ class Converter:
         self, raw: str | list[int], add_special: bool, bounds: ModelBounds, field: str
     ) -> Prompt:
         if not isinstance(raw, str):
+            if len(raw) > bounds.max_model_len:
+                raise PromptTooLong(
+                    f"{field}: {len(raw)} tokens, longer than the model's context of {bounds.max_model_len}",
+                    param=field,
+                )
             return Prompt(fields.checked_ids(raw, bounds.vocab_size, field), None)
         # No token is longer than the longest: a text of more bytes than that cannot fit, and is not read.
         if len(raw) > bounds.max_model_len * self._tokenizer.max_token_bytes:

@@ -22,7 +22,7 @@ HARMLESS = frozenset(
     {
         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
         "prompt_cache_retention", "prediction", "parallel_tool_calls", "request_id", "extra_headers",
-        "cache_prompt", "detokenize", "truncate",
+        "cache_prompt",
     }
 )  # fmt: skip
 # Values of fields that we do not honour which ask for what happens anyway.
@@ -160,7 +160,8 @@ _KNOWN_UNSUPPORTED = frozenset(
     {
         "audio", "web_search_options", "verbosity", "guided_json", "guided_regex", "guided_choice",
         "guided_grammar", "structured_outputs", "json_schema", "grammar", "prompt_logprobs", "chat_template",
-        "documents", "truncate_prompt_tokens", "allowed_token_ids", "prompt_embeds", "echo", "logprobs",
+        "documents", "detokenize", "truncate",
+        "truncate_prompt_tokens", "allowed_token_ids", "prompt_embeds", "echo", "logprobs",
         "mm_processor_kwargs", "typical_p", "mirostat",
     }
 )  # fmt: skip

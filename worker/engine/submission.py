@@ -53,7 +53,7 @@ def _check_lengths(request: EngineRequest, max_total_tokens: int) -> None:
 def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     ranges = (
         ("temperature", sampling.temperature, 0.0, 1e6),
-        ("top_k", sampling.top_k, 0, _INT64),
+        ("top_k", sampling.top_k, 0, _INT64 - 1),
         ("min_p", sampling.min_p, 0.0, 1.0),
         ("presence_penalty", sampling.presence_penalty, -1e6, 1e6),
         ("frequency_penalty", sampling.frequency_penalty, -1e6, 1e6),
