@@ -153,11 +153,11 @@ def test_a_stall_is_work_without_a_step(running: list[EngineLoop]) -> None:
     _, loop = make_engine(executor, worker_config())
     running.append(loop)
     loop.start(sink)
-    time.sleep(0.3)  # nothing to do is no stall, however long
+    time.sleep(1.0)  # nothing to do is no stall, however long
     assert loop.since_progress_s() == 0.0
     executor.gate.clear()
     loop.submit("router", 0, [request("a", 4)])
-    assert loop.since_progress_s() < 0.2  # nor does idle time count once work comes
+    assert loop.since_progress_s() < 0.9  # nor does idle time count once work comes
     time.sleep(0.3)
     assert loop.since_progress_s() > 0.25
     executor.gate.set()
