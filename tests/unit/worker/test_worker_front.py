@@ -169,7 +169,7 @@ def test_an_idle_stream_says_every_heartbeat_how_the_worker_is() -> None:
                 await router.abort()  # says only that the router is there
                 await asyncio.sleep(0.15)
             gaps = [b[0] - a[0] for a, b in zip(router.steps, router.steps[1:], strict=False)]
-            assert len(router.reports) == len(router.steps) >= 8
+            assert len(router.reports) == len(router.steps) >= 5
             assert sorted(gaps)[len(gaps) // 2] < 0.1  # the heartbeat is 0.05
             assert max(gaps) < 0.5
             assert {r.state for r in router.reports} == {"ready"}
@@ -180,7 +180,7 @@ def test_an_idle_stream_says_every_heartbeat_how_the_worker_is() -> None:
 
 def test_a_busy_stream_carries_reports_too_but_not_with_every_step() -> None:
     async def test() -> None:
-        async with worker(worker_config()) as w:
+        async with worker(worker_config(heartbeat_s=0.2)) as w:
             router = Router(w).read()
             await router.submit(request("a", 200))
             await until(lambda: router.reasons())
@@ -261,7 +261,7 @@ def test_an_abort_is_idempotent_and_only_for_ones_own() -> None:
 
 def test_a_silent_router_loses_its_requests_and_its_stream_and_a_speaking_one_does_not() -> None:
     async def test() -> None:
-        async with worker(worker_config(router_lease_s=0.3), step_s=0.01) as w:
+        async with worker(worker_config(router_lease_s=0.6), step_s=0.01) as w:
             silent, speaking = Router(w, "silent").read(), Router(w, "speaking").read()
             await silent.submit(request("a", 900), request("b", 900))  # 9 s
             await speaking.submit(request("c", 60))
@@ -454,7 +454,7 @@ def test_a_message_of_another_kind_or_version_is_refused() -> None:
 def test_whatever_routers_do_no_block_is_lost(seed: int) -> None:
     async def test() -> None:
         rng = random.Random(seed)
-        async with worker(worker_config(router_lease_s=0.3), step_s=0.001) as w:
+        async with worker(worker_config(router_lease_s=0.8), step_s=0.001) as w:
             routers = [Router(w, f"r{i}").read() for i in range(3)]
             mine: dict[str, list[EngineRequest]] = {r.name: [] for r in routers}
             for i in range(250):
