@@ -264,7 +264,7 @@ def test_a_silent_router_loses_its_requests_and_its_stream_and_a_speaking_one_do
         async with worker(worker_config(router_lease_s=0.6), step_s=0.01) as w:
             silent, speaking = Router(w, "silent").read(), Router(w, "speaking").read()
             await silent.submit(request("a", 900), request("b", 900))  # 9 s
-            await speaking.submit(request("c", 60))
+            await speaking.submit(request("c", 150))
             while not silent.closed:
                 await speaking.abort()
                 await asyncio.sleep(0.05)
@@ -273,7 +273,7 @@ def test_a_silent_router_loses_its_requests_and_its_stream_and_a_speaking_one_do
             while not speaking.reasons():
                 await speaking.abort()
                 await asyncio.sleep(0.05)
-            assert speaking.tokens("c") == expected_tokens(request("c", 60))
+            assert speaking.tokens("c") == expected_tokens(request("c", 150))
             await until(lambda: all_blocks_free(w), 1.0)
             assert "silent" not in dict(w.engine.report.last_submit_seq)
 
