@@ -25,11 +25,12 @@ from ellm.loadtest.side import Side, start_sides
 Sample = dict[str, float]
 OURS = "ellm"
 ABOUT = """\
-28M-parameter Llama with random weights, {input} prompt and {output} output tokens, greedy, {threads} threads,
-prefix caching off, every side in a process of its own, all on the same cores. `ellm` is STRICT (bitwise
-reproducible); `ellm-torch` is the same engine on the torch body, which is not. `ratio` is ellm's decode speed
-divided by the side's. The matmul share says which part of ellm's decode step its own packed linear layers take
-when they run alone, the KV share what one read of the KV cache would take at the machine's copy speed."""
+28M-parameter Llama with random weights, {input} prompt and {output} output tokens, greedy,
+{threads} threads, prefix caching off, every side in a process of its own, all on the same cores.
+`ellm` is STRICT (bitwise reproducible); `ellm-torch` is the same engine on the torch body, which is
+not. `ratio` is ellm's decode speed divided by the side's. The matmul share says which part of
+ellm's decode step its own packed linear layers take when they run alone, the KV share what one read
+of the KV cache would take at the machine's copy speed."""
 
 
 def parse() -> argparse.Namespace:
