@@ -182,6 +182,7 @@ def test_the_report_echoes_the_newest_submit_that_it_knows(running: list[EngineL
 
 
 def test_stop_ends_both_threads_and_closes_the_executor() -> None:
+    others = set(threading.enumerate())
     executor, sink = HeldExecutor(0.01), Sink()
     _, loop = make_engine(executor, worker_config())
     loop.start(sink)
@@ -190,6 +191,7 @@ def test_stop_ends_both_threads_and_closes_the_executor() -> None:
     assert loop.stop(5)
     assert loop.state == "stopped"
     assert executor.closed
-    wait_until(lambda: not [t for t in threading.enumerate() if t.name in ("ellm-engine", "ellm-step")])
+    names = ("ellm-engine", "ellm-step")
+    wait_until(lambda: not [t for t in set(threading.enumerate()) - others if t.name in names])
     _, unborn = make_engine(HeldExecutor(), worker_config())
     assert unborn.stop(1)
