@@ -35,6 +35,7 @@ class StreamChannel:
         self._port = port
         self._secret = secret
         self._connection: _Connection | None = None
+        self._num_opened = 0
         self._connected = asyncio.Event()  # for the first time
 
     @property
@@ -48,9 +49,15 @@ class StreamChannel:
         await self._send(message)
 
     async def outputs(self, router_id: str) -> AsyncIterator[Message]:
+        self._num_opened += 1
+        newest = self._num_opened
         if self._connection is not None:
             self._connection.close()
         connection = await self._connect()
+        if newest != self._num_opened:  # opened again meanwhile
+            connection.close()
+            raise ChannelClosed(f"{self._name}: the stream was opened again")
+        self._connection = connection
         try:
             await connection.send(wire.hello(router_id, self._secret))
             await connection.send(wire.open_stream(router_id))
@@ -81,7 +88,6 @@ class StreamChannel:
             _, connection = await asyncio.wait_for(opening, CONNECT_TIMEOUT_S)
         except (OSError, TimeoutError) as error:
             raise ChannelClosed(f"{self._name} cannot be reached: {error!r}") from None
-        self._connection = connection
         return connection
 
 

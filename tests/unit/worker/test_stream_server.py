@@ -122,7 +122,17 @@ def test_a_stranger_is_turned_away(message: object) -> None:
     run(test)
 
 
-def test_a_malformed_message_ends_its_own_connection_only() -> None:
+@pytest.mark.parametrize(
+    "message",
+    [
+        (wire.VERSION, "submit", "bad", 0, [("no", "request")]),
+        (wire.VERSION, "dance", "bad"),
+        (wire.VERSION,),
+        wire.submit("good", 0, []),
+        "nonsense",
+    ],
+)
+def test_a_malformed_message_ends_its_own_connection_only(message: wire.Message) -> None:
     async def test() -> None:
         async with served() as s:
             good, bad = s.channel(), s.channel()
@@ -130,7 +140,7 @@ def test_a_malformed_message_ends_its_own_connection_only() -> None:
             for stream in streams:
                 await anext(stream)
             await good.submit(wire.submit("good", 0, [request("a", 900)]))
-            await bad.submit((wire.VERSION, "submit", "bad", 0, [("no", "request")]))
+            await bad.submit(message)
             with pytest.raises(ChannelClosed):
                 async for _ in streams[1]:
                     pass
@@ -175,6 +185,20 @@ def test_the_last_tokens_of_a_drained_worker_arrive() -> None:
                 await reading
             assert await draining
             assert len([o for o in outputs if o.finish_reason == "length"]) == 20
+
+    run(test)
+
+
+def test_a_stream_that_is_opened_again_at_once_ends_the_former() -> None:
+    async def test() -> None:
+        async with served() as s:
+            channel = s.channel()
+            streams = [channel.outputs("r"), channel.outputs("r")]
+            first, second = await asyncio.gather(*map(anext, streams), return_exceptions=True)
+            assert isinstance(first, ChannelClosed)
+            assert wire.check(second, "step")  # type: ignore[arg-type]
+            await until(lambda: s.front.num_streams == 1)
+            await streams[1].aclose()  # type: ignore[attr-defined]
 
     run(test)
 
