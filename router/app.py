@@ -6,7 +6,6 @@ a test; it imports neither Ray nor torch.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -38,13 +37,13 @@ from ellm.router.openai.schema import (
     TokenizeRequest,
     parse,
 )
-from ellm.router.tokenizer import Tokenizer
+from ellm.router.tokenizer import Tokenizer, in_text_thread
 from ellm.worker.api.channel import WorkerDirectory
 from ellm.worker.api.errors import EllmError, InvalidRequest, PromptTooLong
 
 STARTED_AT = int(time.time())
 
-MAX_DETOKENIZE = 200_000  # token ids of one call
+MAX_TOKENS_OF_CALL = 200_000  # of /tokenize and /detokenize
 
 
 def package_version() -> str:
@@ -190,6 +189,8 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         text = await service.converter.rendered(body) if chat else body.prompt or ""
         special = not chat if body.add_special_tokens is None else body.add_special_tokens
         ids = await service.tokenizer.encode_async(text, special)
+        if len(ids) > MAX_TOKENS_OF_CALL:
+            raise PromptTooLong(f"prompt: more than {MAX_TOKENS_OF_CALL} tokens", param="prompt")
         info = service.dispatcher.info()
         strings = [service.tokenizer.token(i) for i in ids] if body.return_token_strs else None
         return _json(
@@ -205,10 +206,10 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     async def detokenize(request: Request) -> Response:
         body = parse(DetokenizeRequest, await read_json(request.scope, request.receive, limit))
         service.check_model(body.model)
-        if len(body.tokens) > MAX_DETOKENIZE:
-            raise PromptTooLong(f"tokens: at most {MAX_DETOKENIZE}", param="tokens")
+        if len(body.tokens) > MAX_TOKENS_OF_CALL:
+            raise PromptTooLong(f"tokens: at most {MAX_TOKENS_OF_CALL}", param="tokens")
         skip = bool(body.skip_special_tokens)
-        return _json({"prompt": await asyncio.to_thread(service.tokenizer.decode, body.tokens, skip)})
+        return _json({"prompt": await in_text_thread(service.tokenizer.decode, body.tokens, skip)})
 
 
 def _add_operations(app: FastAPI, service: Service) -> None:

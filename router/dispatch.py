@@ -24,7 +24,7 @@ from ellm.router.sequence import Sequence as LiveSequence
 from ellm.router.sequence import Verdict
 from ellm.router.subset import subset
 from ellm.worker.api.channel import WorkerChannel, WorkerDirectory
-from ellm.worker.api.errors import EllmError, Unavailable, WorkerFailed
+from ellm.worker.api.errors import EllmError, QueueFull, Unavailable, WorkerFailed
 from ellm.worker.api.output import FinishReason
 from ellm.worker.api.report import WorkerInfo, WorkerReport
 
@@ -173,6 +173,9 @@ class Dispatcher:
         error = sequence.error
         if error is None or (isinstance(error, tuple) and error[0] == HANDED_BACK):
             self._move([sequence], "drain", death=False)
+        elif isinstance(error, tuple) and error[0] == QueueFull.code and sequence.num_moves:
+            # It was taken once, and perhaps half answered: a full worker is no reason to lose it.
+            self._move([sequence], "full", death=False)
         else:
             self._fail(sequence, typed_error(error))
 

@@ -98,7 +98,13 @@ class Exchange(Response):
     async def _answer(self, body: Any, scope: Scope, send: Send, context: RequestContext) -> None:
         service = self._service
         arrived_at = service.dispatcher.clock()
-        job = await service.job(self._kind, body)
+        # From here on the request is counted: its body is held while it waits for a worker and is tokenised.
+        admission = service.dispatcher.admission
+        admission.enter(1)
+        try:
+            job = await service.job(self._kind, body)
+        finally:
+            admission.leave(1)
         shape = ChatShape() if self._kind == "chat" else CompletionShape()
         answer = Answer(shape, job, service.tokenizer, service.model, service.fingerprint)
         salt = f"{context.tenant}/{job.cache_salt}" if context.tenant or job.cache_salt else ""
@@ -114,7 +120,7 @@ class Exchange(Response):
 
     async def _whole(self, generation: Generation, answer: Answer, send: Send) -> None:
         sink = Gathered(generation, answer)
-        timer = self._deadline(sink.end)
+        timer = self._deadline(generation, sink.end)
         try:
             await generation.submit(sink)
             body = await sink.answer()
@@ -126,7 +132,7 @@ class Exchange(Response):
         task = asyncio.current_task()
         limits = self._service.config.limits
         sink = EventStream(generation, answer, limits.max_client_buffer_bytes, partial(_cut_off, task))
-        timer = self._deadline(sink.end)
+        timer = self._deadline(generation, sink.end)
         try:
             await generation.submit(sink)
             data: bytes | None = await sink.first()
@@ -138,10 +144,12 @@ class Exchange(Response):
         finally:
             timer.cancel()
 
-    def _deadline(self, end: Callable[[EllmError], None]) -> asyncio.TimerHandle:
+    def _deadline(self, generation: Generation, end: Callable[[EllmError], None]) -> asyncio.TimerHandle:
+        """Counted from the request's arrival."""
         deadline_s = self._service.config.limits.request_deadline_s
         error = DeadlineExceeded(f"the request took longer than {deadline_s:g} s")
-        return asyncio.get_running_loop().call_later(deadline_s, end, error)
+        left = deadline_s - (self._service.dispatcher.clock() - generation.arrived_at)
+        return asyncio.get_running_loop().call_later(max(0.0, left), end, error)
 
 
 async def _while_client_stays(receive: Receive, work: Callable[[], Awaitable[None]]) -> None:

@@ -34,7 +34,7 @@ class Generation:
         self.sequences: list[LiveSequence] = []
         self._dispatcher = dispatcher
         self._tokenizer = tokenizer
-        self._arrived_at = arrived_at
+        self.arrived_at = arrived_at
         self._salt = salt
         self._session_id = session_id
         dispatcher.admission.enter(job.num_sequences)
@@ -77,7 +77,7 @@ class Generation:
             sequence = LiveSequence(f"{prefix}-{index}", index, prompt.ids, sampling, sink, detokenizer)
             sequence.choice_index = index % job.n
             sequence.salt = self._salt
-            sequence.arrived_at = self._arrived_at
+            sequence.arrived_at = self.arrived_at
             matcher = None if strings is None else StopMatcher(strings, job.include_stop)
             sequence.stop_at(matcher, job.include_stop)
             made.append(sequence)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors
@@ -20,6 +22,15 @@ from ellm.router.openai.chat_template import ChatTemplate
 from ellm.worker.api.errors import ConfigError, InvalidRequest
 
 INLINE_CHARS = 4096  # about a millisecond of work; a longer text is encoded in a thread
+# Threads of their own: long texts must not hold up what else the router does in threads (finding workers).
+TEXT_THREADS = ThreadPoolExecutor(2, thread_name_prefix="ellm-text")
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+async def in_text_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """`work` off the event loop; at most two at a time."""
+    return await asyncio.get_running_loop().run_in_executor(TEXT_THREADS, partial(work, *args, **kwargs))
 
 
 class Tokenizer:
@@ -55,11 +66,13 @@ class Tokenizer:
         (found,) = self._fast.encode_batch([text], add_special_tokens=add_special_tokens)
         return list(found.ids)
 
-    async def encode_async(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """`encode`, off the event loop where the text is long."""
-        if len(text) <= INLINE_CHARS:
+    async def encode_async(
+        self, text: str, add_special_tokens: bool = True, *, of_chars: int = 0
+    ) -> list[int]:
+        """`encode`, off the event loop where the text, or what it is a part of (`of_chars`), is long."""
+        if max(len(text), of_chars) <= INLINE_CHARS:
             return self.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.encode, text, add_special_tokens)
+        return await in_text_thread(self.encode, text, add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)

@@ -6,7 +6,6 @@ fields and the tokenizer, nothing of workers but the model's context and vocabul
 
 from __future__ import annotations
 
-import asyncio
 import random
 from dataclasses import dataclass, replace
 
@@ -15,7 +14,7 @@ from ellm.router.openai import fields
 from ellm.router.openai.chat_template import SPECIAL_TOKENS
 from ellm.router.openai.messages import plain_messages
 from ellm.router.openai.schema import ChatRequest, CompletionRequest, TokenizeRequest
-from ellm.router.tokenizer import INLINE_CHARS, Tokenizer
+from ellm.router.tokenizer import INLINE_CHARS, Tokenizer, in_text_thread
 from ellm.worker.api.errors import InvalidRequest, PromptTooLong
 from ellm.worker.api.request import DEFAULT_MAX_TOKENS, SamplingParams
 
@@ -91,8 +90,9 @@ class Converter:
         job = self._job(body, n, base)
         prompts, sampling = [], []
         scores = 0
+        special, chars = body.add_special_tokens is not False, sum(map(len, raw))
         for one in raw:
-            prompt = await self._prompt(one, body.add_special_tokens is not False, bounds, "prompt")
+            prompt = await self._prompt(one, special, bounds, "prompt", chars)
             room = _room(prompt, bounds, "prompt")
             max_tokens = min(DEFAULT_MAX_TOKENS, room) if asked is None else max(1, asked)
             prompts.append(prompt)
@@ -143,10 +143,10 @@ class Converter:
         options["add_generation_prompt"] = body.add_generation_prompt is not False and not goes_on
         if sum(len(message["content"] or "") for message in messages) <= INLINE_CHARS:
             return self._tokenizer.render_chat(messages, **options)
-        return await asyncio.to_thread(self._tokenizer.render_chat, messages, **options)
+        return await in_text_thread(self._tokenizer.render_chat, messages, **options)
 
     async def _prompt(
-        self, raw: str | list[int], add_special: bool, bounds: ModelBounds, field: str
+        self, raw: str | list[int], add_special: bool, bounds: ModelBounds, field: str, of_chars: int = 0
     ) -> Prompt:
         if not isinstance(raw, str):
             if len(raw) > bounds.max_model_len:
@@ -160,7 +160,7 @@ class Converter:
             raise PromptTooLong(
                 f"{field}: longer than the model's context of {bounds.max_model_len} tokens", param=field
             )
-        ids = await self._tokenizer.encode_async(raw, add_special)
+        ids = await self._tokenizer.encode_async(raw, add_special, of_chars=of_chars)
         if not ids:
             raise InvalidRequest(f"{field}: holds no token", param=field)
         return Prompt(tuple(ids), raw)
