@@ -13,13 +13,15 @@ SIMULATED = "simulated:"  # a path that begins so takes the simulated executor
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """The KV pool."""
+    """The KV pool and the tiers below it."""
 
     block_size: int = 16  # tokens
     num_blocks: int | None = None  # None: sized from memory
     memory_fraction: float = 0.9  # of what is free on a GPU; of half the free memory per worker on a CPU
     max_pool_bytes: int | None = None  # an upper bound on the sized pool; on a CPU 1 GiB where unset
     prefix_caching: bool = True
+    host_bytes: int = 0  # of the host tier, for KV that left the device; 0: there is none
+    transient_blocks: int = 0  # for holes that are recomputed or streamed within a step; 0: no such modes
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,8 @@ class SchedulerConfig:
     max_waiting: int = 4096  # requests; beyond it submission is refused
     watermark: float = 0.01  # share of blocks kept free when a waiting request is admitted
     pipeline_depth: int = 2  # plans outstanding, 1 or 2
+    tpot_slo_ms: float | None = None  # of requests that bring none: time per output token
+    ttft_slo_ms: float | None = None  # of requests that bring none: time to the first token
 
 
 @dataclass(frozen=True, slots=True)

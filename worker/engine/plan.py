@@ -19,6 +19,10 @@ class ModelLimits:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     memory: tuple[tuple[str, int], ...] = ()  # (what, bytes): how the pool was sized, for printing
+    num_host_blocks: int = 0  # of the host tier; 0: there is none
+    # Blocks of the transient pool, which all layers share: ids [num_blocks, num_blocks + num_transient_blocks).
+    num_transient_blocks: int = 0
+    block_bytes: int = 0  # one block over all layers: what a copy moves; 0 where there is no host tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +36,32 @@ class NewSequence:
     choice_index: int
 
 
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """One block's content, all layers, between the device's pool and the host's. Neither block is written,
+    freed or given to another by the brain until a result says that the copy is done."""
+
+    copy_id: int  # numbered from 0, no gaps
+    block: int  # of the device's pool
+    host_block: int
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedBlock:
+    """A block that is on the host only and is loaded for one step, layer by layer, into a transient block."""
+
+    host_block: int
+    transient_block: int  # in [num_blocks, num_blocks + num_transient_blocks)
+
+
 @dataclass(slots=True)
 class PlanEntry:
-    """Consecutive tokens of one sequence: a decode row (one token) or a prefill chunk.
+    """Consecutive tokens of one sequence: a decode row (one token), a prefill chunk, or recompute rows.
+
+    Ids at and above `ModelLimits.num_blocks` in `block_ids` are transient blocks: they hold the positions of a
+    hole, and are filled anew in every layer of every step that names them, by the recompute rows of the same
+    sequence in the same plan or by `BatchPlan.streams`. A recompute entry covers whole transient blocks, never
+    samples, and sees nothing past its own end. A sequence has at most one entry of each kind.
 
     The tokens are those at positions [start, start + num_tokens). `token_ids` is empty when the single
     input token is the one sampled for this sequence by the plan before (not yet read back).
@@ -50,11 +77,19 @@ class PlanEntry:
     samples: bool  # the last row's logits give the sequence's next token
     output_index: int = 0  # of the sampled token; the noise depends on it
     prompt_logprobs: bool = False  # every row keeps the LM head
+    recompute: bool = False  # rows of a hole: their KV goes to transient blocks, their hidden states nowhere
 
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """One step. Entries with a single token come first (decode rows), then chunks, each in FCFS order."""
+    """One step. Entries with a single token come first (decode rows), then chunks, each in FCFS order, then
+    recompute entries.
+
+    Copies are started with the step and run beside this one and later ones, in the order given, each direction
+    on its own; nothing in a plan reads a block that is still being loaded. A plan without entries waits for
+    the next copy to end (`StepResult.copies_done`). With `waits` set the step begins when all copies, its own
+    included, have ended: this is what a blocking swap does.
+    """
 
     step: int  # numbered from 0, no gaps
     entries: tuple[PlanEntry, ...]
@@ -62,6 +97,20 @@ class BatchPlan:
     released: tuple[int, ...]  # seq_ids that no later plan names: their sampler state may go
     num_rows: int  # sum of num_tokens
     num_decode: int  # entries with one token that sample
+    saves: tuple[BlockCopy, ...] = ()  # device to host
+    loads: tuple[BlockCopy, ...] = ()  # host to device
+    streams: tuple[StreamedBlock, ...] = ()
+    waits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CopyTimes:
+    """What the link did since the last result: bytes, and seconds in which it moved them."""
+
+    saved_bytes: int = 0
+    saved_s: float = 0.0
+    loaded_bytes: int = 0
+    loaded_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +124,11 @@ class StepResult:
     # seq_id -> one per row of the chunk: entry i scores the prompt token at position start + i + 1
     # (rows whose next token is not a prompt token give nothing).
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] | None = None
+    copies_done: tuple[int, ...] = ()  # ids of saves and loads that have ended since the last result
+    copies_failed: tuple[
+        int, ...
+    ] = ()  # of them, those that moved nothing: the target's content is undefined
+    copy_times: CopyTimes | None = None
 
 
 def step_features(plan: BatchPlan) -> StepFeatures:
@@ -84,7 +138,7 @@ def step_features(plan: BatchPlan) -> StepFeatures:
     for entry in plan.entries:
         start, n = entry.start, entry.num_tokens
         kv_tokens += start + n
-        if n > 1:
+        if n > 1 or entry.recompute:
             pairs += n * start + n * (n + 1) // 2
         logits_rows += n if entry.prompt_logprobs else entry.samples
     return StepFeatures(plan.num_rows, plan.num_decode, kv_tokens, pairs, logits_rows)
