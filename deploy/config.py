@@ -89,11 +89,15 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "worker.cache.block_size": (1, 1024),
     "worker.cache.num_blocks": (2, 1 << 31),
     "worker.cache.memory_fraction": (0.01, 1.0),
+    "worker.cache.host_bytes": (0, 1 << 50),
+    "worker.cache.transient_blocks": (0, 1 << 24),
     "worker.scheduler.max_num_seqs": (1, 65536),
     "worker.scheduler.max_step_tokens": (1, 1 << 24),
     "worker.scheduler.max_waiting": (1, 1 << 24),
     "worker.scheduler.watermark": (0.0, 0.9),
     "worker.scheduler.pipeline_depth": (1, 2),
+    "worker.scheduler.tpot_slo_ms": (0.01, 3_600_000),
+    "worker.scheduler.ttft_slo_ms": (0.01, 3_600_000),
 }
 
 TYPES = dict(schema.leaf_types(EllmConfig))

@@ -20,7 +20,7 @@ class ModelLimits:
     eos_token_ids: tuple[int, ...]
     memory: tuple[tuple[str, int], ...] = ()  # (what, bytes): how the pool was sized, for printing
     num_host_blocks: int = 0  # of the host tier; 0: there is none
-    # Blocks of the transient pool, which all layers share: ids [num_blocks, num_blocks + num_transient_blocks).
+    # Blocks that all layers share, with ids [num_blocks, num_blocks + num_transient_blocks).
     num_transient_blocks: int = 0
     block_bytes: int = 0  # one block over all layers: what a copy moves; 0 where there is no host tier
 
@@ -58,10 +58,10 @@ class StreamedBlock:
 class PlanEntry:
     """Consecutive tokens of one sequence: a decode row (one token), a prefill chunk, or recompute rows.
 
-    Ids at and above `ModelLimits.num_blocks` in `block_ids` are transient blocks: they hold the positions of a
-    hole, and are filled anew in every layer of every step that names them, by the recompute rows of the same
-    sequence in the same plan or by `BatchPlan.streams`. A recompute entry covers whole transient blocks, never
-    samples, and sees nothing past its own end. A sequence has at most one entry of each kind.
+    Ids at and above `ModelLimits.num_blocks` in `block_ids` are transient blocks: they hold the positions
+    of a hole, and are filled anew in every layer of every step that names them, by the recompute rows of the
+    same sequence in the same plan or by `BatchPlan.streams`. A recompute entry covers whole transient blocks,
+    never samples, and sees nothing past its own end. A sequence has at most one entry of each kind.
 
     The tokens are those at positions [start, start + num_tokens). `token_ids` is empty when the single
     input token is the one sampled for this sequence by the plan before (not yet read back).
@@ -85,10 +85,10 @@ class BatchPlan:
     """One step. Entries with a single token come first (decode rows), then chunks, each in FCFS order, then
     recompute entries.
 
-    Copies are started with the step and run beside this one and later ones, in the order given, each direction
-    on its own; nothing in a plan reads a block that is still being loaded. A plan without entries waits for
-    the next copy to end (`StepResult.copies_done`). With `waits` set the step begins when all copies, its own
-    included, have ended: this is what a blocking swap does.
+    Copies are started with the step and run beside this one and later ones, in the order given, each
+    direction on its own; nothing in a plan reads a block that is still being loaded. A plan without entries
+    waits for the next copy to end (`StepResult.copies_done`). With `waits` set the step begins when all copies,
+    its own included, have ended: this is what a blocking swap does.
     """
 
     step: int  # numbered from 0, no gaps
