@@ -87,8 +87,8 @@ class BatchPlan:
 
     Copies are started with the step and run beside this one and later ones, in the order given, each
     direction on its own; nothing in a plan reads a block that is still being loaded. A plan without entries
-    waits for the next copy to end (`StepResult.copies_done`). With `waits` set the step begins when all copies,
-    its own included, have ended: this is what a blocking swap does.
+    waits for the next copy to end (`StepResult.copies_done`). With `waits` set the step begins when all
+    copies, its own included, have ended: this is what a blocking swap does.
     """
 
     step: int  # numbered from 0, no gaps
