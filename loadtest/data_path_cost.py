@@ -58,7 +58,7 @@ class RayStreamRank(RankActor):
 
     async def steps(self, router_id: str) -> AsyncIterator[wire.Message]:
         assert self._front is not None
-        async for message in self._front.outputs(router_id):
+        async for message in self._front.outputs(router_id, self._front.arrive(router_id)):
             yield message
 
 

@@ -4,8 +4,9 @@ Each router has one outbox and reads it through one long-lived stream: a message
 tokens of all its requests, a report every heartbeat. The front keeps who asked for what, so that
 
 - a submission is taken once, by (request id, attempt), also after the request has ended;
-- a router that leaves, is silent for a lease, or lags a whole lease behind is dropped: its stream ends, its
-  requests are aborted and their blocks are free;
+- a router that leaves, comes again, is silent for a lease, or lags a whole lease behind is dropped: its
+  stream ends, its requests are aborted and their blocks are free. What comes over the line of a dropped
+  router is not taken: it would be computed for nobody;
 - while the worker drains, new requests are refused and running ones go to their end.
 """
 
@@ -94,14 +95,15 @@ class WorkerFront:
         return replace(self._engine.report, state=state, since_last_step_s=since)
 
     def submit(self, message: wire.Message) -> None:
-        """Take a SUBMIT message. Raises WireError."""
+        """Take a SUBMIT message of a router that has arrived. Raises WireError."""
         router_id, seq, packed = wire.check(message, "submit")[:3]
         box = self._heard(router_id)
         taken = [r for r in map(wire.unpack_request, packed) if self._admit(box, r)]
         self._engine.submit(router_id, seq, taken)
 
     def abort(self, message: wire.Message) -> None:
-        """Take an ABORT message; one without ids only says that the router is there. Raises WireError."""
+        """Take an ABORT message of a router that has arrived; one without ids only says that it is there.
+        Raises WireError."""
         router_id, _, ids = wire.check(message, "abort")[:3]
         box = self._heard(router_id)
         mine = []
@@ -116,21 +118,33 @@ class WorkerFront:
             self._engine.abort(mine)
 
     def arrive(self, router_id: str) -> int:
-        """A router has come, or come again over another line. Returns what `leave` wants to know."""
-        box = self._heard(router_id)
-        box.tenure = next(self._tenures)
-        return box.tenure
+        """A router has come. If it was here before, it starts anew: it has given up what it asked for over
+        its former line. Returns what `holds` and `leave` want to know."""
+        former = self._boxes.get(router_id)
+        if former is not None:
+            self._drop(former)
+        tenure = next(self._tenures)
+        self._boxes[router_id] = Outbox(
+            router_id, tenure, self._config.outbox_items, self._config.router_lease_s, self._clock()
+        )
+        return tenure
+
+    def holds(self, router_id: str, tenure: int) -> bool:
+        """This arrival was not dropped, and the router has not come again since."""
+        box = self._boxes.get(router_id)
+        return box is not None and box.tenure == tenure
 
     def leave(self, router_id: str, tenure: int) -> None:
         """The line of this arrival is gone. Unless the router has come again since, nobody is left to read:
         it is dropped without waiting for its lease."""
-        box = self._boxes.get(router_id)
-        if box is not None and box.tenure == tenure:
-            self._drop(box)
+        if self.holds(router_id, tenure):
+            self._drop(self._boxes[router_id])
 
-    async def outputs(self, router_id: str) -> AsyncGenerator[wire.Message, None]:
-        """The router's stream of STEP messages; ends when another one is opened, when the router is dropped,
-        and when the worker closes."""
+    async def outputs(self, router_id: str, tenure: int) -> AsyncGenerator[wire.Message, None]:
+        """The STEP messages for this arrival of the router; ends when another stream is opened, when the
+        router is dropped, and when the worker closes."""
+        if not self.holds(router_id, tenure):
+            return
         box = self._heard(router_id)
         stream = box.open()
         self.num_streams += 1
@@ -178,11 +192,9 @@ class WorkerFront:
 
     def _heard(self, router_id: str) -> Outbox:
         box = self._boxes.get(router_id)
-        now = self._clock()
         if box is None:
-            box = Outbox(router_id, self._config.outbox_items, self._config.router_lease_s, now)
-            self._boxes[router_id] = box
-        box.last_heard = now
+            raise wire.WireError(f"router {router_id} has not arrived, or was dropped")
+        box.last_heard = self._clock()
         return box
 
     def _admit(self, box: Outbox, request: EngineRequest) -> bool:

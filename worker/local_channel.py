@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 
 from ellm.worker.api import wire
@@ -16,6 +17,8 @@ class LocalChannel:
     def __init__(self, front: WorkerFront) -> None:
         self._front = front
         self._severed = False
+        self._tenure = 0
+        self._opened = asyncio.Event()  # for the first time
 
     @property
     def info(self) -> WorkerInfo:
@@ -26,23 +29,34 @@ class LocalChannel:
         self._severed = True
 
     async def submit(self, message: wire.Message) -> None:
-        self._check()
+        """Waits for the stream to be opened."""
+        await self._hold(message)
         self._front.submit(message)
 
     async def abort(self, message: wire.Message) -> None:
-        self._check()
+        """Waits for the stream to be opened."""
+        await self._hold(message)
         self._front.abort(message)
 
     async def outputs(self, router_id: str) -> AsyncIterator[wire.Message]:
         self._check()
-        tenure = self._front.arrive(router_id)
+        self._tenure = tenure = self._front.arrive(router_id)
+        self._opened.set()
         try:
-            async for message in self._front.outputs(router_id):
+            async for message in self._front.outputs(router_id, tenure):
                 self._check()
                 yield message
         finally:
             self._front.leave(router_id, tenure)
         raise ChannelClosed(f"worker {self.info.worker_id} has ended the stream")
+
+    async def _hold(self, message: wire.Message) -> None:
+        """Raise ChannelClosed unless the front knows the router by the stream that was opened here last."""
+        self._check()
+        await self._opened.wait()
+        self._check()
+        if not self._front.holds(message[2], self._tenure):
+            raise ChannelClosed(f"worker {self.info.worker_id} has ended the stream")
 
     def _check(self) -> None:
         if self._severed or self._front.report().state == "failed":

@@ -27,15 +27,15 @@ class _Item:
 class Outbox:
     """Used on the front's event loop alone."""
 
-    def __init__(self, router_id: str, max_items: int, lease_s: float, now: float) -> None:
+    def __init__(self, router_id: str, tenure: int, max_items: int, lease_s: float, now: float) -> None:
         self.router_id = router_id
+        self.tenure = tenure  # which arrival of the router this is for
         self.live: dict[str, int] = {}  # request id -> attempt
         self.last_heard = now
         self.last_sent = now
         self.report_due = True
         self.closed = False
         self.seq = 0  # of the next message
-        self.tenure = 0  # which arrival of the router holds this
         self.stream = 0  # how often a stream was opened; the newest alone may take
         self._items: deque[_Item] = deque()
         self._max_items = max_items

@@ -3,7 +3,9 @@
 A connection carries messages of wire.py as msgpack, which holds builtins only and runs no code when it is
 read. Its first message must be HELLO with the secret that the rank hands out over Ray; then SUBMIT and ABORT
 come in and, once OPEN has come, STEP goes out. When a connection ends, its router is gone: the front drops it
-at once. A router that does not read fills the socket, then the outbox, and is cut off there.
+at once. The other way round, a connection ends with the next message on it when its router was dropped or has
+come again over another one. A router that does not read fills the socket, then the outbox, and is cut off
+there.
 """
 
 from __future__ import annotations
@@ -114,13 +116,18 @@ class _Session(asyncio.Protocol):
         self._writable.set()
 
     def close(self) -> None:
-        if self._transport is not None:
+        """What was written goes out first, for as long as the peer takes it."""
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.close()
+            self._be_patient()
+            self._impatience = asyncio.get_running_loop().call_later(CLOSE_TIMEOUT_S, self._transport.abort)
 
     def _take(self, message: Any) -> None:
         if self._router_id is None:
             self._router_id = self._greet(message)
             self._tenure = self._front.arrive(self._router_id)
+        elif not self._front.holds(self._router_id, self._tenure):
+            self.close()
         elif message[1] in ("submit", "abort"):
             if message[2] != self._router_id:
                 raise wire.WireError("a message in another router's name")
@@ -148,9 +155,9 @@ class _Session(asyncio.Protocol):
         transport = self._transport
         assert transport is not None
         pack = msgpack.Packer().pack
-        async with aclosing(self._front.outputs(router_id)) as steps:
+        async with aclosing(self._front.outputs(router_id, self._tenure)) as steps:
             async for message in steps:
                 transport.write(pack(message))
                 if not self._writable.is_set():
                     await self._writable.wait()
-        transport.close()
+        self.close()

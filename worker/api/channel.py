@@ -31,7 +31,8 @@ class WorkerChannel(Protocol):
     def outputs(self, router_id: str) -> AsyncIterator[Message]:
         """Open the one output stream of this router: STEP messages, at least one every heartbeat.
 
-        Opening it again ends the former one. Raises ChannelClosed when the worker dies or drains.
+        Opening it again ends the former one, and its requests with it. Raises ChannelClosed when the
+        worker dies, drains or cuts this router off.
         """
         ...
 

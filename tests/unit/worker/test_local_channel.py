@@ -18,8 +18,8 @@ def test_a_severed_channel_is_one_to_a_dead_worker() -> None:
         front.start()
         channel = LocalChannel(front)
         stream = channel.outputs("r")
-        await channel.submit(wire.submit("r", 0, [request("a", 50)]))
         await anext(stream)
+        await channel.submit(wire.submit("r", 0, [request("a", 50)]))
         channel.sever()
         with pytest.raises(ChannelClosed):
             await anext(stream)

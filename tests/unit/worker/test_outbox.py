@@ -18,7 +18,7 @@ def indices(outputs: list[SequenceOutput] | None) -> list[int]:
 
 
 def test_steps_within_a_window_merge_and_keep_their_order() -> None:
-    box = Outbox("r", max_items=10, lease_s=1.0, now=0.0)  # a window of 0.1 s
+    box = Outbox("r", 1, max_items=10, lease_s=1.0, now=0.0)  # a window of 0.1 s
     for i, now in enumerate((0.0, 0.05, 0.09, 0.11, 0.3)):
         box.put([output(i)], now)
     assert box.num_items == 3
@@ -30,7 +30,7 @@ def test_steps_within_a_window_merge_and_keep_their_order() -> None:
 
 def test_the_bound_in_items_is_the_lease_however_short_the_steps() -> None:
     for step_s in (0.001, 0.02, 0.3):
-        box = Outbox("r", max_items=50, lease_s=5.0, now=0.0)
+        box = Outbox("r", 1, max_items=50, lease_s=5.0, now=0.0)
         now, i = 0.0, 0
         while not box.lags(now):
             box.put([output(i)], now)
@@ -40,7 +40,7 @@ def test_the_bound_in_items_is_the_lease_however_short_the_steps() -> None:
 
 
 def test_age_counts_where_nothing_new_comes() -> None:
-    box = Outbox("r", max_items=50, lease_s=5.0, now=0.0)
+    box = Outbox("r", 1, max_items=50, lease_s=5.0, now=0.0)
     assert not box.lags(100.0)
     box.put([output(0)], 100.0)
     assert not box.lags(104.9)
@@ -49,7 +49,7 @@ def test_age_counts_where_nothing_new_comes() -> None:
 
 def test_only_the_newest_stream_takes() -> None:
     async def test() -> None:
-        box = Outbox("r", max_items=10, lease_s=1.0, now=0.0)
+        box = Outbox("r", 1, max_items=10, lease_s=1.0, now=0.0)
         first = box.open()
         assert await box.take(first) == []  # a report is due at once
         box.report_due = False
@@ -67,7 +67,7 @@ def test_only_the_newest_stream_takes() -> None:
 
 def test_closing_ends_the_stream_and_drops_what_waits() -> None:
     async def test() -> None:
-        box = Outbox("r", max_items=10, lease_s=1.0, now=0.0)
+        box = Outbox("r", 1, max_items=10, lease_s=1.0, now=0.0)
         stream = box.open()
         box.put([output(0)], 0.0)
         box.close()
