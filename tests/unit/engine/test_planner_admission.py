@@ -1,0 +1,149 @@
+"""The three tests of admission: each one alone can say no, and none says no without its reason."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ellm.worker.engine.planner.admission import Admission, Room, timely_tokens
+from ellm.worker.engine.planner.lengths import HORIZONS, OutputLengths
+
+ALWAYS = (1.0,) * len(HORIZONS)
+NOW = (1.0,) + (0.0,) * (len(HORIZONS) - 1)  # gone before the first horizon
+
+
+def step_time(rows: float, kv_tokens: float) -> float:
+    return 0.02 + 1e-4 * max(0.0, rows - 64) + 1e-6 * kv_tokens
+
+
+def room_of(num_tokens: int = 10_000, num_host_tokens: int = 0, prefill: float = 0.0) -> Room:
+    return Room(num_tokens, num_host_tokens, step_time, prefill)
+
+
+def plain(room: Room, *, z: float = 0.0, per_token_s: float | None = None) -> Admission:
+    return Admission(room, z=z, per_token_s=per_token_s)
+
+
+def fill(admission: Admission, num_tokens: int, duty: float, survival: tuple[float, ...]) -> int:
+    """Admit alike requests until one is refused; how many went in."""
+    count = 0
+    while admission.admits(num_tokens, duty, survival):
+        admission.add(num_tokens, duty, survival)
+        count += 1
+        assert count < 10_000
+    return count
+
+
+def test_growth_to_the_farthest_horizon_counts() -> None:
+    assert fill(plain(room_of()), 400, 1.0, NOW) == 23  # 9,500 / 400
+    assert fill(plain(room_of()), 400, 1.0, ALWAYS) == 2  # 9,500 / (400 + 4,096)
+
+
+def test_a_share_of_the_steps_takes_a_share_of_the_memory() -> None:
+    assert fill(plain(room_of(num_host_tokens=100_000)), 400, 0.5, NOW) == 47
+
+
+def test_the_paused_need_a_place_too() -> None:
+    assert fill(plain(room_of()), 400, 0.1, NOW) == 23
+    assert fill(plain(room_of(num_host_tokens=10_000)), 400, 0.1, NOW) == 47
+
+
+def test_spread_is_kept_free_by_z() -> None:
+    """Half are gone at the only horizon that binds: mean b f / 2 and variance b f^2 / 4, with f = 1,056."""
+    most = {}
+    for z in (0.0, 2.0):
+        admission = Admission(room_of(200_000), z=z, per_token_s=None, horizons=(0, 1024))
+        while admission.admits(32, 1.0, (1.0, 0.5)):
+            admission.add(32, 1.0, (1.0, 0.5))
+            most[z] = most.get(z, 0) + 1
+    assert most[0.0] == 359  # 190,000 / 528
+    b = most[2.0]
+    assert 528 * (b + 2 * sqrt(b)) <= 190_000 < 528 * (b + 1 + 2 * sqrt(b + 1))
+
+
+def test_memory_beyond_the_deadline_is_no_room() -> None:
+    """0.985 * 0.024 s leave 3,640 tokens of the 10,000; rows are free up to 64."""
+    room = room_of()
+    assert timely_tokens(room, 0.985 * 0.024, 1.0) == pytest.approx(3640, abs=5)
+    assert fill(plain(room, per_token_s=0.024), 100, 1.0, NOW) == 34  # 0.95 * 3,640 / 100
+    assert plain(room, per_token_s=0.05).timely_tokens == 10_000
+
+
+def test_rows_and_their_prefill_cost_time() -> None:
+    """Short contexts, many rows: 0.985 * 0.05 s are met up to 356 rows and less with the prompts they
+    bring."""
+    counts = {p: fill(plain(room_of(10**6, 0, p), per_token_s=0.05), 1, 1.0, NOW) for p in (0.0, 1.0)}
+    assert counts == {0.0: 352, 1.0: 177}
+
+
+def test_without_a_deadline_time_refuses_nobody() -> None:
+    assert fill(plain(room_of(2000)), 1, 1.0, NOW) == 1900
+
+
+def test_a_tighter_candidate_tightens_the_tests() -> None:
+    admission = plain(room_of(), per_token_s=0.05)
+    for _ in range(50):
+        admission.add(100, 1.0, NOW)
+    assert admission.admits(100, 1.0, NOW)
+    assert not admission.admits(100, 1.0, NOW, per_token_s=0.024)
+    assert not admission.admits(100, 1.0, NOW)
+
+
+def test_a_deadline_that_nobody_can_meet_turns_nobody_away() -> None:
+    assert fill(plain(room_of(), per_token_s=0.01), 400, 1.0, NOW) == 23
+    admission = plain(room_of(), per_token_s=0.05)
+    assert admission.admits(400, 1.0, NOW, per_token_s=0.001)
+    assert admission.timely_tokens == 10_000
+
+
+members = st.lists(
+    st.tuples(st.integers(1, 3000), st.floats(0.05, 1.0), st.integers(0, 3000), st.integers(1, 4000)),
+    max_size=30,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(members=members, z=st.floats(0, 3), per_token_s=st.none() | st.floats(0.021, 0.06))
+def test_the_sums_are_those_of_the_formulas(
+    members: list[tuple[int, float, int, int]], z: float, per_token_s: float | None
+) -> None:
+    lengths = OutputLengths()
+    room = room_of(40_000, 10_000, 0.2)
+    admission = plain(room, z=z, per_token_s=per_token_s)
+    rows = [(s, d, lengths.conditional(g, g + more)) for s, d, g, more in members]
+    admission.add_all(*zip(*rows[1:6], strict=True)) if rows[1:6] else admission.add_all((), (), ())
+    for s, d, q in rows[6:]:
+        admission.add(s, d, q)
+    fits = True
+    limit_s = None if per_token_s is None else 0.985 * per_token_s
+    timely = 40_000
+    if limit_s is not None:
+        timely = timely_tokens(room, limit_s, max(1.0, sum(d for _, d, _ in rows[1:])))
+    for i, h in enumerate(HORIZONS):
+        mean = sum(d * q[i] * (s + h) for s, d, q in rows)
+        variance = sum(d * q[i] * (s + h) ** 2 * (d - d * q[i]) for s, d, q in rows)
+        busy = sum(d * q[i] for _, d, q in rows)
+        fits &= mean + z * sqrt(max(0.0, variance)) <= 0.95 * timely
+        fits &= sum(q[i] * (s + h) for s, _, q in rows) <= 0.95 * 50_000
+        fits &= limit_s is None or step_time(1.2 * busy, mean) <= limit_s
+    if rows:
+        assert admission.admits(*rows[0]) is fits
+
+
+@settings(max_examples=60, deadline=None)
+@given(members=members, more=st.integers(0, 500), z=st.floats(0, 2.5))
+def test_less_is_admitted_where_more_is(
+    members: list[tuple[int, float, int, int]], more: int, z: float
+) -> None:
+    lengths = OutputLengths()
+    for s, d, g, left in members:
+        row = lengths.conditional(g, g + left)
+        careful, bold = plain(room_of(), z=z + 0.5), plain(room_of(), z=z)
+        for admission in (careful, bold):
+            for _ in range(3):
+                admission.add(s, d, row)
+        if careful.admits(s + more, d, row):
+            assert bold.admits(s, 0.9 * d, row)

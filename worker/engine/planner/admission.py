@@ -1,0 +1,160 @@
+"""Whether one more request fits, now and as everybody grows.
+
+For each horizon h, in tokens that everyone puts out from now on, the requests still there hold f = s + h
+tokens each, with probability q; of them a share d (duty) is in device memory and in the step at a time. With
+N the device's tokens and D the seconds allowed per token:
+
+    (a)  sum d q f + z sqrt(sum d^2 q (1 - q) f^2) <= 0.95 Ne      Ne: tokens at which T is 0.985 D, <= N
+    (b)  T(sum d q rows and the prefill that comes with them, sum d q f) <= 0.985 D
+    (c)  sum q f <= 0.95 (N + host)                            paused ones need a place too
+
+(a) is the expected peak with z standard deviations, outputs being independent. Without (b) or (c) single
+settings collapse: steps too long for anybody's deadline, and dropping that feeds on itself.
+
+It does not know who the requests are, nor why one has the duty it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+from ellm.worker.engine.planner.lengths import HORIZONS
+
+StepTime = Callable[[float, float], float]  # (rows, KV tokens read) -> seconds
+
+_MEMORY = 0.95  # of the capacity
+_TIME = 0.985  # of the deadline
+_BISECTIONS = 12  # the capacity is found to 1 / 4096 of it
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What there is to share out."""
+
+    num_tokens: int  # of the device's pool
+    num_host_tokens: int  # of the host tier
+    step_time: StepTime
+    # Rows of prompts that a decode row brings with it in the long run: mean prompt / mean output.
+    prefill_per_decode: float = 0.0
+
+
+def timely_tokens(room: Room, limit_s: float, rows: float) -> int:
+    """The most KV tokens that a step of `rows` may read and take no longer than `limit_s`; at most the
+    pool."""
+    if room.step_time(rows, room.num_tokens) <= limit_s:
+        return room.num_tokens
+    low, high = 0.0, float(room.num_tokens)
+    for _ in range(_BISECTIONS):
+        middle = 0.5 * (low + high)
+        if room.step_time(rows, middle) <= limit_s:
+            low = middle
+        else:
+            high = middle
+    return int(low)
+
+
+class Admission:
+    """The admitted set as sums by horizon: built by `add_all` and `add`, O(horizons) per request, as
+    `admits` is.
+
+    `per_token_s` is the tightest of the admitted set, None where nobody has an SLO: then (b) does not apply
+    and Ne is N. So is one that not even a lone request could meet: turning everybody else away would help
+    nobody.
+    """
+
+    def __init__(
+        self, room: Room, *, z: float, per_token_s: float | None, horizons: Sequence[int] = HORIZONS
+    ) -> None:
+        self.room = room
+        self.z = z
+        self._horizons = tuple(horizons)
+        self._per_token_s: float | None = None
+        self._timely: int | None = room.num_tokens  # None: not known for the deadline of now
+        size = len(self._horizons)
+        self._rows = [0.0] * size  # sum d q
+        self._active = [0.0] * size  # sum d q f
+        self._variance = [0.0] * size  # sum d^2 q (1 - q) f^2
+        self._held = [0.0] * size  # sum q f
+        self._tighten(per_token_s)
+
+    @property
+    def timely_tokens(self) -> int:
+        """Ne, by the rows of those added when it is first asked for."""
+        if self._timely is None:
+            assert self._per_token_s is not None
+            self._timely = timely_tokens(self.room, _TIME * self._per_token_s, max(1.0, self._rows[0]))
+        return self._timely
+
+    def add(self, num_tokens: int, duty: float, survival: Sequence[float]) -> None:
+        """A request with `num_tokens` of context joins. `survival` is q by horizon, as
+        `OutputLengths.conditional` gives it."""
+        self.add_all((num_tokens,), (duty,), (survival,))
+
+    def add_all(
+        self, num_tokens: Sequence[int], duties: Sequence[float], survivals: Sequence[Sequence[float]]
+    ) -> None:
+        """Many join, each given by its place in the three: half the time of adding them one by one."""
+        if not num_tokens:
+            return
+        for index, (h, column) in enumerate(zip(self._horizons, zip(*survivals, strict=True), strict=True)):
+            rows = active = variance = held = 0.0
+            for s, d, q in zip(num_tokens, duties, column, strict=True):
+                f = s + h
+                x = d * f
+                y = q * x
+                rows += d * q
+                active += y
+                variance += y * (x - y)
+                held += q * f
+            self._rows[index] += rows
+            self._active[index] += active
+            self._variance[index] += variance
+            self._held[index] += held
+
+    def admits(
+        self, num_tokens: int, duty: float, survival: Sequence[float], per_token_s: float | None = None
+    ) -> bool:
+        """Whether (a), (b) and (c) hold with this request added, at every horizon. A request tighter than all
+        before it makes the tests tighter from then on, whether it is added or not."""
+        if per_token_s is not None and (self._per_token_s is None or per_token_s < self._per_token_s):
+            self._tighten(per_token_s)
+        room, z = self.room, self.z
+        most_active = _MEMORY * self.timely_tokens
+        most_held = _MEMORY * (room.num_tokens + room.num_host_tokens)
+        rows, active = [], []
+        sums = zip(
+            self._horizons, survival, self._rows, self._active, self._variance, self._held, strict=True
+        )
+        for h, q, others, tokens, spread, held in sums:
+            f = num_tokens + h
+            x = duty * f
+            y = q * x
+            tokens += y
+            spread += y * (x - y)
+            if tokens + z * sqrt(max(0.0, spread)) > most_active or held + q * f > most_held:
+                return False
+            rows.append(others + duty * q)
+            active.append(tokens)
+        return self._in_time(rows, active)
+
+    def _in_time(self, rows: list[float], active: list[float]) -> bool:
+        """(b). Mostly the largest rows and the largest context together pass, and one prediction is
+        enough."""
+        if self._per_token_s is None:
+            return True
+        limit_s, step_time = _TIME * self._per_token_s, self.room.step_time
+        with_prefill = 1.0 + self.room.prefill_per_decode
+        if step_time(with_prefill * max(rows), max(active)) <= limit_s:
+            return True
+        return all(
+            step_time(with_prefill * n, tokens) <= limit_s for n, tokens in zip(rows, active, strict=True)
+        )
+
+    def _tighten(self, per_token_s: float | None) -> None:
+        if per_token_s is None:
+            return
+        if self.room.step_time(1.0, 0.0) <= _TIME * per_token_s:
+            self._per_token_s = per_token_s
+            self._timely = None

@@ -1,0 +1,70 @@
+"""How far a request is ahead of its deadline, and what share of the steps it needs to stay there.
+
+A request with `per_token_s` seconds for each output token owes its n-th token n * per_token_s after its
+first. One that is ahead of that may pause; the share of steps in which it must take part is its duty.
+Planning aims at 0.97 of the SLO, so that what a plan misses by a little is not late.
+
+None stands for a request without an SLO: it is never ahead, never hopeless, and takes part in every step.
+"""
+
+from __future__ import annotations
+
+AIM = 0.97  # of the SLO
+GUARD_S = 1.5  # slack below this is not for spending
+
+_SPENT = 0.25  # share of the slack beyond the guard that duty counts on
+_SMOOTHING = 0.05  # of a new step in the moving averages
+_MIN_SHARE = 0.1  # a moment in which hardly anyone decodes says little of those to come
+
+
+def seconds_per_token(slo_s: float | None) -> float | None:
+    """What planning allows a request with this SLO for each output token."""
+    return None if slo_s is None else AIM * slo_s
+
+
+def slack(first_token_at: float, per_token_s: float, num_output: int, now: float) -> float:
+    """Seconds until the next token is due, of a request that has put out `num_output`; negative: overdue."""
+    return first_token_at + per_token_s * num_output - now
+
+
+def is_hopeless(slack_s: float, num_remaining: float, per_token_s: float, step_s: float) -> bool:
+    """Whether it would be late at its end even with a token from each of its `num_remaining` next steps."""
+    return slack_s + num_remaining * (per_token_s - step_s) < 0.0
+
+
+def duty(slack_s: float, num_remaining: float, per_token_s: float | None, full_step_s: float) -> float:
+    """Share of steps, in (0, 1], that a request needs so as to use up no more than a quarter of the slack it
+    has beyond the guard. `full_step_s` is FullSpeed's. A new request has no slack."""
+    if per_token_s is None:
+        return 1.0
+    num_remaining = max(1.0, num_remaining)
+    time = per_token_s * num_remaining + _SPENT * max(0.0, slack_s - GUARD_S)
+    return min(1.0, num_remaining * full_step_s / time)
+
+
+class FullSpeed:
+    """Seconds per token of a request that pauses in no step, while the memory is full: steps take longer than
+    a request's own share of them where some residents do not decode (they are being filled or restored)."""
+
+    def __init__(self) -> None:
+        self._step_s = 0.0
+        self._share = 1.0
+        self._seen = False
+
+    def observe(self, step_s: float, num_decode: int, num_residents: int) -> None:
+        """A step took `step_s`; `num_decode` of the residents got a token from it."""
+        if num_residents <= 0:
+            return
+        weight = _SMOOTHING if self._seen else 1.0
+        self._seen = True
+        self._step_s += weight * (step_s - self._step_s)
+        self._share += _SMOOTHING * (num_decode / num_residents - self._share)
+
+    @property
+    def step_s(self) -> float:
+        """Moving average of measured steps; 0 before the first."""
+        return self._step_s
+
+    def seconds(self, model_s: float) -> float:
+        """`model_s` is the predicted step at full memory; what was measured counts where it is longer."""
+        return max(model_s, self._step_s) / max(_MIN_SHARE, min(1.0, self._share))
