@@ -61,3 +61,8 @@ class WorkerReport:
     recomputed_tokens: int = 0  # computed again after a preemption
     busy_s: float = 0.0  # time in steps
     last_submit_seq: tuple[tuple[str, int], ...] = field(default=())  # (router id, its newest submit seen)
+    num_parks: int = 0
+    num_restores: int = 0  # of parked requests that had given up blocks
+    dropped_tokens: int = 0  # KV given up without a copy on the host
+    saved_tokens: int = 0  # KV copied to the host
+    loaded_tokens: int = 0  # KV copied back

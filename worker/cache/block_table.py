@@ -1,8 +1,7 @@
 """Which blocks hold a sequence's positions.
 
-Entry i of `block_ids` holds positions [i * block_size, (i + 1) * block_size). Today every position below the
-number of computed tokens is resident. A hole [a, b) of released blocks would be kept here, beside the list:
-everything else asks the table, never the list, how many blocks a sequence holds.
+Entry i of `block_ids` holds positions [i * block_size, (i + 1) * block_size). A paused sequence may give up
+its last blocks; what is missing when it comes back has blocks again, whose content is then filled in.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ def num_blocks_for(num_tokens: int, block_size: int) -> int:
 
 
 class BlockTable:
-    """One sequence's blocks in position order. The list is live: plans refer to it, it only ever grows."""
+    """One sequence's blocks in position order. The list is live: plans refer to it, and while they do it only
+    grows."""
 
     __slots__ = ("block_ids",)
 
@@ -29,8 +29,7 @@ class BlockTable:
         return len(self.block_ids)
 
     def adopt(self, pool: BlockPool, hits: Sequence[int]) -> None:
-        """Start with blocks found in the prefix index."""
-        assert not self.block_ids
+        """Append blocks found in the prefix index."""
         for block in hits:
             pool.reference(block)
         self.block_ids.extend(hits)
@@ -39,6 +38,12 @@ class BlockTable:
         """Append `count` fresh blocks; the caller has seen that they are available."""
         for _ in range(count):
             self.block_ids.append(pool.allocate())
+
+    def cut(self, pool: BlockPool, count: int) -> None:
+        """Give the last `count` blocks back. No plan that names the list is outstanding."""
+        assert 0 < count <= len(self.block_ids)
+        pool.release(self.block_ids[-count:])
+        self.block_ids = self.block_ids[:-count]
 
     def clear(self, pool: BlockPool) -> None:
         """Give every block back. The list itself is left to the plans that hold it."""

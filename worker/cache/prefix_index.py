@@ -36,6 +36,10 @@ class PrefixIndex:
             blocks.append(block)
         return blocks
 
+    def get(self, block_hash: BlockHash) -> int:
+        """The block that holds this content, or -1."""
+        return self._block_of.get(block_hash, -1)
+
     def insert(self, block_hash: BlockHash, block: int) -> bool:
         """Name a full block of accepted tokens. False if another block already stands for this content."""
         assert self._hash_of[block] is None, f"block {block} is already indexed"

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from ellm.worker.api.output import FinishReason, SequenceOutput, TokenLogprobs
 from ellm.worker.engine.plan import PlanEntry, StepResult
+from ellm.worker.engine.policies.base import Policy
+from ellm.worker.engine.residency import Residency
 from ellm.worker.engine.scheduler import ScheduledStep
 from ellm.worker.engine.sequence import Sequence, SequenceState
 from ellm.worker.engine.state import EngineState
@@ -16,17 +18,20 @@ from ellm.worker.engine.state import EngineState
 class Completion:
     """Applies step results to the state; one per engine."""
 
-    def __init__(self, state: EngineState) -> None:
+    def __init__(self, state: EngineState, policy: Policy, residency: Residency) -> None:
         self._state = state
+        self._policy = policy
+        self._residency = residency
 
-    def apply(self, step: ScheduledStep, result: StepResult) -> list[SequenceOutput]:
+    def apply(self, step: ScheduledStep, result: StepResult, now: float) -> list[SequenceOutput]:
         """One output for every sequence that got a token or ended, in the plan's order."""
+        self._residency.apply_copies(result)
         outputs: list[SequenceOutput] = []
         num_samples = sum(entry.samples for entry in step.plan.entries)
         assert len(result.token_ids) == num_samples, "wrong number of tokens in a result"
         tokens = iter(result.token_ids)
         state = self._state
-        block_size, commits = state.block_size, state.prefix_caching
+        block_size, commits = state.block_size, state.indexes
         running, finished = SequenceState.RUNNING, SequenceState.FINISHED
         for entry, seq in zip(step.plan.entries, step.sequences, strict=True):
             token = next(tokens) if entry.samples else -1
@@ -40,8 +45,9 @@ class Completion:
                     self._count(seq, entry, end, result)
                 if end > seq.high_water:
                     seq.high_water = end
+                self._residency.close_gap(seq)
                 if token >= 0:
-                    outputs.append(self._accept(seq, entry.output_index, token, result))
+                    outputs.append(self._accept(seq, entry, token, result, now))
                 elif seq.prefill_only and end == seq.num_prompt:
                     outputs.append(self._end_scored(seq))
             if before is not running:
@@ -67,8 +73,20 @@ class Completion:
             have = len(seq.prompt_logprobs)
             seq.prompt_logprobs.extend(scores[have - entry.start - 1 :])
 
-    def _accept(self, seq: Sequence, index: int, token: int, result: StepResult) -> SequenceOutput:
+    def _note_time(self, seq: Sequence, now: float) -> None:
+        """Token i is due at t_first + SLO * (i + 4): the definition of attainment, for every token."""
+        first = seq.first_token_at
+        if first is None:
+            seq.first_token_at, seq.first_index = now, len(seq.tokens)
+        elif seq.tpot_slo_s is not None and not seq.late:
+            seq.late = now > first + seq.tpot_slo_s * (len(seq.tokens) - seq.first_index + 4)
+
+    def _accept(
+        self, seq: Sequence, entry: PlanEntry, token: int, result: StepResult, now: float
+    ) -> SequenceOutput:
         tokens, request = seq.tokens, seq.request
+        self._note_time(seq, now)
+        index = entry.output_index
         assert index == len(tokens) - seq.num_prompt, "a token came out of order"
         tokens.append(token)
         self._state.totals.generation_tokens += 1
@@ -81,8 +99,10 @@ class Completion:
         logprobs: tuple[TokenLogprobs, ...] | None = None
         if request.sampling.logprobs is not None:
             assert result.logprobs is not None
-            logprobs = (result.logprobs[seq.seq_id],)
+            logprobs = (result.logprobs[entry.seq_id],)
+        self._policy.emitted(seq, now)
         if reason is not None:
+            self._policy.finished(seq, now)
             self._state.finish(seq)
         return SequenceOutput(
             request.request_id,

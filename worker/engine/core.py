@@ -19,6 +19,7 @@ from ellm.worker.engine.completion import Completion
 from ellm.worker.engine.load import Load
 from ellm.worker.engine.plan import BatchPlan, ModelLimits, StepResult, step_features
 from ellm.worker.engine.policies import make_policy
+from ellm.worker.engine.residency import Residency
 from ellm.worker.engine.scheduler import ScheduledStep, Scheduler
 from ellm.worker.engine.sequence import Sequence
 from ellm.worker.engine.state import EngineState
@@ -37,8 +38,11 @@ class EngineCore:
         self.config = config
         self.cost_model = cost_model or CostModel()  # learns from every finished step
         self._state = EngineState(limits, config.scheduler, config.cache)
-        self._scheduler = Scheduler(self._state, make_policy(config.scheduler))
-        self._completion = Completion(self._state)
+        policy, residency = make_policy(config.scheduler), Residency(self._state)
+        policy.attach(self._state, residency, self.cost_model)
+        self._state.indexes = config.cache.prefix_caching or policy.parks
+        self._scheduler = Scheduler(self._state, policy, residency)
+        self._completion = Completion(self._state, policy, residency)
         self._tombstones = Tombstones()
         self._load = Load(self._state)
         self._eos = frozenset(limits.eos_token_ids)
@@ -47,8 +51,9 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        """A request is not finished, or a plan has not come back."""
-        return bool(self._state.live or self._outstanding)
+        """A request is not finished, or a plan or a copy has not come back."""
+        copies = self._state.copies
+        return bool(self._state.live or self._outstanding or (copies is not None and copies.under_way))
 
     @property
     def max_total_tokens(self) -> int:
@@ -67,16 +72,20 @@ class EngineCore:
             return False
         if self._tombstones.covers(request.request_id, request.attempt, now):
             return False
+        if former is not None:
+            state.finish(former)  # whatever becomes of the newer attempt, nobody listens to this one
         check_request(request, self.limits.vocab_size, state.max_total_tokens)
         if state.waiting.full:
             raise QueueFull(
                 f"{len(state.waiting)} requests are waiting", retry_after_s=self._load.retry_after_s()
             )
-        if former is not None:
-            state.finish(former)
         if not self.has_work:
             self._load.work_came(now)
         seq = Sequence(request, self._next_order, self._eos)
+        if seq.tpot_slo_s is None and self.config.scheduler.tpot_slo_ms is not None:
+            seq.tpot_slo_s = self.config.scheduler.tpot_slo_ms / 1000
+        if not state.prefix_caching:
+            seq.salt = f"\0{self._next_order}"  # its blocks are for itself alone
         self._next_order += 1
         state.live[request.request_id] = seq
         state.waiting.push(seq)
@@ -96,7 +105,7 @@ class EngineCore:
         """The next plan; None if nothing can run now, or if `pipeline_depth` plans are outstanding."""
         if len(self._outstanding) >= self.config.scheduler.pipeline_depth:
             return None
-        step = self._scheduler.schedule(now)
+        step = self._scheduler.schedule(now, idle=not self._outstanding)
         if step is None:
             return None
         self._outstanding.append(step)
@@ -108,8 +117,9 @@ class EngineCore:
         assert self._outstanding[0].plan is plan, "plans come back in order"
         assert result.step == plan.step, "a result of another step"
         step = self._outstanding.popleft()
-        outputs = self._completion.apply(step, result)
-        self.cost_model.update(step_features(plan), result.elapsed_s)
+        outputs = self._completion.apply(step, result, now)
+        if plan.entries and not plan.waits:
+            self.cost_model.update(step_features(plan), result.elapsed_s)
         self._load.step_finished(result.elapsed_s, outputs, now)
         return outputs
 

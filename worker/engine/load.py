@@ -54,6 +54,7 @@ class Load:
         state = self._state
         pool = state.pool
         reserve = len(state.running) + state.watermark_blocks
+        missing, known = state.uncached_tokens()
         return WorkerReport(
             seq=self._seq,
             num_running=len(state.running),
@@ -63,6 +64,9 @@ class Load:
             num_blocks=pool.num_blocks,
             headroom_tokens=state.block_size * max(0, pool.num_available - reserve),
             running_tokens=sum(len(seq.tokens) for seq in state.running),
+            uncached_tokens=missing,
+            uncached_token_ratio=missing / known if known else 0.0,
+            num_parked=len(state.parked),
             waiting_tokens=state.waiting.num_tokens,
             step_time_s=self._step_time_s,
             cost_model_error=cost_model.error_median,

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ellm.worker.cache.block_table import num_blocks_for
-from ellm.worker.engine.plan import BatchPlan, NewSequence, PlanEntry
-from ellm.worker.engine.policies import Policy
-from ellm.worker.engine.sequence import Sequence
+from ellm.worker.engine.plan import BatchPlan, PlanEntry
+from ellm.worker.engine.policies.base import Policy
+from ellm.worker.engine.residency import Residency
+from ellm.worker.engine.sequence import Sequence, SequenceState
 from ellm.worker.engine.state import EngineState
 
 
@@ -36,40 +36,43 @@ class _Draft:
     single_seqs: list[Sequence] = field(default_factory=list)
     chunks: list[PlanEntry] = field(default_factory=list)
     chunk_seqs: list[Sequence] = field(default_factory=list)
-    new: list[NewSequence] = field(default_factory=list)
     num_rows: int = 0
 
 
 class Scheduler:
     """Writes plans from the state; one per engine."""
 
-    def __init__(self, state: EngineState, policy: Policy) -> None:
+    def __init__(self, state: EngineState, policy: Policy, residency: Residency) -> None:
         self._state = state
         self._policy = policy
+        self._residency = residency
         self._next_step = 0
-        self._next_seq_id = 0
 
-    def schedule(self, now: float) -> ScheduledStep | None:
-        """The next plan, or None if no sequence can take a step now. At most one plan is outstanding."""
-        state = self._state
+    def schedule(self, now: float, *, idle: bool) -> ScheduledStep | None:
+        """The next plan, or None if no sequence can take a step now. At most one plan is outstanding; `idle`:
+        none is, so that a plan may do nothing but wait for copies."""
+        state, policy = self._state, self._policy
+        policy.prepare(now)
         draft = _Draft()
         preemptions = state.totals.num_preemptions
-        prefilling = self._plan_decode_rows(draft)
+        prefilling = self._plan_decode_rows(draft, now)
         num_decode = draft.num_rows = len(draft.decode)
         rows = min(
             state.config.max_step_tokens - num_decode,
-            self._policy.prefill_rows(state, num_decode, now),
+            policy.prefill_rows(state, num_decode, now),
         )
         for seq in prefilling:
             if rows <= 0:
                 break
-            rows -= self._plan_chunk(draft, seq, rows)
+            if seq.state is SequenceState.RUNNING:  # it may have given way to one before it
+                rows -= self._plan_chunk(draft, seq, rows)
         if state.totals.num_preemptions == preemptions:
             self._admit(draft, rows, now)
-        return self._seal(draft)
+        return self._seal(draft, idle=idle)
 
-    def _plan_decode_rows(self, draft: _Draft) -> list[Sequence]:
+    def _plan_decode_rows(self, draft: _Draft, now: float) -> list[Sequence]:
         """A row for every running sequence that has only its newest token to compute; returns the others."""
+        decodes = self._policy.decodes(self._state, now)
         block_size = self._state.block_size
         running = self._state.running
         entries, seqs, prefilling = draft.decode, draft.decode_seqs, []
@@ -85,8 +88,10 @@ class Scheduler:
             if position + 1 < known:
                 prefilling.append(seq)
                 continue
+            if not decodes:
+                continue
             block_ids = seq.table.block_ids
-            if position >= len(block_ids) * block_size and not self._grow(seq):
+            if position >= len(block_ids) * block_size and not self._grow(seq, now):
                 continue
             token_ids = (seq.tokens[position],) if position < known else ()
             output_index = position + 1 - seq.num_prompt
@@ -96,18 +101,22 @@ class Scheduler:
             seq.num_outstanding += 1
         return prefilling
 
-    def _grow(self, seq: Sequence) -> bool:
-        """One more block for `seq`, taken from the end of the order if need be. False: not in this step."""
-        state = self._state
+    def _grow(self, seq: Sequence, now: float) -> bool:
+        """One more block for `seq`, taken from the parked, then from the end of the order, if need be. False:
+        not in this step."""
+        state, policy = self._state, self._policy
         while not state.pool.num_available:
             if state.pending_blocks:  # on their way back: nobody else need go
                 return False
-            victim = self._policy.victim(state, seq)
+            if policy.reclaim(now):
+                continue
+            victim = policy.victim(state, seq)
             assert victim.key >= seq.key, "a sequence is preempted for one behind it"
-            assert victim is not seq or len(state.running) > 1, (
-                "a sequence that was let in does not fit alone"
-            )
-            state.preempt(victim)
+            if victim is seq and len(state.running) == 1:
+                # Nobody else runs: copies hold what it waits for, or parked sequences that a plan names.
+                assert state.blocks_return, "a sequence that was let in does not fit alone"
+                return False
+            policy.evict(victim, now)
             if victim is seq:
                 return False
         seq.table.grow(state.pool, 1)
@@ -116,10 +125,14 @@ class Scheduler:
     def _plan_chunk(self, draft: _Draft, seq: Sequence, rows: int) -> int:
         """The next at most `rows` known tokens of `seq`; returns how many."""
         start, known = seq.num_planned, len(seq.tokens)
-        count = min(rows, known - start)
+        limit = known if seq.gap is None else min(known, seq.gap.claimed * self._state.block_size)
+        count = min(rows, limit - start)
+        if count <= 0:  # the two ends of its gap have met: it goes on when the last load has ended
+            return 0
         end = start + count
         samples = end == known and not seq.prefill_only
-        scores = seq.prompt_logprobs is not None and start < seq.num_prompt - 1
+        # Not those again that a former residence has scored.
+        scores = seq.prompt_logprobs is not None and len(seq.prompt_logprobs) < min(end + 1, seq.num_prompt)
         token_ids = tuple(seq.tokens[start:end])
         output_index = known - seq.num_prompt if samples else 0
         entry = PlanEntry(
@@ -147,60 +160,35 @@ class Scheduler:
             seq = state.waiting.peek()
             if seq is None or seq.num_outstanding:
                 return
-            hits = self._find_hits(seq)
-            num_new = num_blocks_for(len(seq.tokens), state.block_size) - len(hits)
-            num_taken = num_new + pool.num_cached_of(hits)
-            if num_taken > pool.num_available:
+            found = self._residency.find(seq)
+            if found.num_taken > pool.num_available:
                 return
-            if not self._policy.may_admit(state, seq, num_taken, now):
+            if not self._policy.may_admit(state, seq, found.num_taken, now):
                 return
             state.waiting.pop()
-            self._start(draft, seq, hits, num_new)
+            self._residency.start(seq, found, now)
+            self._policy.admitted(seq, now)
             rows -= self._plan_chunk(draft, seq, rows)
 
-    def _find_hits(self, seq: Sequence) -> list[int]:
-        """Blocks of the longest cached prefix of `seq` that it may use."""
-        state = self._state
-        if not state.prefix_caching:
-            return []
-        num_blocks = seq.num_hittable // state.block_size
-        return state.pool.index.find(seq.hashes(num_blocks, state.block_size)[:num_blocks])
-
-    def _start(self, draft: _Draft, seq: Sequence, hits: list[int], num_new_blocks: int) -> None:
-        """Give `seq` its blocks and a place among those who run; the executor learns of it with this plan."""
-        state = self._state
-        seq.table.adopt(state.pool, hits)
-        seq.table.grow(state.pool, num_new_blocks)
-        found = len(hits) * state.block_size
-        seq.num_planned = seq.num_computed = found
-        seq.num_committed = len(hits)
-        if seq.num_cached_tokens is None:
-            seq.num_cached_tokens = min(found, seq.num_prompt)
-            state.totals.prompt_tokens += seq.num_prompt
-            if state.prefix_caching:
-                state.totals.prefix_queries += len(seq.tokens)
-                state.totals.prefix_hits += found
-        seq.seq_id = self._next_seq_id
-        self._next_seq_id += 1
-        state.start(seq)
-        request = seq.request
-        outputs = tuple(seq.tokens[seq.num_prompt :])
-        draft.new.append(
-            NewSequence(seq.seq_id, request.prompt_ids, outputs, request.sampling, request.choice_index)
-        )
-
-    def _seal(self, draft: _Draft) -> ScheduledStep | None:
-        if not (draft.decode or draft.single or draft.chunks):
+    def _seal(self, draft: _Draft, *, idle: bool) -> ScheduledStep | None:
+        state, copies = self._state, self._state.copies
+        if not (draft.decode or draft.single or draft.chunks) and not (
+            idle and copies is not None and copies.under_way
+        ):
             return None
-        state = self._state
+        saves, loads = copies.take_new() if copies is not None else ((), ())
         plan = BatchPlan(
             step=self._next_step,
             entries=(*draft.decode, *draft.single, *draft.chunks),
-            new=tuple(draft.new),
+            new=tuple(self._residency.new),
             released=tuple(state.released),
             num_rows=draft.num_rows,
             num_decode=len(draft.decode),
+            saves=saves,
+            loads=loads,
+            waits=self._policy.waits_for_copies(),
         )
         self._next_step += 1
         state.released.clear()
+        self._residency.new.clear()
         return ScheduledStep(plan, draft.decode_seqs + draft.single_seqs + draft.chunk_seqs)

@@ -1,8 +1,8 @@
 """One request inside the engine: its tokens, how far it is computed, and where it stands.
 
     waiting --admit--> running --finish--> finished
-       ^                  |
-       +--- preempted <---+        (any live state) --abort, finish--> finished
+       ^                  |  ^
+       +--- preempted <---+  +---> parked       (any live state) --abort, finish--> finished
 
 Up to two plans may name a sequence at once. `num_planned` counts positions that some plan covers,
 `num_computed` those whose plan has come back; a position at or above `len(tokens)` is planned while its token
@@ -17,11 +17,13 @@ from ellm.worker.api.block_hash import BlockHash, next_hash, root_hash
 from ellm.worker.api.output import TokenLogprobs
 from ellm.worker.api.request import EngineRequest
 from ellm.worker.cache.block_table import BlockTable
+from ellm.worker.engine.gap import Gap
 
 
 class SequenceState(Enum):
     WAITING = "waiting"  # never ran
     RUNNING = "running"  # holds blocks, may be named by plans
+    PARKED = "parked"  # paused; holds the blocks that nobody has needed yet
     PREEMPTED = "preempted"  # waiting again; its blocks go once no plan names them
     FINISHED = "finished"
 
@@ -31,7 +33,12 @@ class Sequence:
 
     __slots__ = (
         "block_hashes",
+        "epoch",
+        "first_index",
+        "first_token_at",
+        "gap",
         "high_water",
+        "late",
         "max_total",
         "min_total",
         "num_cached_tokens",
@@ -40,21 +47,29 @@ class Sequence:
         "num_outstanding",
         "num_planned",
         "num_prompt",
+        "num_saved",
         "order",
         "prompt_logprobs",
         "request",
+        "salt",
+        "saved",
         "seq_id",
+        "since",
         "state",
         "stop_ids",
         "table",
         "tokens",
+        "tpot_slo_s",
     )
 
     def __init__(self, request: EngineRequest, order: int, eos_token_ids: frozenset[int]) -> None:
         sampling = request.sampling
         self.request = request
+        self.salt = request.salt  # of its block hashes: blocks are shared within one salt only
         self.order = order  # of arrival; never changes, so a preempted sequence keeps its place
         self.seq_id = -1  # of this residence: the executor's name for it while it runs
+        self.epoch = 0  # counts how often its blocks went, whole or in part
+        self.since = 0.0  # when it was last admitted, parked or resumed
         self.state = SequenceState.WAITING
         self.tokens: list[int] = [*request.prompt_ids, *request.output_ids]
         self.num_prompt = len(request.prompt_ids)
@@ -63,12 +78,19 @@ class Sequence:
         eos = frozenset[int]() if sampling.ignore_eos else eos_token_ids
         self.stop_ids = eos.union(sampling.stop_token_ids) if sampling.stop_token_ids else eos
         self.table = BlockTable()
+        self.gap: Gap | None = None
+        self.saved: list[int] = []  # the host's blocks that hold, or will hold, its leading blocks
+        self.num_saved = 0  # of them, those that hold them
         self.num_planned = 0
         self.num_computed = 0
         self.num_outstanding = 0  # plans that name it and have not come back
         self.num_committed = 0  # leading blocks that were offered to the prefix index in this residence
         self.high_water = 0  # positions that were computed once, in any residence
         self.block_hashes: list[BlockHash] = []
+        self.first_token_at: float | None = None  # the first that this engine made
+        self.first_index = self.num_prompt  # its position
+        self.tpot_slo_s = request.tpot_slo_s
+        self.late = False  # a token came after its deadline
         self.num_cached_tokens: int | None = None  # of the prompt, at the first admission
         # [None, score of token 1, score of token 2, ...] as they come in; None: not asked for. A request that
         # resumes has had its first output, and these with it.
@@ -98,6 +120,6 @@ class Sequence:
         hashes, tokens = self.block_hashes, self.tokens
         while len(hashes) < num_blocks:
             start = len(hashes) * block_size
-            parent = hashes[-1] if hashes else root_hash(self.request.salt)
+            parent = hashes[-1] if hashes else root_hash(self.salt)
             hashes.append(next_hash(parent, tokens[start : start + block_size]))
         return hashes
