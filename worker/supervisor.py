@@ -35,6 +35,7 @@ DEPLOYMENT_NAME = "Worker"
 PING_S = 2.0
 LEASE_S = 30.0  # of the rank: so long may the supervisor be silent and alive
 SILENCE_S = 10.0  # so long may the rank be silent
+LAST_CALL_S = 2.0  # within which a rank that seems ill may prove that it is not
 HEALTH_CHECK_PERIOD_S = 0.5  # Serve acts on the third failure in a row
 
 
@@ -60,7 +61,7 @@ class WorkerSupervisor:
     async def check_health(self) -> None:
         """Called by Serve; raises where the group must be replaced. Its rank is ended first: Serve starts the
         successor while this one is still leaving, and the two must not share a device."""
-        problem = self._diagnose()
+        problem = await self._confirmed_problem()
         if problem is not None:
             self._problem = problem
             await self._end_rank()
@@ -70,7 +71,7 @@ class WorkerSupervisor:
         """Called by Serve before the replica goes: drain a worker that is well, then end the rank."""
         if not hasattr(self, "_rank") or self._ended:
             return
-        if self._diagnose() is None and self._status is not None and self._status.state == "ready":
+        if await self._confirmed_problem() is None and self._status_state() == "ready":
             try:
                 done = await self._rank.drain.remote(self._config.drain_timeout_s)
                 log.info("worker %s drained%s", self.epoch, "" if done else ": time is up")
@@ -86,12 +87,14 @@ class WorkerSupervisor:
             "num_gpus": resources.get("GPU", 0),
         }
         group = ray.util.get_current_placement_group()
+        # A group is packed on one node: the rank can watch this very process, and the rank's pid is its own
+        # here. Without one the rank may be anywhere, and its pid here a stranger's.
+        self._same_node = group is not None
         if group is not None:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 placement_group=group, placement_group_bundle_index=0
             )
-        # The group is packed on one node, so the rank can watch this very process.
-        supervisor_pid = os.getpid() if group is not None else None
+        supervisor_pid = os.getpid() if self._same_node else None
         return (
             rank_actor()
             .options(**options)
@@ -134,7 +137,7 @@ class WorkerSupervisor:
     def _note(self, status: RankStatus) -> None:
         self._status = status
         self._heard_at = time.monotonic()
-        if self._pid_mark is None:
+        if self._same_node and self._pid_mark is None:
             self._pid_mark = (status.pid, process_start(status.pid))
 
     def _status_state(self) -> str:
@@ -143,8 +146,18 @@ class WorkerSupervisor:
     def _status_pid(self) -> int:
         return 0 if self._status is None else self._status.pid
 
+    async def _confirmed_problem(self) -> str | None:
+        """What is wrong with the group by a reading that is not old: this process may itself have stood still
+        since the last one."""
+        problem = self._diagnose()
+        if problem is not None and self._problem is None:
+            with contextlib.suppress(RayError, TimeoutError):
+                self._note(await asyncio.wait_for(self._rank.renew.remote(), LAST_CALL_S))
+            problem = self._diagnose()
+        return problem
+
     def _diagnose(self) -> str | None:
-        """What is wrong with the group, None if nothing is."""
+        """What is wrong with the group by what is known, None if nothing is."""
         if self._problem is not None:
             return self._problem
         silent = time.monotonic() - self._heard_at

@@ -146,6 +146,29 @@ def test_a_frozen_rank_is_replaced_and_does_not_live_on(pair: None) -> None:
     run(test)
 
 
+def test_a_supervisor_that_stood_still_does_not_take_its_old_reading_for_the_ranks_silence(
+    pair: None,
+) -> None:
+    async def test() -> None:
+        directory = RayDirectory()
+        before = await workers(directory)
+        router = Router(before[0])
+        await router.submit(request("a", 1500))  # 7.5 s
+        await until(lambda: router.outputs)
+        frozen = supervisor_pids()
+        for pid in frozen:
+            os.kill(pid, signal.SIGSTOP)
+        await asyncio.sleep(1.5 * CONFIG.stall_s)
+        for pid in frozen:
+            os.kill(pid, signal.SIGCONT)
+        await until(lambda: router.finished() == {"a"}, 20)
+        assert [c.info.epoch for c in await workers(directory)] == [c.info.epoch for c in before]
+        assert all(process_alive(c.info.rank_pids[0]) for c in before)
+        await router.close()
+
+    run(test)
+
+
 def test_a_killed_supervisor_takes_its_rank_along(pair: None) -> None:
     async def test() -> None:
         directory = RayDirectory()
