@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ellm.deploy.config import EllmConfig
 from ellm.worker.api.errors import EllmError
@@ -26,14 +27,19 @@ class Status:
     healthy: frozenset[str] = field(default=frozenset())  # deployments
 
 
-def deploy(config: EllmConfig) -> None:
-    """Hand the application to Serve; does not wait."""
-    from ray import serve
+def build(config: EllmConfig) -> Any:
+    """What `deploy` takes. Raises ConfigError for what cannot be built."""
     from ray.serve import RunTarget
 
     from ellm.deploy.app import build_application
 
-    target = RunTarget(target=build_application(config), name=NAME, route_prefix="/")
+    return RunTarget(target=build_application(config), name=NAME, route_prefix="/")
+
+
+def deploy(target: Any) -> None:
+    """Hand the application to Serve; does not wait."""
+    from ray import serve
+
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 

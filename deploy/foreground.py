@@ -30,10 +30,14 @@ def serve(config: EllmConfig) -> int:
     session = Session()
     sys.stdout.flush()
     sys.stderr.flush()
+    # From before the fork until its handlers stand, each side keeps what comes for later.
+    signal.pthread_sigmask(signal.SIG_BLOCK, server.SIGNALS)
+    here = os.getpid()
     driver = os.fork()  # no threads and no Ray yet
     if driver == 0:
-        os._exit(_drive(config))
+        os._exit(_drive(config, here))
     asked = _forward_signals(driver, session)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, server.SIGNALS)
     _, status = os.waitpid(driver, 0)
     killed = session.end(GRACE_S)
     code = os.waitstatus_to_exitcode(status)
@@ -45,11 +49,11 @@ def serve(config: EllmConfig) -> int:
     return code
 
 
-def _drive(config: EllmConfig) -> int:
+def _drive(config: EllmConfig, parent: int) -> int:
     """In the driver: the exit code, whatever happens."""
     os.setpgrp()
     try:
-        return server.run(config)
+        return server.run(config, parent)
     except EllmError as error:
         print(f"ellm serve: {error.message}", file=sys.stderr)
     except Exception:  # the edge of the process

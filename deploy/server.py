@@ -31,6 +31,7 @@ WATCH_S = 2.0
 MARGIN_S = 20.0  # for Serve to take down what has drained
 FIND_S = 5.0
 LOST_S = 30.0  # without an answer from Serve's controller
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # which the foreground process takes
 
 
 class Stopped(BaseException):
@@ -41,9 +42,19 @@ class Interrupt:
     """SIGINT: raises Stopped while the cluster starts, and sets `asked` from then on."""
 
     def __init__(self) -> None:
+        """Nothing is raised before `listen`, if the signals are blocked."""
         self.asked = threading.Event()
+        self.cut_short = False  # the start
         self._starting = True
         signal.signal(signal.SIGINT, self._on_signal)
+
+    def listen(self) -> None:
+        """Let the signals through; what is started from now on inherits that. What went to the whole group
+        before this process left it is the foreground's to pass on."""
+        for name in (signal.SIGTERM, signal.SIGHUP):
+            handler = signal.signal(name, signal.SIG_IGN)  # forgets one that waits
+            signal.signal(name, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def started(self) -> None:
         self._starting = False
@@ -52,24 +63,29 @@ class Interrupt:
         self.asked.set()
         if self._starting:
             self._starting = False
+            self.cut_short = True
             raise Stopped
 
 
-def run(config: EllmConfig) -> int:
-    """Hold a cluster up until SIGINT, or until the parent process is gone; returns the exit code.
+def run(config: EllmConfig, parent: int) -> int:
+    """Hold a cluster up until SIGINT, or until process `parent` is gone; returns the exit code.
 
     Raises EllmError.
     """
     progress = Progress()
     interrupt = Interrupt()
     try:
-        start(config, progress)
+        interrupt.listen()
+        start_ray(config, progress)
+        start_application(config, progress)
         interrupt.started()
         announce(config)
-        lost = watch(interrupt, progress)
+        lost = watch(interrupt, progress, parent)
         progress.line("Stopping: running requests may end, Ctrl-C again ends them now")
-        application.delete(time.monotonic() + config.worker.drain_timeout_s + MARGIN_S)
-    except Stopped:
+        take_down(config)
+    except (Stopped, Exception):
+        if not interrupt.cut_short:  # Ray's compiled code makes other errors of what a handler raises
+            raise
         progress.line("Stopping")
         return INTERRUPTED
     finally:
@@ -103,8 +119,8 @@ def check_fits(model: ModelConfig, found: Architecture) -> None:
         )
 
 
-def start(config: EllmConfig, progress: Progress) -> None:
-    """Everything up to the first 200 from /health/ready. Raises EllmError."""
+def start_ray(config: EllmConfig, progress: Progress) -> None:
+    """Ray and Serve, ours or the cluster's. Raises EllmError."""
     if config.cluster.grpc_port is not None:
         progress.line("gRPC is not served by this version: the port stays closed")
     haproxy = config.cluster.haproxy and ray_cluster.haproxy_works()
@@ -117,8 +133,29 @@ def start(config: EllmConfig, progress: Progress) -> None:
     proxy = "HAProxy" if haproxy else "its own proxy"
     with progress.phase("Ray Serve" if config.cluster.address else f"Ray Serve with {proxy}"):
         ray_cluster.start_serve(config)
+
+
+def start_application(config: EllmConfig, progress: Progress) -> None:
+    """Everything up to the first 200 from /health/ready. Raises EllmError.
+
+    In a cluster that stays, nothing is left half started.
+    """
+    target = application.build(config)
+    try:
+        application.deploy(target)
+        wait_for_application(config, progress)
+    except BaseException:  # Stopped too
+        if config.cluster.address is not None:
+            take_down(config)
+        raise
+
+
+def take_down(config: EllmConfig) -> None:
+    application.delete(time.monotonic() + config.worker.drain_timeout_s + MARGIN_S)
+
+
+def wait_for_application(config: EllmConfig, progress: Progress) -> None:
     deadline = time.monotonic() + config.cluster.start_timeout_s
-    application.deploy(config)
     count = config.cluster.num_workers
     with progress.phase(f"{count} worker{'s' if count > 1 else ''} on {config.worker.model.device}"):
         application.wait_for("Worker", deadline, lambda: progress.note(workers.progress()))
@@ -191,10 +228,10 @@ def announce(config: EllmConfig) -> None:
     print(f"  ellm chat --url {url}{chat}\n\nCtrl-C stops it.", flush=True)
 
 
-def watch(interrupt: Interrupt, progress: Progress) -> bool:
+def watch(interrupt: Interrupt, progress: Progress, parent: int) -> bool:
     """Wait for the signal. True if the cluster was lost before it came."""
     shown = "RUNNING"
-    parent, answered = os.getppid(), time.monotonic()
+    answered = time.monotonic()
     while not interrupt.asked.wait(WATCH_S) and os.getppid() == parent:
         status = application.status()
         if status is not None:

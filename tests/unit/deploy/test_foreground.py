@@ -1,0 +1,71 @@
+"""The moments around the fork of `ellm serve`: a signal is not lost in them, and a lost parent is noticed.
+
+The processes, signals and handlers are the real ones; Ray is left out, and the fork is made to take long.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PROGRAM = """
+import os, sys, time
+from ellm.deploy import foreground, server
+from ellm.deploy.config import EllmConfig
+
+fork = os.fork
+def slow_fork():
+    pid = fork()
+    if pid:
+        print("forked", flush=True)
+    time.sleep(0.5)
+    return pid
+
+os.fork = slow_fork
+server.check = lambda config: None
+server.start_ray = lambda config, progress: time.sleep(float(sys.argv[1]))
+server.start_application = lambda config, progress: None
+server.announce = server.take_down = lambda config: None
+sys.exit(foreground.serve(EllmConfig()))
+"""
+
+
+@contextmanager
+def forked(start_s: float) -> Iterator[subprocess.Popen[str]]:
+    """`ellm serve` in the middle of its fork."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(start_s)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "forked\n"
+        yield process
+        process.stdout.close()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_signal_that_comes_before_the_handlers_stand_is_not_lost() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with forked(start_s=30.0) as process:
+            os.killpg(process.pid, number)
+            output, _ = process.communicate(timeout=20.0)
+            assert process.returncode == 130, output
+            assert "Stopped" in output
+            assert "Traceback" not in output
+
+
+def test_a_driver_whose_parent_died_before_it_looked_ends() -> None:
+    with forked(start_s=0.0) as process:
+        process.kill()
+        output, _ = process.communicate(timeout=20.0)  # until the driver has let go of it too
+        assert "Stopped" in output
