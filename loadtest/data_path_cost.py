@@ -11,8 +11,8 @@ only the way between them differs:
     serve-each    a streaming call of a Serve handle for each request
     none          tokens are dropped where they are made: the engine's own cost, taken off the others'
 
-CPU is each process's own clock over all its threads; first-token latency is wall time and suffers from other
-load on the machine.
+CPU is what the system counts for each process over all its threads; first-token latency is wall time and
+suffers from other load on the machine.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import psutil
 import ray
 from ray import serve
 
@@ -71,12 +72,15 @@ class Bench:
         self.rank = rank.remote(config, "w0", "bench", LEASE_S, None)
         ray.get(self.rank.load.remote())
         self.plain = ray.remote(num_cpus=0)(PerRequestWorker).remote(config)
-        ray.get(self.plain.start.remote())
+        plain_pid = ray.get(self.plain.start.remote())
         deployment = serve.deployment(
             PerRequestWorker, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}
         )
         self.handle = serve.run(deployment.bind(config), name="per-request", route_prefix=None)
-        self.handle.start.remote().result()
+        rank_pid = ray.get(self.rank.renew.remote()).pid
+        self._workers = dict.fromkeys(("socket", "ray-shared"), psutil.Process(rank_pid))
+        self._workers |= dict.fromkeys(("ray-each", "none"), psutil.Process(plain_pid))
+        self._workers["serve-each"] = psutil.Process(self.handle.start.remote().result())
 
     def run(self, way: str, load: Load) -> Run:
         before = self._worker_cpu_s(way)
@@ -111,11 +115,8 @@ class Bench:
         return reading
 
     def _worker_cpu_s(self, way: str) -> float:
-        if way in ("socket", "ray-shared"):
-            return float(ray.get(self.rank.cpu_s.remote()))
-        if way == "serve-each":
-            return float(self.handle.cpu_s.remote().result())
-        return float(ray.get(self.plain.cpu_s.remote()))
+        times = self._workers[way].cpu_times()
+        return float(times.user + times.system)
 
 
 WAYS = ("socket", "ray-shared", "ray-each", "serve-each", "none")

@@ -67,9 +67,6 @@ class PerRequestWorker:
             self._engine.start(self._publish)
         return os.getpid()
 
-    async def cpu_s(self) -> float:
-        return time.process_time()
-
     async def generate(self, packed: wire.Message) -> AsyncIterator[Tokens]:
         request = wire.unpack_request(packed)
         queue = self._open(request)

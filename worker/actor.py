@@ -133,11 +133,6 @@ class RankActor:
         """Never returns."""
         await asyncio.Event().wait()
 
-    @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
-    async def cpu_s(self) -> float:
-        """CPU seconds of this process, all its threads, since its start."""
-        return time.process_time()
-
     def _note_progress(self, what: str, share: float) -> None:
         self._progress = (what, share)
 
