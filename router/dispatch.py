@@ -237,13 +237,21 @@ class Dispatcher:
 
     async def _refresh(self) -> None:
         channels = await self._directory.refresh()
-        for epoch in subset(channels, self.router_id):
-            if epoch not in self.links:
-                self.links[epoch] = self._link(channels[epoch])
+        chosen = subset(channels, self.router_id)
+        for epoch in chosen - self.links.keys():
+            self.links[epoch] = self._link(channels[epoch])
+        for epoch in (self.links.keys() & channels.keys()) - chosen:
+            if not self.links[epoch].live:  # once what runs there has ended
+                self._release(self.links.pop(epoch))
 
     def _link(self, channel: WorkerChannel) -> WorkerLink:
         watch = SilenceWatch(self._config.failover, WATCH_PERIOD_S, self.clock())
         return WorkerLink(channel, self.router_id, self, watch, self._config.heartbeat_s, self.clock)
+
+    def _release(self, link: WorkerLink) -> None:
+        """Leave a worker that is well and that this router needs no more."""
+        self._observer.worker_gone(link.info)
+        self._spawn(link.close())
 
     async def _watch(self) -> None:
         now = self.clock()

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from support.router_server import EchoWorker, RouterServer, router_config, wait_until
 
+from ellm.router import subset as router_subset
 from ellm.router.errors import typed_error
 from ellm.router.subset import ALL_UP_TO, CHOSEN, subset
 from ellm.worker.api.errors import EllmError, PromptTooLong, QueueFull, WorkerFailed
@@ -100,6 +101,32 @@ def test_errors_by_their_code() -> None:
     for error in (("internal_error", "path/of/file.py"), ("no_such_code", "secret"), None):
         assert type(typed_error(error)) is EllmError
         assert typed_error(error).message == "internal error"
+
+
+def test_idle_workers_outside_the_subset_are_left(
+    three: RouterServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with three.client() as client, ThreadPoolExecutor(3) as pool:
+        body = {"prompt": [5, 6], "max_tokens": 1000, "ignore_eos": True}
+        futures = [pool.submit(client.post, "/v1/completions", json=body) for _ in range(3)]
+        wait_until(lambda: loads(three) == [1, 1, 1])
+        for worker in three.workers:
+            worker.executor.gate.clear()
+        monkeypatch.setattr(router_subset, "ALL_UP_TO", 3)
+        monkeypatch.setattr(router_subset, "CHOSEN", 2)
+        three.add(EchoWorker(3))
+        time.sleep(0.3)
+        assert sum(loads(three)) == 3  # those that work stay
+        for worker in three.workers:
+            worker.executor.gate.set()
+        assert [future.result().status_code for future in futures] == [200] * 3
+        dispatcher = three.service.dispatcher
+        chosen = subset((w.channel.info.epoch for w in three.workers), dispatcher.router_id)
+        wait_until(lambda: set(dispatcher.links) == chosen)
+        wait_until(lambda: sum(w.front.num_streams for w in three.workers) == 2)
+        assert client.post("/v1/completions", json={"prompt": [5], "max_tokens": 2}).status_code == 200
+    assert dispatcher.num_lost == 0
+    assert not three.service.metrics.failovers
 
 
 def test_few_workers_are_all_used() -> None:
