@@ -39,6 +39,7 @@ doc_to_target: "{{{{answer}}}}"
 metric_list:
   - metric: acc
 """
+Line = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 QUESTIONS = [
     ("Return a list of", [" strings", " the names of all files in the directory", " é☃", " -1"]),
     (
@@ -123,9 +124,11 @@ def test_lm_eval_scores_as_transformers_does(url: str, tmp_path: Path) -> None:
     assert max(abs(ours[key] - theirs[key]) for key in ours) <= 2e-5
 
 
-async def vanish(port: int, body: dict[str, Any], after_first_token: bool) -> None:
-    """Ask for a stream, and reset the connection after its first token or while the prompt is computed."""
+async def ask(port: int, index: int, num_prompt: int) -> Line:
+    """Send a request for a stream."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    prompt = [3 + (index + i) % 4000 for i in range(num_prompt)]
+    body = {"prompt": prompt, "max_tokens": 400, "ignore_eos": True, "stream": True}
     payload = json.dumps(body).encode()
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -133,28 +136,45 @@ async def vanish(port: int, body: dict[str, Any], after_first_token: bool) -> No
     )
     writer.write(head.encode() + payload)
     await writer.drain()
-    if after_first_token:
-        assert b" 200 " in await reader.readline()
-        while not (await reader.readline()).startswith(b"data: {"):
-            pass
-    else:
-        await asyncio.sleep(0.02)
+    return reader, writer
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
     raw = writer.get_extra_info("socket")
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, not a goodbye
     writer.close()
 
 
-async def vanish_all(port: int, count: int, body: dict[str, Any], after_first_token: bool) -> None:
+async def vanish_after_first_token(port: int, count: int) -> None:
     """At most 100 at once."""
     gate = asyncio.Semaphore(100)
 
     async def one(index: int) -> None:
         async with gate:
-            prompt = [3 + (index + i) % 4000 for i in range(body["num_prompt"])]
-            request = {"prompt": prompt, "max_tokens": 400, "ignore_eos": True, "stream": True}
-            await vanish(port, request, after_first_token)
+            reader, writer = await ask(port, index, 20)
+            assert b" 200 " in await reader.readline()
+            while not (await reader.readline()).startswith(b"data: {"):
+                pass
+            reset(writer)
 
     await asyncio.gather(*(one(index) for index in range(count)))
+
+
+async def vanish_in_prefill(url: str, port: int, indices: range) -> None:
+    """All at once, while workers hold their requests and not a byte of an answer has come."""
+    lines = await asyncio.gather(*(ask(port, index, 1600) for index in indices))
+    answers = [asyncio.create_task(reader.read(1)) for reader, _ in lines]
+    held = 0
+    for _ in range(500):
+        held = sum(w["num_running"] + w["num_waiting"] for w in await asyncio.to_thread(workers, url))
+        if held:
+            break
+        await asyncio.sleep(0.01)
+    answered = sum(answer.done() for answer in answers)
+    for _, writer in lines:
+        reset(writer)
+    await asyncio.gather(*answers, return_exceptions=True)
+    assert held > answered, f"{held} requests on workers, {answered} were already answered"
 
 
 def workers(url: str) -> list[dict[str, Any]]:
@@ -172,8 +192,10 @@ def nothing_is_held(url: str) -> bool:
 def test_clients_that_vanish_leave_nothing_behind(url: str) -> None:
     port = int(url.rsplit(":", 1)[1])
     before = workers(url)
-    asyncio.run(vanish_all(port, 500, {"num_prompt": 20}, after_first_token=True))
-    asyncio.run(vanish_all(port, 200, {"num_prompt": 1600}, after_first_token=False))
+    asyncio.run(vanish_after_first_token(port, 500))
+    for first in (1000, 2000):  # prompts that no worker has in its cache
+        wait_for(lambda: nothing_is_held(url), 60)
+        asyncio.run(vanish_in_prefill(url, port, range(first, first + 100)))
     wait_for(lambda: nothing_is_held(url), 60)
     after = workers(url)
     assert [w["epoch"] for w in after] == [w["epoch"] for w in before], "a worker was restarted"
