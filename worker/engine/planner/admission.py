@@ -22,10 +22,10 @@ from math import sqrt
 
 from ellm.worker.engine.planner.lengths import HORIZONS
 
-StepTime = Callable[[float, float], float]  # (rows, KV tokens read) -> seconds
+StepTime = Callable[[float, float], float]  # (decode rows, KV tokens read) -> seconds
 
 _MEMORY = 0.95  # of the capacity
-_TIME = 0.985  # of the deadline
+TIMELY = 0.985  # of the deadline
 _BISECTIONS = 12  # the capacity is found to 1 / 4096 of it
 
 
@@ -35,9 +35,7 @@ class Room:
 
     num_tokens: int  # of the device's pool
     num_host_tokens: int  # of the host tier
-    step_time: StepTime
-    # Rows of prompts that a decode row brings with it in the long run: mean prompt / mean output.
-    prefill_per_decode: float = 0.0
+    step_time: StepTime  # with the share of prompts that decode rows bring along
 
 
 def timely_tokens(room: Room, limit_s: float, rows: float) -> int:
@@ -84,7 +82,7 @@ class Admission:
         """Ne, by the rows of those added when it is first asked for."""
         if self._timely is None:
             assert self._per_token_s is not None
-            self._timely = timely_tokens(self.room, _TIME * self._per_token_s, max(1.0, self._rows[0]))
+            self._timely = timely_tokens(self.room, TIMELY * self._per_token_s, max(1.0, self._rows[0]))
         return self._timely
 
     def add(self, num_tokens: int, duty: float, survival: Sequence[float]) -> None:
@@ -144,17 +142,14 @@ class Admission:
         enough."""
         if self._per_token_s is None:
             return True
-        limit_s, step_time = _TIME * self._per_token_s, self.room.step_time
-        with_prefill = 1.0 + self.room.prefill_per_decode
-        if step_time(with_prefill * max(rows), max(active)) <= limit_s:
+        limit_s, step_time = TIMELY * self._per_token_s, self.room.step_time
+        if step_time(max(rows), max(active)) <= limit_s:
             return True
-        return all(
-            step_time(with_prefill * n, tokens) <= limit_s for n, tokens in zip(rows, active, strict=True)
-        )
+        return all(step_time(n, tokens) <= limit_s for n, tokens in zip(rows, active, strict=True))
 
     def _tighten(self, per_token_s: float | None) -> None:
         if per_token_s is None:
             return
-        if self.room.step_time(1.0, 0.0) <= _TIME * per_token_s:
+        if self.room.step_time(1.0, 0.0) <= TIMELY * per_token_s:
             self._per_token_s = per_token_s
             self._timely = None

@@ -1,0 +1,53 @@
+"""What a policy that looks ahead learns from its engine: output lengths, what prompts cost, who was on time.
+
+It learns from tokens and ends as they come and decides nothing.
+"""
+
+from __future__ import annotations
+
+from ellm.worker.api.cost_model import CostModel
+from ellm.worker.engine.planner.attainment import SafetyFactor
+from ellm.worker.engine.planner.lengths import BIN, OutputLengths
+from ellm.worker.engine.planner.step_cost import StepCost
+from ellm.worker.engine.sequence import Sequence
+
+
+class Forecast:
+    """One per policy; its owner passes `emitted` and `finished` on."""
+
+    def __init__(self, cost_model: CostModel) -> None:
+        self.lengths = OutputLengths()
+        self.step_cost = StepCost(cost_model)
+        self.safety = SafetyFactor()
+
+    def emitted(self, seq: Sequence) -> None:
+        """`seq` has a new token. A bin of lengths is passed when the first token behind it comes."""
+        num_output = len(seq.tokens) - seq.num_prompt
+        if num_output % BIN == 1 and num_output > 1 and seq.stop_ids:
+            self.lengths.passed(num_output // BIN - 1)
+
+    def finished(self, seq: Sequence) -> None:
+        """`seq` has ended by itself. The length of one that nothing but max_tokens could stop says
+        nothing."""
+        num_output = len(seq.tokens) - seq.num_prompt
+        if seq.stop_ids:
+            censored = seq.tokens[-1] not in seq.stop_ids
+            self.lengths.finished(num_output, censored=censored, num_passed=(num_output - 1) // BIN)
+        self.step_cost.finished(seq.num_prompt, seq.num_cached_tokens or 0, num_output)
+        if seq.tpot_slo_s is not None:
+            self.safety.finished(not seq.late)
+
+    def survival(self, seq: Sequence) -> tuple[float, ...]:
+        """Chances that `seq` is still there at each horizon; certain up to max_tokens where nothing stops
+        it."""
+        num_output, max_tokens = len(seq.tokens) - seq.num_prompt, seq.max_total - seq.num_prompt
+        if seq.stop_ids:
+            return self.lengths.conditional(num_output, max_tokens)
+        return tuple([1.0 if num_output + h < max_tokens else 0.0 for h in self.lengths.horizons])
+
+    def remaining(self, seq: Sequence) -> float:
+        """Tokens that `seq` is expected to put out yet."""
+        num_output, max_tokens = len(seq.tokens) - seq.num_prompt, seq.max_total - seq.num_prompt
+        if seq.stop_ids:
+            return self.lengths.expected_remaining(num_output, max_tokens)
+        return float(max(0, max_tokens - num_output))
