@@ -11,8 +11,10 @@ from ellm.worker.api.cost_model import CostModel
 from ellm.worker.api.output import SequenceOutput
 from ellm.worker.api.request import EngineRequest, SamplingParams
 from ellm.worker.engine.core import EngineCore
-from ellm.worker.engine.plan import BatchPlan, ModelLimits, NewSequence, StepResult
+from ellm.worker.engine.plan import BatchPlan, BlockCopy, ModelLimits, NewSequence, StepResult
+from ellm.worker.engine.policies import Policy
 from ellm.worker.executor.simulated import SimulatedExecutor
+from ellm.worker.executor.simulated_link import LinkSpeed
 
 EOS = 0
 LIMITS = ModelLimits(num_blocks=64, block_size=4, max_model_len=128, vocab_size=50, eos_token_ids=(EOS,))
@@ -40,12 +42,17 @@ class EngineDriver:
         output_length: Callable[[NewSequence], int | None] | None = None,
         late: bool = True,
         check: bool = True,
+        policy: Policy | None = None,
+        link: LinkSpeed | None = None,
+        copy_fails: Callable[[BlockCopy], bool] | None = None,
     ) -> None:
         config = WorkerConfig(
             scheduler=scheduler or SchedulerConfig(), cache=CacheConfig(prefix_caching=prefix_caching)
         )
-        self.core = EngineCore(limits, config)
-        self.executor = SimulatedExecutor(limits, COSTS, output_length=output_length)
+        self.core = EngineCore(limits, config, policy=policy)
+        self.executor = SimulatedExecutor(
+            limits, COSTS, output_length=output_length, link=link, copy_fails=copy_fails
+        )
         self.now = 0.0
         self.plans: list[BatchPlan] = []
         self.streams: dict[str, list[int]] = {}

@@ -94,21 +94,23 @@ def make_script(rng: Random, num_requests: int, max_total: int) -> list[Arrival]
     return script
 
 
-def play(setting: Setting, script: list[Arrival]) -> EngineDriver:
+def play(setting: Setting, script: list[Arrival], *, patience: int = 3, **options: object) -> EngineDriver:
     """Run a script to its end. The front of the order takes part in every second step at least, so there is a
-    bound on the turns that everything can take."""
+    bound on the turns that everything can take; `patience` is for policies that pause it. `options` are those
+    of EngineDriver."""
     driver = EngineDriver(
         setting.limits,
         scheduler=setting.scheduler,
         prefix_caching=setting.prefix_caching,
         output_length=output_length,
         late=setting.late,
+        **options,  # type: ignore[arg-type]
     )
     last = max(max(a.turn, a.abort_turn or 0) for a in script)
     work = sum(len(a.request.prompt_ids) + a.request.sampling.max_tokens + 2 for a in script)
     turn = 0
     while turn <= last or driver.core.has_work:
-        assert turn <= last + 3 * work, "no end in sight"
+        assert turn <= last + patience * work, "no end in sight"
         for arrival in script:
             if arrival.turn == turn:
                 assert driver.add(arrival.request)

@@ -18,7 +18,7 @@ from ellm.worker.api.request import EngineRequest
 from ellm.worker.engine.completion import Completion
 from ellm.worker.engine.load import Load
 from ellm.worker.engine.plan import BatchPlan, ModelLimits, StepResult, step_features
-from ellm.worker.engine.policies import make_policy
+from ellm.worker.engine.policies import Policy, make_policy
 from ellm.worker.engine.residency import Residency
 from ellm.worker.engine.scheduler import ScheduledStep, Scheduler
 from ellm.worker.engine.sequence import Sequence
@@ -31,14 +31,20 @@ class EngineCore:
     """The brain of one worker. Its caller executes the plans, one at a time and in order."""
 
     def __init__(
-        self, limits: ModelLimits, config: WorkerConfig, *, cost_model: CostModel | None = None
+        self,
+        limits: ModelLimits,
+        config: WorkerConfig,
+        *,
+        cost_model: CostModel | None = None,
+        policy: Policy | None = None,
     ) -> None:
-        """Raises ConfigError for limits that cannot work and for an unknown policy."""
+        """`policy`: in place of the one that the config names. Raises ConfigError for limits that cannot work
+        and for an unknown policy."""
         self.limits = limits
         self.config = config
         self.cost_model = cost_model or CostModel()  # learns from every finished step
         self._state = EngineState(limits, config.scheduler, config.cache)
-        policy, residency = make_policy(config.scheduler), Residency(self._state)
+        policy, residency = policy or make_policy(config.scheduler), Residency(self._state)
         policy.attach(self._state, residency, self.cost_model)
         self._state.indexes = config.cache.prefix_caching or policy.parks
         self._scheduler = Scheduler(self._state, policy, residency)

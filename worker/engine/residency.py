@@ -36,7 +36,6 @@ class Residency:
     def __init__(self, state: EngineState) -> None:
         self._state = state
         self._next_seq_id = 0
-        self.new: list[NewSequence] = []  # residences that the executor has not been told of
 
     def find(self, seq: Sequence) -> Found:
         """Look up the blocks behind those that `seq` holds. O(hits), plus hashing once."""
@@ -161,6 +160,8 @@ class Residency:
         gap, size = seq.gap, self._state.block_size
         if gap is None or gap.num_loading or seq.num_computed < gap.ready * size:
             return
+        if seq.state is not SequenceState.RUNNING:  # preempted: its blocks go when the last plan is back
+            return
         assert seq.num_planned == seq.num_computed == gap.ready * size
         self._state.drop_gap(seq)
         seq.num_planned = seq.num_computed = gap.end * size
@@ -249,6 +250,6 @@ class Residency:
         self._next_seq_id += 1
         request = seq.request
         outputs = tuple(seq.tokens[seq.num_prompt :])
-        self.new.append(
+        self._state.new.append(
             NewSequence(seq.seq_id, request.prompt_ids, outputs, request.sampling, request.choice_index)
         )

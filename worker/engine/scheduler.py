@@ -85,7 +85,7 @@ class Scheduler:
                 if position < known and seq.prefill_only:
                     prefilling.append(seq)
                 continue
-            if position + 1 < known:
+            if position + 1 < known or seq.gap is not None:
                 prefilling.append(seq)
                 continue
             if not decodes:
@@ -180,7 +180,7 @@ class Scheduler:
         plan = BatchPlan(
             step=self._next_step,
             entries=(*draft.decode, *draft.single, *draft.chunks),
-            new=tuple(self._residency.new),
+            new=tuple(state.new),
             released=tuple(state.released),
             num_rows=draft.num_rows,
             num_decode=len(draft.decode),
@@ -190,5 +190,5 @@ class Scheduler:
         )
         self._next_step += 1
         state.released.clear()
-        self._residency.new.clear()
+        state.new.clear()
         return ScheduledStep(plan, draft.decode_seqs + draft.single_seqs + draft.chunk_seqs)

@@ -15,7 +15,7 @@ from ellm.worker.api.config import CacheConfig, SchedulerConfig
 from ellm.worker.api.errors import ConfigError
 from ellm.worker.cache.block_pool import BlockPool
 from ellm.worker.engine.copies import Copies
-from ellm.worker.engine.plan import ModelLimits
+from ellm.worker.engine.plan import ModelLimits, NewSequence
 from ellm.worker.engine.sequence import Sequence, SequenceState
 from ellm.worker.engine.waiting_queue import WaitingQueue
 
@@ -76,6 +76,7 @@ class EngineState:
         self.waiting = WaitingQueue(config.max_waiting)
         self.live: dict[str, Sequence] = {}  # request id -> sequence, until it is finished
         self.pending_blocks = 0  # of sequences that run no more, held until no plan names them
+        self.new: list[NewSequence] = []  # residences that the executor has not been told of
         self.released: list[int] = []  # seq_ids that the executor has not been told of
         self.totals = Totals()
 
@@ -146,9 +147,13 @@ class EngineState:
 
     def end_residence(self, seq: Sequence) -> None:
         """The executor forgets it; it gets a new name when it comes back."""
-        if seq.seq_id >= 0:
+        if seq.seq_id < 0:
+            return
+        told = [new for new in self.new if new.seq_id != seq.seq_id]
+        if len(told) == len(self.new):
             self.released.append(seq.seq_id)
-            seq.seq_id = -1
+        self.new = told  # it never ran, if it was among these
+        seq.seq_id = -1
 
     def forget_saved(self, seq: Sequence, keep: int) -> None:
         """Let go of the host's copies from block `keep` on; the host may still be asked for them by hash."""

@@ -18,14 +18,21 @@ from dataclasses import dataclass
 from ellm.worker.api.cost_model import CostModel
 from ellm.worker.api.output import TokenLogprobs
 from ellm.worker.api.request import SamplingParams
-from ellm.worker.engine.plan import BatchPlan, ModelLimits, NewSequence, PlanEntry, StepResult, step_features
+from ellm.worker.engine.plan import (
+    BatchPlan,
+    BlockCopy,
+    CopyTimes,
+    ModelLimits,
+    NewSequence,
+    PlanEntry,
+    StepResult,
+    step_features,
+)
+from ellm.worker.executor.simulated_copies import CopiedSlots, PlanViolation
+from ellm.worker.executor.simulated_link import LinkSpeed, SimulatedLink
 
 _MASK = (1 << 64) - 1
 _EMPTY = 0x243F6A8885A308D3  # digest of no token
-
-
-class PlanViolation(AssertionError):
-    """A plan that hardware would have carried out wrongly."""
 
 
 def _mix(x: int) -> int:
@@ -69,6 +76,8 @@ class SimulatedExecutor:
         output_length: Callable[[NewSequence], int | None] | None = None,
         verify: bool = True,
         realtime: bool = False,
+        link: LinkSpeed | None = None,
+        copy_fails: Callable[[BlockCopy], bool] | None = None,
     ) -> None:
         self._limits = limits
         self._cost_model = cost_model
@@ -79,6 +88,10 @@ class SimulatedExecutor:
         self._residents: dict[int, _Resident] = {}
         self._slots: list[int | None] = [None] * (limits.num_blocks * limits.block_size if verify else 0)
         self._next_step = 0
+        self._clock = 0.0
+        self._link = SimulatedLink(link or LinkSpeed(), limits.block_bytes)
+        self._copy_fails = copy_fails or (lambda copy: False)
+        self._memories = CopiedSlots(limits, self._slots) if verify else None
 
     @property
     def limits(self) -> ModelLimits:
@@ -92,7 +105,8 @@ class SimulatedExecutor:
     def execute(self, plan: BatchPlan) -> StepResult:
         """Sample every entry that asks for it. Raises PlanViolation for a plan that could not work."""
         self._take(plan)
-        if self._verify:
+        stall_s = self._start_copies(plan)
+        if self._verify and plan.entries:
             self._check_shape(plan)
             self._write_slots(plan)
             for entry in plan.entries:
@@ -113,10 +127,36 @@ class SimulatedExecutor:
             resident.append(token)
             resident.sampled_by = plan.step
             token_ids.append(token)
-        elapsed_s = self._cost_model.predict(step_features(plan))
+        elapsed_s = stall_s + (self._cost_model.predict(step_features(plan)) if plan.entries else 0.0)
         if self._realtime:
             time.sleep(elapsed_s)
-        return StepResult(plan.step, tuple(token_ids), elapsed_s, logprobs or None, scores or None)
+        self._clock += elapsed_s
+        done, failed, times = self._end_copies()
+        return StepResult(
+            plan.step, tuple(token_ids), elapsed_s, logprobs or None, scores or None, done, failed, times
+        )
+
+    def _start_copies(self, plan: BatchPlan) -> float:
+        """Returns the seconds until the step can begin."""
+        if self._memories is not None:
+            self._memories.start(plan)
+        link = self._link
+        link.start(plan.saves, self._clock, save=True)
+        link.start(plan.loads, self._clock, save=False)
+        if plan.waits:
+            return max(0.0, link.last_end - self._clock)
+        if plan.entries:
+            return 0.0
+        if link.next_end is None:
+            raise PlanViolation("a plan without entries, and no copy to wait for")
+        return max(0.0, link.next_end - self._clock)
+
+    def _end_copies(self) -> tuple[tuple[int, ...], tuple[int, ...], CopyTimes | None]:
+        saves, loads, times = self._link.ended(self._clock)
+        failed = tuple(copy.copy_id for copy in (*saves, *loads) if self._copy_fails(copy))
+        if self._memories is not None:
+            self._memories.end(saves, loads, failed)
+        return tuple(copy.copy_id for copy in (*saves, *loads)), failed, times
 
     def close(self) -> None:
         self._residents.clear()
@@ -167,7 +207,7 @@ class SimulatedExecutor:
     def _check_shape(self, plan: BatchPlan) -> None:
         """The promises that BatchPlan and PlanEntry make in their docstrings."""
         entries = plan.entries
-        if not entries or sum(entry.num_tokens for entry in entries) != plan.num_rows:
+        if sum(entry.num_tokens for entry in entries) != plan.num_rows:
             raise PlanViolation("wrong number of rows")
         if [e.num_tokens > 1 for e in entries] != sorted(e.num_tokens > 1 for e in entries):
             raise PlanViolation("single rows do not come first")

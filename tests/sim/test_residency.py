@@ -1,0 +1,67 @@
+"""Whatever is parked, released, saved, loaded and lost, and whenever: the tokens are those of a roomy engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.engine_driver import EngineDriver, run_alone
+from support.engine_scenarios import Setting, make_script, make_setting, output_length, play
+from support.random_residency import RandomResidency
+
+from ellm.worker.executor.simulated_link import LinkSpeed
+
+
+def with_host(setting: Setting, rng: Random) -> Setting:
+    blocks = rng.choice([0, 3, 20, 200])
+    limits = replace(setting.limits, num_host_blocks=blocks, block_bytes=1000 if blocks else 0)
+    return replace(setting, limits=limits)
+
+
+def play_at_random(seed: int) -> EngineDriver:
+    """One script under random residency, each stream compared with that of the request alone."""
+    rng = Random(seed)
+    setting = with_host(make_setting(rng, rng.choice([1.0, 1.3, 2.0, 4.0])), rng)
+    script = make_script(rng, rng.randint(1, 8), setting.max_total)
+    failing = rng.choice([0.0, 0.0, 0.2, 1.0])
+    fails = Random(seed + 1)
+    driver = play(
+        setting,
+        script,
+        patience=40,
+        policy=RandomResidency(seed),
+        link=LinkSpeed(bytes_per_s=10 ** rng.uniform(3.5, 7)),
+        copy_fails=lambda copy: fails.random() < failing,
+    )
+    for arrival in script:
+        name = arrival.request.request_id
+        if driver.reasons[name] == "abort":
+            continue
+        alone = run_alone(arrival.request, setting.limits, output_length)
+        assert driver.streams[name] == alone.streams[name], name
+        assert driver.reasons[name] == alone.reasons[name], name
+    return driver
+
+
+@settings(max_examples=150)
+@given(st.integers(0, 2**32))
+def test_tokens_do_not_depend_on_residency(seed: int) -> None:
+    driver = play_at_random(seed)
+    state = driver.core._state
+    assert not driver.core.has_work
+    assert state.pool.num_available == state.pool.num_blocks
+    if state.host is not None:
+        assert state.host.num_available == state.host.num_blocks
+
+
+def test_the_scripts_meet_what_they_are_for() -> None:
+    """Parks, restores, saves, loads, drops and failed copies all happen in a handful of scripts."""
+    totals = {"num_parks": 0, "num_restores": 0, "dropped_tokens": 0, "saved_tokens": 0, "loaded_tokens": 0}
+    for seed in range(40):
+        driver = play_at_random(seed)
+        report = driver.core.report(0.0)
+        for name in totals:
+            totals[name] += getattr(report, name)
+    assert min(totals.values()) > 20, totals

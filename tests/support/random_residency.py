@@ -1,0 +1,63 @@
+"""A policy without sense: it parks, releases, resumes, saves and loads at random, so that a test meets every
+order in which that can happen."""
+
+from __future__ import annotations
+
+from random import Random
+
+from ellm.worker.engine.policies import Policy
+from ellm.worker.engine.sequence import Sequence
+
+
+class RandomResidency(Policy):
+    """Every parked sequence is resumed sooner or later, so everything comes to its end."""
+
+    parks = True
+
+    def __init__(self, seed: int) -> None:
+        self._rng = Random(seed)
+
+    def prepare(self, now: float) -> None:
+        for seq in list(self.state.running):
+            if seq.gap is not None:
+                self._fill(seq)
+            elif self._rng.random() < 0.1:
+                self.residency.park(seq, now)
+        for seq in list(self.state.parked):
+            self._treat(seq, now)
+        if self.state.host is not None:
+            for seq in (*self.state.running, *self.state.parked):
+                if self._rng.random() < 0.5:
+                    self.residency.save(seq, self._rng.randint(0, 3))
+        if not self.state.running:
+            self._wake(now)
+
+    def _wake(self, now: float) -> None:
+        """Somebody must run."""
+        for seq in self.state.parked:
+            while not self.residency.resume(seq, now):
+                if seq.num_outstanding or not self.reclaim(now, spare=seq):
+                    break
+            else:
+                return
+
+    def _fill(self, seq: Sequence) -> None:
+        """At random, and always where nobody computes it."""
+        assert seq.gap is not None
+        self.residency.load(seq, self._rng.randint(0, 2))
+
+    def _treat(self, seq: Sequence, now: float) -> None:
+        releasable = self.residency.num_releasable(seq)
+        if releasable and self._rng.random() < 0.4:
+            self.residency.release_tail(seq, self._rng.randint(1, releasable))
+        elif self._rng.random() < 0.3 or not self.state.running:
+            self.residency.resume(seq, now)
+
+    def reclaim(self, now: float, spare: Sequence | None = None) -> bool:
+        for seq in self.state.parked:
+            if seq is spare:
+                continue
+            count = self.residency.num_releasable(seq)
+            if count and self.residency.release_tail(seq, self._rng.randint(1, count)):
+                return True
+        return False

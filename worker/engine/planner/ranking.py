@@ -1,0 +1,75 @@
+"""Who should be resident: the order in which sequences get a share of the pool.
+
+    urgent    no token yet, or little slack: least slack first; who is resident has a second's advantage
+    resident  ahead of their deadlines and resident: least slack first
+    ahead     ahead and parked: nobody is brought back before its slack nears the guard, for each swap costs
+    hopeless  late even at full speed: what is left over
+
+Better priorities go first within each class but the last. It does not know blocks or how they move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+
+from ellm.worker.engine.planner.slack import GUARD_S
+
+_ADVANTAGE_S = 1.0  # of a resident among the urgent
+
+
+class Rank(IntEnum):
+    URGENT = 0
+    RESIDENT = 1
+    AHEAD = 2
+    HOPELESS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """One sequence as the ranking sees it. `slack_s` None: it has no deadline, and keeps its place by `order`."""
+
+    index: int  # the caller's
+    priority: int
+    order: int
+    resident: bool
+    started: bool  # it has put out a token
+    hopeless: bool
+    slack_s: float | None
+    num_blocks: int  # that it would hold
+
+
+def rank(standing: Standing) -> Rank:
+    if standing.hopeless:
+        return Rank.HOPELESS
+    if not standing.started or (standing.slack_s is not None and standing.slack_s < GUARD_S):
+        return Rank.URGENT
+    return Rank.RESIDENT if standing.resident else Rank.AHEAD
+
+
+def in_order(standings: Iterable[Standing]) -> list[tuple[Rank, Standing]]:
+    """First who should be resident first."""
+
+    def key(pair: tuple[Rank, Standing]) -> tuple[float, ...]:
+        which, s = pair
+        if s.slack_s is None:
+            return (which, s.priority, 0.0 if s.started else -GUARD_S, s.order)
+        slack_s = s.slack_s
+        if which is Rank.URGENT and s.resident:
+            slack_s -= _ADVANTAGE_S
+        if which is Rank.HOPELESS:
+            return (which, not s.resident, slack_s, s.order)
+        return (which, s.priority, slack_s, s.order)
+
+    return sorted(((rank(s), s) for s in standings), key=key)
+
+
+def residents(order: Iterable[tuple[Rank, Standing]], num_blocks: int, num_seqs: int) -> list[Standing]:
+    """As many of `order` as fit in `num_blocks`, at most `num_seqs`: one that does not fit is passed over."""
+    chosen: list[Standing] = []
+    for _, standing in order:
+        if standing.num_blocks <= num_blocks and len(chosen) < num_seqs:
+            chosen.append(standing)
+            num_blocks -= standing.num_blocks
+    return chosen
