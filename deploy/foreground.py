@@ -36,9 +36,10 @@ def serve(config: EllmConfig) -> int:
     driver = os.fork()  # no threads and no Ray yet
     if driver == 0:
         os._exit(_drive(config, here))
+    session.adopt_orphans()
     asked = _forward_signals(driver, session)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, server.SIGNALS)
-    _, status = os.waitpid(driver, 0)
+    status = _wait_for(driver)
     killed = session.end(GRACE_S)
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
@@ -47,6 +48,14 @@ def serve(config: EllmConfig) -> int:
     if killed and not asked:
         print(f"ellm serve: had to end {', '.join(killed)}", file=sys.stderr)
     return code
+
+
+def _wait_for(driver: int) -> int:
+    """Its exit status; adopted orphans that end before it are cleared away."""
+    while True:
+        pid, status = os.waitpid(-1, 0)
+        if pid == driver:
+            return status
 
 
 def _drive(config: EllmConfig, parent: int) -> int:

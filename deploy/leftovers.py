@@ -1,18 +1,23 @@
 """Every process of one `ellm serve`, however it was started: each inherits a mark in its environment.
 
 Ray ends what it started, but not always all: a process whose parent died first has no one left to end it.
+Some of Ray's also write their title over their environment. On Linux those are found by descent: a process
+that adopts orphans is the ancestor of all that was ever started below it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import sys
 import time
 import uuid
 
 import psutil
 
 MARK = "ELLM_SESSION"
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 class Session:
@@ -21,15 +26,22 @@ class Session:
     def __init__(self) -> None:
         self.mark = uuid.uuid4().hex
         os.environ[MARK] = self.mark
+        self._adopts = False
+
+    def adopt_orphans(self) -> None:
+        """From now on all that descends from this process belongs to the session, as far as the system can
+        tell; the caller has to wait for children that it did not start."""
+        if sys.platform == "linux":
+            self._adopts = ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
 
     def processes(self) -> list[psutil.Process]:
-        """All of them but this one."""
-        found = []
+        """All of them that run, but this one."""
+        found = set(psutil.Process().children(recursive=True)) if self._adopts else set()
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
                 if process.pid != os.getpid() and process.environ().get(MARK) == self.mark:
-                    found.append(process)
-        return found
+                    found.add(process)
+        return [process for process in found if _runs(process)]
 
     def end(self, grace_s: float) -> list[str]:
         """Wait so long for them to end by themselves, then kill them. Returns who had to be killed."""
@@ -45,6 +57,12 @@ class Session:
             else:
                 time.sleep(0.05)
         return killed
+
+
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def _kill(process: psutil.Process) -> str:

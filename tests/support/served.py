@@ -27,6 +27,7 @@ class Served:
     def __init__(self, *words: str) -> None:
         self.mark = uuid.uuid4().hex
         self.lines: list[str] = []
+        self._below: set[psutil.Process] = set()
         self.process = subprocess.Popen(
             [ELLM, "serve", *words],
             env={**os.environ, MARK: self.mark},
@@ -61,10 +62,13 @@ class Served:
 
     def wait_until_ready(self) -> str:
         """Its URL."""
-        return self.wait_for_line(r"^Ready: (http://\S+)$").group(1)
+        url = self.wait_for_line(r"^Ready: (http://\S+)$").group(1)
+        self._look()
+        return url
 
     def signal(self, number: signal.Signals) -> None:
         """To the whole process group, as a terminal does."""
+        self._look()
         os.killpg(self.process.pid, number)
 
     def wait(self, timeout_s: float = 120.0) -> int:
@@ -73,14 +77,24 @@ class Served:
         self._reader.join(10.0)
         return code
 
+    def _look(self) -> None:
+        """Remember what hangs from it now: some of Ray's processes write over their environment."""
+        with contextlib.suppress(psutil.Error):
+            self._below.update(psutil.Process(self.process.pid).children(recursive=True))
+
     def processes(self) -> list[str]:
         """All that live below it, and it itself."""
-        found = []
+        self._look()
+        found = set()
+        for process in self._below:
+            with contextlib.suppress(psutil.Error):
+                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                    found.add(f"{process.pid} {process.name()}")
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
                 if process.environ().get(MARK) == self.mark:
-                    found.append(f"{process.pid} {process.name()}")
-        return found
+                    found.add(f"{process.pid} {process.name()}")
+        return sorted(found)
 
     def end(self) -> None:
         """Whatever state it is in: nothing is left."""

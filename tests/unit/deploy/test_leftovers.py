@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -47,6 +48,33 @@ def test_an_orphan_is_found_and_killed(session: Session) -> None:
     assert len(killed) == 1
     assert str(pid) in killed[0]
     assert session.processes() == []
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+NAMELESS = """
+import json, os, subprocess, sys, time
+from ellm.deploy.leftovers import Session
+
+session = Session()
+session.adopt_orphans()
+command = [sys.executable, "-c", sys.argv[1], sys.argv[2]]
+pid = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+found = [process.pid for process in session.processes()]
+killed = session.end(0.1)
+print(json.dumps([pid, found, killed, [process.pid for process in session.processes()]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="orphans are adopted on Linux only")
+def test_an_orphan_that_shows_no_environment_is_found_by_its_descent() -> None:
+    bare = ORPHAN.replace("start_new_session=True", "start_new_session=True, env={}")
+    command = [sys.executable, "-c", NAMELESS, bare, STUBBORN]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    pid, found, killed, left = json.loads(done.stdout)
+    assert found == [pid]
+    assert len(killed) == 1
+    assert str(pid) in killed[0]
+    assert left == []
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
