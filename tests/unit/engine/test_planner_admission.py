@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from ellm.worker.engine.planner.admission import Admission, Room, timely_tokens
 from ellm.worker.engine.planner.lengths import HORIZONS, OutputLengths
 
+FAR = 1 << 40
 ALWAYS = (1.0,) * len(HORIZONS)
 NOW = (1.0,) + (0.0,) * (len(HORIZONS) - 1)  # gone before the first horizon
 
@@ -30,8 +31,8 @@ def plain(room: Room, *, z: float = 0.0, per_token_s: float | None = None) -> Ad
 def fill(admission: Admission, num_tokens: int, duty: float, survival: tuple[float, ...]) -> int:
     """Admit alike requests until one is refused; how many went in."""
     count = 0
-    while admission.admits(num_tokens, duty, survival):
-        admission.add(num_tokens, duty, survival)
+    while admission.admits(num_tokens, FAR, duty, survival):
+        admission.add(num_tokens, FAR, duty, survival)
         count += 1
         assert count < 10_000
     return count
@@ -39,7 +40,7 @@ def fill(admission: Admission, num_tokens: int, duty: float, survival: tuple[flo
 
 def test_growth_to_the_farthest_horizon_counts() -> None:
     assert fill(plain(room_of()), 400, 1.0, NOW) == 23  # 9,500 / 400
-    assert fill(plain(room_of()), 400, 1.0, ALWAYS) == 2  # 9,500 / (400 + 4,096)
+    assert fill(plain(room_of(30_000)), 400, 1.0, ALWAYS) == 3  # 28,500 / (400 + 8,192)
 
 
 def test_a_share_of_the_steps_takes_a_share_of_the_memory() -> None:
@@ -56,8 +57,8 @@ def test_spread_is_kept_free_by_z() -> None:
     most = {}
     for z in (0.0, 2.0):
         admission = Admission(room_of(200_000), z=z, per_token_s=None, horizons=(0, 1024))
-        while admission.admits(32, 1.0, (1.0, 0.5)):
-            admission.add(32, 1.0, (1.0, 0.5))
+        while admission.admits(32, FAR, 1.0, (1.0, 0.5)):
+            admission.add(32, FAR, 1.0, (1.0, 0.5))
             most[z] = most.get(z, 0) + 1
     assert most[0.0] == 359  # 190,000 / 528
     b = most[2.0]
@@ -84,17 +85,39 @@ def test_without_a_deadline_time_refuses_nobody() -> None:
 def test_a_tighter_candidate_tightens_the_tests() -> None:
     admission = plain(room_of(), per_token_s=0.05)
     for _ in range(50):
-        admission.add(100, 1.0, NOW)
-    assert admission.admits(100, 1.0, NOW)
-    assert not admission.admits(100, 1.0, NOW, per_token_s=0.024)
-    assert not admission.admits(100, 1.0, NOW)
+        admission.add(100, FAR, 1.0, NOW)
+    assert admission.admits(100, FAR, 1.0, NOW)
+    assert not admission.admits(100, FAR, 1.0, NOW, per_token_s=0.024)
+    assert not admission.admits(100, FAR, 1.0, NOW)
 
 
 def test_a_deadline_that_nobody_can_meet_turns_nobody_away() -> None:
     assert fill(plain(room_of(), per_token_s=0.01), 400, 1.0, NOW) == 23
     admission = plain(room_of(), per_token_s=0.05)
-    assert admission.admits(400, 1.0, NOW, per_token_s=0.001)
+    assert admission.admits(400, FAR, 1.0, NOW, per_token_s=0.001)
     assert admission.timely_tokens == 10_000
+
+
+def test_nobody_outgrows_its_max_tokens() -> None:
+    """Requests of 400 that stop at 500: 0.95 * 10,000 hold 19 of them at their peak, wherever it falls."""
+    admission, count = plain(room_of()), 0
+    while admission.admits(400, 500, 1.0, ALWAYS):
+        admission.add(400, 500, 1.0, ALWAYS)
+        count += 1
+    assert count == 19
+
+
+def test_a_peak_between_two_horizons_is_seen() -> None:
+    """All will be at 100 + 600, between the horizons 512 and 768, for certain."""
+    lengths = OutputLengths()
+    for _ in range(400):
+        lengths.finished(600, censored=True)
+    row = lengths.conditional(0, 600)
+    admission, count = plain(room_of()), 0
+    while admission.admits(100, 700, 1.0, row):
+        admission.add(100, 700, 1.0, row)
+        count += 1
+    assert 13 <= count <= 14  # 9,500 / 700, and a few may end before
 
 
 members = st.lists(
@@ -111,21 +134,23 @@ def test_the_sums_are_those_of_the_formulas(
     lengths = OutputLengths()
     room = room_of(40_000, 10_000)
     admission = plain(room, z=z, per_token_s=per_token_s)
-    rows = [(s, d, lengths.conditional(g, g + more)) for s, d, g, more in members]
-    admission.add_all(*zip(*rows[1:6], strict=True)) if rows[1:6] else admission.add_all((), (), ())
-    for s, d, q in rows[6:]:
-        admission.add(s, d, q)
+    rows = [(s, s + more, d, lengths.conditional(g, g + more)) for s, d, g, more in members]
+    if rows[1:6]:
+        admission.add_all(*zip(*rows[1:6], strict=True))
+    for row in rows[6:]:
+        admission.add(*row)
     fits = True
     limit_s = None if per_token_s is None else 0.985 * per_token_s
     timely = 40_000
     if limit_s is not None:
-        timely = timely_tokens(room, limit_s, max(1.0, sum(d for _, d, _ in rows[1:])))
+        timely = timely_tokens(room, limit_s, max(1.0, sum(d for _, _, d, _ in rows[1:])))
     for i, h in enumerate(HORIZONS):
-        mean = sum(d * q[i] * (s + h) for s, d, q in rows)
-        variance = sum(d * q[i] * (s + h) ** 2 * (d - d * q[i]) for s, d, q in rows)
-        busy = sum(d * q[i] for _, d, q in rows)
+        members_now = [(min(s + h, most), d, q[i]) for s, most, d, q in rows]
+        mean = sum(d * q * f for f, d, q in members_now)
+        variance = sum(d * q * f**2 * (d - d * q) for f, d, q in members_now)
+        busy = sum(d * q for _, d, q in members_now)
         fits &= mean + z * sqrt(max(0.0, variance)) <= 0.95 * timely
-        fits &= sum(q[i] * (s + h) for s, _, q in rows) <= 0.95 * 50_000
+        fits &= sum(q * f for f, _, q in members_now) <= 0.95 * 50_000
         fits &= limit_s is None or step_time(busy, mean) <= limit_s
     if rows:
         assert admission.admits(*rows[0]) is fits
@@ -142,6 +167,6 @@ def test_less_is_admitted_where_more_is(
         careful, bold = plain(room_of(), z=z + 0.5), plain(room_of(), z=z)
         for admission in (careful, bold):
             for _ in range(3):
-                admission.add(s, d, row)
-        if careful.admits(s + more, d, row):
-            assert bold.admits(s, 0.9 * d, row)
+                admission.add(s, s + left, d, row)
+        if careful.admits(s + more, s + more + left, d, row):
+            assert bold.admits(s, s + left, 0.9 * d, row)

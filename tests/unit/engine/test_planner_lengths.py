@@ -87,13 +87,26 @@ def test_an_end_before_the_first_token_says_nothing() -> None:
     assert lengths.survival(32) == pytest.approx(exp(-32 / 2000))
 
 
-def test_horizons_end_at_max_tokens() -> None:
+def test_horizons_end_behind_max_tokens() -> None:
+    """The first horizon at or behind the end stands for the last moment before it."""
     lengths = OutputLengths()
-    assert lengths.conditional(100, 100) == (0.0,) * len(HORIZONS)
-    row = lengths.conditional(100, 228)
-    assert [q > 0 for q in row] == [h < 128 for h in HORIZONS]
-    assert lengths.conditional(96, 224) is row  # one row for the bin
-    assert lengths.conditional(96, 225) is not row
+    for max_tokens in (100, 99, 1):
+        assert lengths.conditional(100, max_tokens) == (0.0,) * len(HORIZONS)
+    row = lengths.conditional(100, 300)
+    assert [q > 0 for q in row] == [h <= 256 for h in HORIZONS]
+    assert row[4] == pytest.approx(exp(-(299 - 96) / 2000))
+    assert lengths.conditional(96, 300) is row  # one row for the bin
+    assert lengths.conditional(96, 301) is not row
+
+
+def test_what_hardly_ever_happens_is_left_out() -> None:
+    lengths = OutputLengths()
+    for _ in range(4000):
+        run_whole(lengths, 40)
+    row = lengths.conditional(0, FAR)
+    assert row[1] > 0.99
+    assert all(q == 0.0 or q >= 1e-3 for q in row)
+    assert row[-1] == 0.0
 
 
 events = st.lists(
@@ -124,9 +137,13 @@ def test_it_is_always_a_distribution(
         row = lengths.conditional(g, cap)
         assert list(row) == sorted(row, reverse=True)
         start = g - g % BIN
+        before = -1
         for h, q in zip(HORIZONS, row, strict=True):
-            expected = lengths.survival(start + h) / lengths.survival(start) if g + h < cap else 0.0
+            expected = lengths.survival(min(start + h, cap - 1)) / lengths.survival(start)
+            if start + before >= cap or expected < 1e-3:
+                expected = 0.0
             assert q == pytest.approx(expected)
+            before = h
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,8 +1,8 @@
 """Whether one more request fits, now and as everybody grows.
 
 For each horizon h, in tokens that everyone puts out from now on, the requests still there hold f = s + h
-tokens each, with probability q; of them a share d (duty) is in device memory and in the step at a time. With
-N the device's tokens and D the seconds allowed per token:
+tokens each, at most what their max_tokens allow, with probability q; of them a share d (duty) is in device
+memory and in the step at a time. With N the device's tokens and D the seconds allowed per token:
 
     (a)  sum d q f + z sqrt(sum d^2 q (1 - q) f^2) <= 0.95 Ne      Ne: tokens at which T is 0.985 D, <= N
     (b)  T(sum d q rows and the prefill that comes with them, sum d q f) <= 0.985 D
@@ -85,21 +85,29 @@ class Admission:
             self._timely = timely_tokens(self.room, TIMELY * self._per_token_s, max(1.0, self._rows[0]))
         return self._timely
 
-    def add(self, num_tokens: int, duty: float, survival: Sequence[float]) -> None:
-        """A request with `num_tokens` of context joins. `survival` is q by horizon, as
-        `OutputLengths.conditional` gives it."""
-        self.add_all((num_tokens,), (duty,), (survival,))
+    def add(self, num_tokens: int, max_total: int, duty: float, survival: Sequence[float]) -> None:
+        """A request with `num_tokens` of context, which never holds more than `max_total`, joins. `survival`
+        is q by horizon, as `OutputLengths.conditional` gives it."""
+        self.add_all((num_tokens,), (max_total,), (duty,), (survival,))
 
     def add_all(
-        self, num_tokens: Sequence[int], duties: Sequence[float], survivals: Sequence[Sequence[float]]
+        self,
+        num_tokens: Sequence[int],
+        max_totals: Sequence[int],
+        duties: Sequence[float],
+        survivals: Sequence[Sequence[float]],
     ) -> None:
-        """Many join, each given by its place in the three: half the time of adding them one by one."""
+        """Many join, each given by its place in the four: half the time of adding them one by one."""
         if not num_tokens:
             return
         for index, (h, column) in enumerate(zip(self._horizons, zip(*survivals, strict=True), strict=True)):
+            if not any(column):
+                return
             rows = active = variance = held = 0.0
-            for s, d, q in zip(num_tokens, duties, column, strict=True):
+            for s, most, d, q in zip(num_tokens, max_totals, duties, column, strict=True):
                 f = s + h
+                if f > most:
+                    f = most
                 x = d * f
                 y = q * x
                 rows += d * q
@@ -112,7 +120,12 @@ class Admission:
             self._held[index] += held
 
     def admits(
-        self, num_tokens: int, duty: float, survival: Sequence[float], per_token_s: float | None = None
+        self,
+        num_tokens: int,
+        max_total: int,
+        duty: float,
+        survival: Sequence[float],
+        per_token_s: float | None = None,
     ) -> bool:
         """Whether (a), (b) and (c) hold with this request added, at every horizon. A request tighter than all
         before it makes the tests tighter from then on, whether it is added or not."""
@@ -126,7 +139,7 @@ class Admission:
             self._horizons, survival, self._rows, self._active, self._variance, self._held, strict=True
         )
         for h, q, others, tokens, spread, held in sums:
-            f = num_tokens + h
+            f = min(num_tokens + h, max_total)
             x = duty * f
             y = q * x
             tokens += y

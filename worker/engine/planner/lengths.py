@@ -21,12 +21,14 @@ from collections.abc import Sequence
 from math import exp, expm1
 
 BIN = 32  # tokens
-HORIZONS = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # tokens from now, whole bins
+# Tokens from now, whole bins; close enough that what peaks between two is within a few per cent of either.
+HORIZONS = (0, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
 
 _PRIOR_MEAN = 2000.0  # tokens
 _PRIOR_WEIGHT = 8.0  # requests
 _FORGETTING = 0.998  # weight of the past per end
 _RENORM = 1e9  # a scale at which the counters are divided through
+_NEVER = 1e-3  # a chance below this is 0: nobody's memory is planned by it
 _FLOOR = 1e-280  # survival never underflows, so that ratios stay defined
 # News after which the next question rebuilds the table: ends, or bins passed. 256 running requests pass 256
 # bins in 32 steps.
@@ -54,7 +56,7 @@ class OutputLengths:
         self._num_passed = 0
         self._survival = [1.0]  # entry j: P(output > BIN * j)
         self._sums = [0.0]  # entry j: sum of P(output > k) over k < BIN * j
-        self._rows: dict[tuple[int, int], tuple[float, ...]] = {}
+        self._rows: dict[tuple[int, int], tuple[float, ...]] = {}  # by bin and max_tokens
 
     def passed(self, index: int) -> None:
         """A running request has put out all of bin `index`, tokens (BIN * index, BIN * (index + 1)], and goes
@@ -86,42 +88,47 @@ class OutputLengths:
     def survival(self, num_tokens: int) -> float:
         """P(output > num_tokens); linear within a bin."""
         self._refresh()
+        return self._at(num_tokens)
+
+    def expected_remaining(self, num_output: int, max_tokens: int) -> float:
+        """E[min(output, max_tokens) - num_output | output > num_output]: at least 1 while below `max_tokens`,
+        0 from there on."""
+        room = max_tokens - num_output
+        if room <= 0:
+            return 0.0
+        self._refresh()
+        mean = (self._sum_below(max_tokens) - self._sum_below(num_output)) / self._at(num_output)
+        return min(max(1.0, mean), float(room))
+
+    def conditional(self, num_output: int, max_tokens: int) -> tuple[float, ...]:
+        """P(output > g + h | output > g) for each horizon h, with g = `num_output` rounded down to a bin. A
+        request that reaches `max_tokens` between two horizons counts as it is just before, at the later
+        of the two, so that its peak is seen; 0 beyond. The tuple is shared, not copied."""
+        self._refresh()
+        index = num_output // BIN
+        row = self._rows.get((index, max_tokens))
+        if row is None:
+            room = max_tokens - BIN * index if num_output < max_tokens else 0
+            count = len(self.horizons) if room > self.horizons[-1] else bisect_left(self.horizons, room)
+            table, size = self._survival, len(self._survival)
+            alive = [
+                table[index + ahead] if index + ahead < size else self._at(BIN * (index + ahead))
+                for ahead in self._ahead[:count]
+            ]
+            if 0 < count < len(self.horizons):
+                alive.append(self._at(max_tokens - 1))
+            kept = [s / alive[0] for s in alive if s >= _NEVER * alive[0]]
+            row = self._rows[index, max_tokens] = (*kept, *[0.0] * (len(self.horizons) - len(kept)))
+        return row
+
+    def _at(self, num_tokens: int) -> float:
+        """`survival`, from a table that stands."""
         table = self._survival
         index, offset = divmod(num_tokens, BIN)
         if index + 1 < len(table):
             left = table[index]
             return left - (left - table[index + 1]) * offset / BIN
         return max(_FLOOR, table[-1] * exp(((len(table) - 1) * BIN - num_tokens) / _PRIOR_MEAN))
-
-    def expected_remaining(self, num_output: int, max_tokens: int) -> float:
-        """E[min(output, max_tokens) - num_output | output > num_output]: at least 1 while below `max_tokens`,
-        0 from there on."""
-        if num_output >= max_tokens:
-            return 0.0
-        area = self._sum_below(max_tokens) - self._sum_below(num_output)
-        return min(float(max_tokens - num_output), max(1.0, area / self.survival(num_output)))
-
-    def conditional(self, num_output: int, max_tokens: int) -> tuple[float, ...]:
-        """P(output > g + h | output > g) for each horizon h, with g = `num_output` rounded down to a bin; 0
-        where num_output + h reaches `max_tokens`. The tuple is shared, not copied."""
-        self._refresh()
-        room = max_tokens - num_output
-        horizons = self.horizons
-        index = num_output // BIN
-        count = len(horizons) if room > horizons[-1] else bisect_left(horizons, room)
-        row = self._rows.get((index, count))
-        if row is None:
-            alive = [self._at_edge(index + ahead) for ahead in self._ahead[:count]]
-            row = tuple([s / alive[0] for s in alive]) if count else ()
-            row = self._rows[index, count] = row + (0.0,) * (len(horizons) - count)
-        return row
-
-    def _at_edge(self, index: int) -> float:
-        """P(output > BIN * index), from a table that stands."""
-        table = self._survival
-        if index < len(table):
-            return table[index]
-        return max(_FLOOR, table[-1] * exp((len(table) - 1 - index) * (BIN / _PRIOR_MEAN)))
 
     def _reach(self, index: int) -> None:
         while len(self._exposed) <= index:
@@ -160,7 +167,6 @@ class OutputLengths:
 
     def _sum_below(self, num_tokens: int) -> float:
         """Sum of P(output > k) over k < num_tokens."""
-        self._refresh()
         table, sums = self._survival, self._sums
         index, count = divmod(num_tokens, BIN)
         if index + 1 < len(table):

@@ -5,6 +5,8 @@ It learns from tokens and ends as they come and decides nothing.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 from ellm.worker.api.cost_model import CostModel
 from ellm.worker.engine.planner.attainment import SafetyFactor
 from ellm.worker.engine.planner.lengths import BIN, OutputLengths
@@ -19,6 +21,8 @@ class Forecast:
         self.lengths = OutputLengths()
         self.step_cost = StepCost(cost_model)
         self.safety = SafetyFactor()
+        size = len(self.lengths.horizons)
+        self._certain = [(1.0,) * n + (0.0,) * (size - n) for n in range(size + 1)]
 
     def emitted(self, seq: Sequence) -> None:
         """`seq` has a new token. A bin of lengths is passed when the first token behind it comes."""
@@ -38,12 +42,14 @@ class Forecast:
             self.safety.finished(not seq.late)
 
     def survival(self, seq: Sequence) -> tuple[float, ...]:
-        """Chances that `seq` is still there at each horizon; certain up to max_tokens where nothing stops
-        it."""
+        """Chances that `seq` is still there at each horizon, as `OutputLengths.conditional`; certain up to
+        max_tokens where nothing stops it."""
         num_output, max_tokens = len(seq.tokens) - seq.num_prompt, seq.max_total - seq.num_prompt
         if seq.stop_ids:
             return self.lengths.conditional(num_output, max_tokens)
-        return tuple([1.0 if num_output + h < max_tokens else 0.0 for h in self.lengths.horizons])
+        horizons = self.lengths.horizons
+        count = bisect_left(horizons, max_tokens - num_output) + 1
+        return self._certain[min(count, len(horizons))]
 
     def remaining(self, seq: Sequence) -> float:
         """Tokens that `seq` is expected to put out yet."""

@@ -45,13 +45,15 @@ class FullPredictive(Policy):
         if self._refused is seq:
             return False
         per_token_s = seconds_per_token(seq.tpot_slo_s)
-        admitted = admission.admits(len(seq.tokens), 1.0, self.forecast.survival(seq), per_token_s)
+        admitted = admission.admits(
+            len(seq.tokens), seq.max_total, 1.0, self.forecast.survival(seq), per_token_s
+        )
         self._refused = None if admitted else seq
         return admitted
 
     def admitted(self, seq: Sequence, now: float) -> None:
         if self._admission is not None:
-            self._admission.add(len(seq.tokens), 1.0, self.forecast.survival(seq))
+            self._admission.add(len(seq.tokens), seq.max_total, 1.0, self.forecast.survival(seq))
 
     def emitted(self, seq: Sequence, now: float) -> None:
         self.forecast.emitted(seq)
@@ -75,6 +77,7 @@ class FullPredictive(Policy):
         )
         admission.add_all(
             [len(seq.tokens) for seq in running],
+            [seq.max_total for seq in running],
             [1.0] * len(running),
             [self.forecast.survival(seq) for seq in running],
         )
