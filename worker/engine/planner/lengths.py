@@ -55,6 +55,7 @@ class OutputLengths:
         self._num_ends = 0  # since the table was built
         self._num_passed = 0
         self._survival = [1.0]  # entry j: P(output > BIN * j)
+        self._edges = [1.0]  # the same, as far beyond the table as anybody has asked
         self._sums = [0.0]  # entry j: sum of P(output > k) over k < BIN * j
         self._rows: dict[tuple[int, int], tuple[float, ...]] = {}  # by bin and max_tokens
 
@@ -110,11 +111,10 @@ class OutputLengths:
         if row is None:
             room = max_tokens - BIN * index if num_output < max_tokens else 0
             count = len(self.horizons) if room > self.horizons[-1] else bisect_left(self.horizons, room)
-            table, size = self._survival, len(self._survival)
-            alive = [
-                table[index + ahead] if index + ahead < size else self._at(BIN * (index + ahead))
-                for ahead in self._ahead[:count]
-            ]
+            edges = self._edges
+            if index + self._ahead[-1] >= len(edges):
+                self._extend(index + self._ahead[-1] + 1)
+            alive = [edges[index + ahead] for ahead in self._ahead[:count]]
             if 0 < count < len(self.horizons):
                 alive.append(self._at(max_tokens - 1))
             kept = [s / alive[0] for s in alive if s >= _NEVER * alive[0]]
@@ -129,6 +129,12 @@ class OutputLengths:
             left = table[index]
             return left - (left - table[index + 1]) * offset / BIN
         return max(_FLOOR, table[-1] * exp(((len(table) - 1) * BIN - num_tokens) / _PRIOR_MEAN))
+
+    def _extend(self, size: int) -> None:
+        """Beyond the table there is the prior alone."""
+        edges, factor = self._edges, exp(-BIN / _PRIOR_MEAN)
+        while len(edges) < size:
+            edges.append(max(_FLOOR, edges[-1] * factor))
 
     def _reach(self, index: int) -> None:
         while len(self._exposed) <= index:
@@ -163,7 +169,7 @@ class OutputLengths:
             alive = after
             survival.append(alive)
             sums.append(total)
-        self._survival, self._sums = survival, sums
+        self._survival, self._edges, self._sums = survival, survival.copy(), sums
 
     def _sum_below(self, num_tokens: int) -> float:
         """Sum of P(output > k) over k < num_tokens."""
