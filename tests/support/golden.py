@@ -59,12 +59,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def executor(folder: Path, *, jit: bool, dtype: str = "float32", num_blocks: int = 128) -> LocalExecutor:
+def executor(
+    folder: Path,
+    *,
+    jit: bool,
+    dtype: str = "float32",
+    num_blocks: int = 128,
+    transient_blocks: int = 0,
+    host_bytes: int = 0,
+) -> LocalExecutor:
     """A small executor on `folder`, on one thread."""
     return LocalExecutor.load(
         WorkerConfig(
             model=ModelConfig(path=str(folder), dtype=dtype, device="cpu", jit=jit),  # type: ignore[arg-type]
-            cache=CacheConfig(block_size=BLOCK_SIZE, num_blocks=num_blocks),
+            cache=CacheConfig(
+                block_size=BLOCK_SIZE,
+                num_blocks=num_blocks,
+                transient_blocks=transient_blocks,
+                host_bytes=host_bytes,
+            ),
             scheduler=SchedulerConfig(max_num_seqs=8, max_step_tokens=192),
             num_threads=1,
         )

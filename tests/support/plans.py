@@ -69,6 +69,10 @@ class PlanDriver:
 
     def step(self, rows: Mapping[int, int]) -> StepResult:
         """One plan: seq_id -> how many of its tokens to compute. The last known token samples."""
+        return self.run(self.plan(rows))
+
+    def plan(self, rows: Mapping[int, int]) -> BatchPlan:
+        """The plan of `step`, to be run next."""
         entries, new = [], []
         for seq_id in sorted(rows, key=lambda s: rows[s] != 1):
             track = self.tracks[seq_id]
@@ -91,9 +95,13 @@ class PlanDriver:
         )
         self._step += 1
         self._released = []
+        return plan
+
+    def run(self, plan: BatchPlan) -> StepResult:
+        """Execute a plan and keep what it gave."""
         result = self.executor.execute(plan)
         assert result.step == plan.step
-        self._accept(entries, result)
+        self._accept(plan.entries, result)
         return result
 
     def _entry(self, track: Track, count: int) -> PlanEntry:
@@ -117,6 +125,8 @@ class PlanDriver:
     def _accept(self, entries: Sequence[PlanEntry], result: StepResult) -> None:
         tokens = iter(result.token_ids)
         for entry in entries:
+            if entry.recompute:
+                continue
             track = self.tracks[entry.seq_id]
             track.computed += entry.num_tokens
             track.results.append(dataclasses.replace(result))

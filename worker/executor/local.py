@@ -19,6 +19,7 @@ import torch
 from ellm.kernels.ops import Ops
 from ellm.worker.api.config import WorkerConfig
 from ellm.worker.engine.plan import BatchPlan, ModelLimits, StepResult
+from ellm.worker.executor.copies import Copier, EndedCopies, copier
 from ellm.worker.executor.memory import PeakMemory, available_bytes
 from ellm.worker.executor.pool_size import MemoryBudget, PoolSize, size_pool
 from ellm.worker.executor.resolve import (
@@ -29,9 +30,10 @@ from ellm.worker.executor.resolve import (
 )
 from ellm.worker.executor.warm_up import largest_plan, step_kinds
 from ellm.worker.model.architecture import Architecture
+from ellm.worker.model.host_pool import make_host_pool
 from ellm.worker.model.hub import local_folder
 from ellm.worker.model.inspect import check_weights, read_architecture
-from ellm.worker.model.kv_cache import KVCache, block_bytes
+from ellm.worker.model.kv_cache import KVCache, block_bytes, transient_bytes
 from ellm.worker.model.layers import CausalModel
 from ellm.worker.model.llama import LlamaModel
 from ellm.worker.model.loader import Progress, WeightReader, no_progress
@@ -41,6 +43,7 @@ from ellm.worker.model.weights import expected_shapes
 
 log = logging.getLogger(__name__)
 
+_NONE_ENDED = EndedCopies()
 _Build = Callable[[Ops, Architecture, WeightReader, int], CausalModel]
 _MODELS: dict[str, _Build] = {"llama": LlamaModel, "opt": OptModel}
 
@@ -82,6 +85,7 @@ class LocalExecutor:
         num_threads: int | None,
     ) -> None:
         self._runner: ModelRunner | None = runner
+        self._copier = None if runner.host is None else copier(runner.host, limits.block_bytes)
         self._limits = limits
         self._threads = num_threads
         self._thread_id = -1
@@ -97,7 +101,7 @@ class LocalExecutor:
         device = resolve_device(config.model.device)
         adopt_threads(config.num_threads)
         ops = select_ops(config, device)
-        available = available_bytes(device)
+        available, host_available = available_bytes(device), available_bytes(torch.device("cpu"))
         loaded = load_model(config, ops, device, report)
         arch, max_model_len = loaded.arch, loaded.max_model_len
         budget = MemoryBudget(
@@ -106,6 +110,9 @@ class LocalExecutor:
             activations=_warm_up(config, loaded, ops, report),
             block=block_bytes(arch, config.cache.block_size, loaded.dtype),
             on_cpu=device.type == "cpu",
+            transient=config.cache.transient_blocks
+            * transient_bytes(arch, config.cache.block_size, loaded.dtype),
+            host_available=host_available,
         )
         asked = config.model.max_model_len is not None
         size = size_pool(config.cache, budget, max_model_len, may_shorten=not asked)
@@ -113,7 +120,7 @@ class LocalExecutor:
             log.warning(
                 "max_model_len is %d, not %d: the KV pool holds no more", size.max_model_len, max_model_len
             )
-        runner = _runner(loaded, ops, size.num_blocks, config.cache.block_size)
+        runner = _runner(config, loaded, ops, size.num_blocks, size.num_host_blocks)
         report("ready", 1.0)
         return LocalExecutor(runner, _limits(config, arch, size), ops, loaded, config.num_threads)
 
@@ -133,18 +140,43 @@ class LocalExecutor:
             adopt_threads(self._threads)
             self._thread_id = threading.get_ident()
         start = time.perf_counter()
+        if self._copier is not None:
+            _begin_copies(self._copier, plan)
         output = self.runner.execute(plan)
+        ended = _NONE_ENDED if self._copier is None else self._copier.ended()
         elapsed = time.perf_counter() - start
         return StepResult(
-            plan.step, tuple(output.token_ids), elapsed, output.logprobs, output.prompt_logprobs
+            plan.step,
+            tuple(output.token_ids),
+            elapsed,
+            output.logprobs,
+            output.prompt_logprobs,
+            ended.done,
+            ended.failed,
+            ended.times,
         )
 
     def close(self) -> None:
-        """Free weights and pool."""
+        """Free weights and pool; copies under way end first."""
+        if self._copier is not None:
+            self._copier.close()
+            self._copier = None
+        if self._runner is not None:
+            self._runner.close()
         self._runner = None
         gc.collect()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
+
+
+def _begin_copies(copier: Copier, plan: BatchPlan) -> None:
+    """Start the plan's copies, and wait for those that it says."""
+    if plan.saves or plan.loads:
+        copier.start(plan.saves, plan.loads)
+    if plan.waits:
+        copier.wait_all()
+    elif not plan.entries:
+        copier.wait_next()
 
 
 def adopt_threads(num_threads: int | None) -> None:
@@ -161,6 +193,9 @@ def _limits(config: WorkerConfig, arch: Architecture, size: PoolSize) -> ModelLi
         vocab_size=arch.vocab_size,
         eos_token_ids=arch.eos_token_ids,
         memory=size.memory,
+        num_host_blocks=size.num_host_blocks,
+        num_transient_blocks=config.cache.transient_blocks,
+        block_bytes=dict(size.memory)["KV block"] if size.num_host_blocks else 0,
     )
 
 
@@ -172,16 +207,26 @@ def _weight_bytes(loaded: LoadedModel) -> int:
     return elements * loaded.dtype.itemsize
 
 
-def _runner(loaded: LoadedModel, ops: Ops, num_blocks: int, block_size: int) -> ModelRunner:
-    cache = KVCache(loaded.arch, num_blocks, block_size, loaded.dtype, loaded.device)
-    return ModelRunner(loaded.model, ops, loaded.arch, cache, loaded.max_model_len, loaded.device)
+def _runner(
+    config: WorkerConfig, loaded: LoadedModel, ops: Ops, num_blocks: int, num_host_blocks: int = 0
+) -> ModelRunner:
+    cache = KVCache(
+        loaded.arch,
+        num_blocks,
+        config.cache.block_size,
+        loaded.dtype,
+        loaded.device,
+        config.cache.transient_blocks,
+    )
+    host = make_host_pool(cache, num_host_blocks) if num_host_blocks else None
+    return ModelRunner(loaded.model, ops, loaded.arch, cache, loaded.max_model_len, host)
 
 
 def _warm_up(config: WorkerConfig, loaded: LoadedModel, ops: Ops, progress: Progress) -> int:
     """Run every kind of step, then the largest, on a pool of their own; bytes at the peak of the largest."""
     block_size, max_model_len = config.cache.block_size, loaded.max_model_len
     largest, num_blocks = largest_plan(config.scheduler, block_size, max_model_len)
-    runner = _runner(loaded, ops, max(2, num_blocks), block_size)
+    runner = _runner(config, loaded, ops, max(2, num_blocks))
     kinds = list(step_kinds(config.scheduler, block_size, max_model_len))
     for i, plan in enumerate(kinds):
         progress("warming up", i / (len(kinds) + 1))

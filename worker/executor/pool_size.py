@@ -1,4 +1,5 @@
-"""How many KV blocks a worker takes: arithmetic on measured bytes, refusals in words."""
+"""How many KV blocks a worker takes, on the device and on the host: arithmetic on measured bytes, refusals in
+words."""
 
 from __future__ import annotations
 
@@ -19,6 +20,8 @@ class MemoryBudget:
     activations: int  # peak of the largest admissible plan
     block: int  # one KV block over all layers
     on_cpu: bool
+    transient: int = 0  # the transient blocks, all banks
+    host_available: int = 0  # before the weights were loaded; on a CPU the same memory as `available`
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +31,14 @@ class PoolSize:
     num_blocks: int
     max_model_len: int  # tokens; less than the checkpoint's where the pool is smaller
     memory: tuple[tuple[str, int], ...]  # (what, bytes): the reckoning, for printing
+    num_host_blocks: int = 0
 
 
 def _pool_bytes(cache: CacheConfig, budget: MemoryBudget) -> int:
     """GPU: fraction of what is free, less weights and activations. CPU: the same of half of what is free
     (other workers and the page cache want the rest), and at most `max_pool_bytes`."""
     usable = budget.available // 2 if budget.on_cpu else budget.available
-    room = int(usable * cache.memory_fraction) - budget.weights - budget.activations
+    room = int(usable * cache.memory_fraction) - budget.weights - budget.activations - budget.transient
     limit = cache.max_pool_bytes
     if limit is None and budget.on_cpu:
         limit = CPU_DEFAULT_POOL_BYTES
@@ -42,15 +46,16 @@ def _pool_bytes(cache: CacheConfig, budget: MemoryBudget) -> int:
 
 
 def size_pool(cache: CacheConfig, budget: MemoryBudget, max_model_len: int, *, may_shorten: bool) -> PoolSize:
-    """Blocks of the pool, and the context that fits.
+    """Blocks of the pool and of the host tier, and the context that fits.
 
     `may_shorten`: the context length was not asked for, so a small pool lowers it. Raises ConfigError when
-    the pool cannot hold one sequence of `max_model_len` tokens, or `num_blocks` exceeds the memory.
+    the pool cannot hold one sequence of `max_model_len` tokens, or `num_blocks` or `host_bytes` exceeds the
+    memory.
     """
     room = _pool_bytes(cache, budget)
     if cache.num_blocks is not None:
         num_blocks = cache.num_blocks
-        free = budget.available - budget.weights - budget.activations
+        free = budget.available - budget.weights - budget.activations - budget.transient
         if num_blocks < 1 or num_blocks * budget.block > free:
             raise ConfigError(
                 f"cache.num_blocks = {num_blocks} takes {_mib(num_blocks * budget.block)} and "
@@ -68,14 +73,39 @@ def size_pool(cache: CacheConfig, budget: MemoryBudget, max_model_len: int, *, m
             f"activations {_mib(budget.activations)})",
             param="model.max_model_len",
         )
-    memory = (
+    num_host_blocks = _host_blocks(cache, budget, num_blocks)
+    memory = [
         ("available at start", budget.available),
         ("weights", budget.weights),
         ("activations of the largest step", budget.activations),
         ("KV pool", num_blocks * budget.block),
         ("KV block", budget.block),
-    )
-    return PoolSize(num_blocks, min(max_model_len, fits), memory)
+    ]
+    if budget.transient:
+        memory.append(("transient KV blocks", budget.transient))
+    if num_host_blocks:
+        memory.append(("host KV pool", num_host_blocks * budget.block))
+    return PoolSize(num_blocks, min(max_model_len, fits), tuple(memory), num_host_blocks)
+
+
+def _host_blocks(cache: CacheConfig, budget: MemoryBudget, num_blocks: int) -> int:
+    """Whole blocks of the host tier. Raises ConfigError for one that does not fit, or holds no block."""
+    if not cache.host_bytes:
+        return 0
+    free = budget.host_available
+    if budget.on_cpu:
+        free -= budget.weights + budget.activations + budget.transient + num_blocks * budget.block
+    if cache.host_bytes > free:
+        raise ConfigError(
+            f"cache.host_bytes = {_mib(cache.host_bytes)} and {_mib(max(0, free))} are left on the host",
+            param="cache.host_bytes",
+        )
+    if cache.host_bytes < budget.block:
+        raise ConfigError(
+            f"cache.host_bytes = {cache.host_bytes} holds no KV block, which takes {budget.block} bytes",
+            param="cache.host_bytes",
+        )
+    return cache.host_bytes // budget.block
 
 
 def _mib(num_bytes: int) -> str:

@@ -5,6 +5,7 @@ R rows of one flat batch; which sequence a row belongs to is in the AttentionMet
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -16,17 +17,20 @@ from ellm.worker.model.loader import WeightReader
 from ellm.worker.model.rope import RopeConfig
 
 LayerKV = tuple[Tensor, Tensor]  # keys, values: each [N, K, B, D]
+LayerStep = tuple[AttentionMeta, LayerKV]  # what one layer of a step works on
 
 
 class CausalModel(Protocol):
     """A model as the runner sees it."""
 
     def forward(
-        self, token_ids: Tensor, meta: AttentionMeta, kv: list[LayerKV], rows: Tensor | None
+        self, token_ids: Tensor, positions: Tensor, steps: Iterable[LayerStep], rows: Tensor | None
     ) -> Tensor:
-        """token_ids [R] int64 -> final hidden states, of `rows` [n] int64 alone where given: [n or R, E].
+        """token_ids, positions [R] int64 -> final hidden states, of `rows` [n] int64 alone where given:
+        [n or R, E].
 
-        Stores keys and values of all R rows in the pool.
+        Stores keys and values of all R rows in the pool. `steps`: one for each layer, asked for only when the
+        layer before has been computed.
         """
         ...
 

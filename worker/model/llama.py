@@ -5,12 +5,14 @@ They differ in biases, q/k norms, windows and frequencies, all of which the arch
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from ellm.kernels.ops import AttentionMeta, Ops
 from ellm.worker.model.architecture import Architecture
-from ellm.worker.model.layers import Attention, GatedMlp, LayerKV, rotary_table
+from ellm.worker.model.layers import Attention, GatedMlp, LayerKV, LayerStep, rotary_table
 from ellm.worker.model.loader import WeightReader
 from ellm.worker.model.weights import EMBED, LM_HEAD
 
@@ -59,14 +61,15 @@ class LlamaModel:
         self._head = ops.linear(self._embed if arch.tie_word_embeddings else reader.read(LM_HEAD), None)
 
     def forward(
-        self, token_ids: Tensor, meta: AttentionMeta, kv: list[LayerKV], rows: Tensor | None
+        self, token_ids: Tensor, positions: Tensor, steps: Iterable[LayerStep], rows: Tensor | None
     ) -> Tensor:
+        del positions  # each layer's AttentionMeta has them
         x = torch.nn.functional.embedding(token_ids, self._embed)
         residual: Tensor | None = None
         last = len(self._layers) - 1
-        for i, layer in enumerate(self._layers):
+        for i, (layer, (meta, kv)) in enumerate(zip(self._layers, steps, strict=True)):
             # After the last layer's store only rows with logits matter.
-            x, residual = layer(x, residual, meta, kv[i], self._cos_sin, rows if i == last else None)
+            x, residual = layer(x, residual, meta, kv, self._cos_sin, rows if i == last else None)
         normed, _ = self._ops.rms_norm(x, self._norm, self._eps, residual)
         return normed
 

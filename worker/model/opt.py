@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from ellm.kernels.ops import AttentionMeta, Linear, Ops
 from ellm.worker.model.architecture import Architecture
-from ellm.worker.model.layers import Attention, LayerKV, joined_linear
+from ellm.worker.model.layers import Attention, LayerKV, LayerStep, joined_linear
 from ellm.worker.model.loader import WeightReader
 from ellm.worker.model.weights import LM_HEAD, OPT_EMBED, OPT_POSITION_OFFSET
 
@@ -71,15 +73,15 @@ class OptModel:
         self._head = ops.linear(self._embed if arch.tie_word_embeddings else reader.read(LM_HEAD), None)
 
     def forward(
-        self, token_ids: Tensor, meta: AttentionMeta, kv: list[LayerKV], rows: Tensor | None
+        self, token_ids: Tensor, positions: Tensor, steps: Iterable[LayerStep], rows: Tensor | None
     ) -> Tensor:
         x = torch.nn.functional.embedding(token_ids, self._embed)
         if self._project_in is not None:
             x = self._project_in(x)
-        x = x + torch.nn.functional.embedding(meta.positions, self._positions)
+        x = x + torch.nn.functional.embedding(positions, self._positions)
         last = len(self._layers) - 1
-        for i, layer in enumerate(self._layers):
-            x = layer(x, meta, kv[i], rows if i == last else None)
+        for i, (layer, (meta, kv)) in enumerate(zip(self._layers, steps, strict=True)):
+            x = layer(x, meta, kv, rows if i == last else None)
         if self._final_norm is not None:
             x = self._final_norm(x)
         return x if self._project_out is None else self._project_out(x)

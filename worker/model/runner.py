@@ -5,20 +5,23 @@ Decides nothing about what runs; knows nothing of requests beyond the sequences 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ellm.kernels.ops import Ops
+from ellm.kernels.ops import AttentionMeta, Ops
 from ellm.worker.api.output import TokenLogprobs
 from ellm.worker.engine.plan import BatchPlan
 from ellm.worker.model.architecture import Architecture
+from ellm.worker.model.host_pool import HostPool
 from ellm.worker.model.inputs import InputBuilder, StepInputs
 from ellm.worker.model.kv_cache import KVCache
-from ellm.worker.model.layers import CausalModel
+from ellm.worker.model.layers import CausalModel, LayerStep
 from ellm.worker.model.sampler import Sampler
 from ellm.worker.model.sequences import ResidentSequences, SequenceState
+from ellm.worker.model.transient import layer_loads, layer_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +43,13 @@ class ModelRunner:
         arch: Architecture,
         cache: KVCache,
         max_model_len: int,
-        device: torch.device,
+        host: HostPool | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
+        self._host = host
+        self._loads = None if host is None else layer_loads(host, cache)
+        device = cache.device
         max_blocks = -(-max_model_len // cache.block_size)
         self._sequences = ResidentSequences(arch.eos_token_ids, arch.vocab_size, max_blocks)
         self._inputs = InputBuilder(self._sequences, cache.block_size, device)
@@ -52,6 +58,10 @@ class ModelRunner:
     @property
     def cache(self) -> KVCache:
         return self._cache
+
+    @property
+    def host(self) -> HostPool | None:
+        return self._host
 
     @property
     def num_resident(self) -> int:
@@ -66,10 +76,27 @@ class ModelRunner:
         if not plan.entries:
             return StepOutput([], None, None)
         with torch.inference_mode():
+            if plan.streams:
+                assert self._loads is not None
+                self._loads.begin(plan.streams)
             inputs = self._inputs.build(plan)
-            hidden = self._model.forward(inputs.token_ids, inputs.meta, self._cache.layers, inputs.rows)
+            steps = self._layer_steps(plan, inputs.meta)
+            hidden = self._model.forward(inputs.token_ids, inputs.meta.positions, steps, inputs.rows)
             prompt_logprobs = self._score_prompts(plan, inputs, hidden)
             return self._sample(plan, inputs, hidden, prompt_logprobs)
+
+    def close(self) -> None:
+        """Give back what is not freed with the last reference. No call may follow."""
+        if self._loads is not None:
+            self._loads.close()
+        if self._host is not None:
+            self._host.close()
+
+    def _layer_steps(self, plan: BatchPlan, meta: AttentionMeta) -> Iterable[LayerStep]:
+        """A plan names transient blocks only where something fills them."""
+        if plan.streams or plan.entries[-1].recompute:
+            return layer_steps(self._cache, meta, self._loads if plan.streams else None)
+        return [(meta, kv) for kv in self._cache.layers]
 
     def _sample(
         self,
