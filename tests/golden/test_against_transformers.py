@@ -12,10 +12,9 @@ from support import golden
 from support.golden import CASES, Checkpoint
 from support.plans import GREEDY, PlanDriver
 
-from ellm.kernels.dispatch import has_numba
 from ellm.worker.executor.local import LocalExecutor
 
-BODIES = ["torch", *(["numba"] if has_numba() else [])]
+BODIES = ["torch", pytest.param("numba", marks=pytest.mark.needs_module("numba"))]
 VOCAB = 320
 
 

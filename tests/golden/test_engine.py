@@ -74,7 +74,7 @@ def test_greedy_requests_say_what_transformers_says(
     assert len(first) == len(second) == 40
 
 
-@pytest.mark.skipif(not has_numba(), reason="STRICT on a CPU is the numba body's")
+@pytest.mark.needs_module("numba")  # STRICT on a CPU is the numba body's
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize(
     ("num_blocks", "rows", "caching"), [(200, 48, True), (16, 40, False), (16, 33, True)]
@@ -102,7 +102,7 @@ def test_schedules_change_nothing(
     assert executor.runner.num_resident <= 8
 
 
-@pytest.mark.skipif(not has_numba(), reason="STRICT on a CPU is the numba body's")
+@pytest.mark.needs_module("numba")  # STRICT on a CPU is the numba body's
 def test_a_resumed_request_goes_on_as_it_would_have(
     roomy: EngineDriver, checkpoint: Callable[[str], Checkpoint]
 ) -> None:

@@ -12,12 +12,11 @@ from support import golden
 from support.golden import Checkpoint
 from support.plans import GREEDY, PlanDriver, Track
 
-from ellm.kernels.dispatch import has_numba
 from ellm.worker.api.output import TokenLogprobs
 from ellm.worker.api.request import SamplingParams
 from ellm.worker.executor.local import LocalExecutor
 
-pytestmark = pytest.mark.skipif(not has_numba(), reason="STRICT on a CPU is the numba body's")
+pytestmark = pytest.mark.needs_module("numba")  # STRICT on a CPU is the numba body's
 
 NUM_TOKENS = 20
 PROMPTS = {1: 61, 2: 3, 3: 18, 4: 120, 5: 1, 6: 32}  # seq_id -> prompt tokens

@@ -65,7 +65,7 @@ print(json.dumps([pid, found, killed, [process.pid for process in session.proces
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="orphans are adopted on Linux only")
+@pytest.mark.needs_platform("linux")  # where orphans are adopted
 def test_an_orphan_that_shows_no_environment_is_found_by_its_descent() -> None:
     bare = ORPHAN.replace("start_new_session=True", "start_new_session=True, env={}")
     command = [sys.executable, "-c", NAMELESS, bare, STUBBORN]

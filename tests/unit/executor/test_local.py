@@ -15,7 +15,6 @@ import torch
 from support.checkpoints import write_checkpoint
 from support.plans import PlanDriver
 
-from ellm.kernels.dispatch import has_numba
 from ellm.worker.api.config import CacheConfig, ModelConfig, SchedulerConfig, WorkerConfig
 from ellm.worker.api.errors import ConfigError
 from ellm.worker.api.request import SamplingParams
@@ -55,9 +54,8 @@ def test_auto_on_a_cpu_is_float32_and_the_checkpoints_context(config: WorkerConf
     assert executor.runner.num_resident == 0
 
 
+@pytest.mark.needs_module("numba")
 def test_strict_is_on_where_it_can_be(config: WorkerConfig) -> None:
-    if not has_numba():
-        pytest.skip("numba is not installed")
     model = replace(config.model, jit=None, deterministic=None, dtype="bfloat16")
     executor = LocalExecutor.load(replace(config, model=model))
     assert executor.deterministic
@@ -96,8 +94,8 @@ def test_what_cannot_work_is_refused(
         LocalExecutor.load(changed)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_gpu_that_is_not_there(config: WorkerConfig) -> None:
+def test_a_gpu_that_is_not_there(config: WorkerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="device cuda was asked for"):
         LocalExecutor.load(replace(config, model=replace(config.model, device="cuda")))
 

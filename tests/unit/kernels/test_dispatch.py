@@ -19,8 +19,8 @@ def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
+@pytest.mark.needs_module("numba")
 def test_the_jit_is_the_cpus_default_where_numba_is() -> None:
-    pytest.importorskip("numba")
     for settings in ({}, {"jit": True}, {"deterministic": True}, {"deterministic": False}):
         ops = select("cpu", **settings)
         assert (ops.name, ops.deterministic) == ("numba", True)
@@ -55,8 +55,10 @@ def test_a_missing_jit_is_said_in_one_line(without_numba: None, caplog: pytest.L
     assert not caplog.records
 
 
+@pytest.mark.needs_module("numba")
 def test_an_old_cpu_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    binding = pytest.importorskip("llvmlite.binding")
+    from llvmlite import binding
+
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(binding, "get_host_cpu_features", lambda: {"sse2": True})
     assert not dispatch.has_numba()

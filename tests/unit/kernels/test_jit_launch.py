@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("numba")
-
-from ellm.kernels import jit_launch
-from ellm.kernels.jit_launch import Kernel
-from ellm.kernels.jit_memory import fetch_add, word
+pytestmark = pytest.mark.needs_module("numba")
 
 
-def _count(variant: int) -> Any:
-    def count(block):  # type: ignore[no-untyped-def]
-        """words: units, address of [units] int64, address of [threads] int64"""
-        kind = variant & 3
-        slot = fetch_add(block + 8, 1)
-        unit = fetch_add(block, 1)
-        while unit < word(block, 0):
-            fetch_add(word(block, 1) + 8 * unit, 1 + kind)
-            fetch_add(word(block, 2) + 8 * slot, 1)
-            unit = fetch_add(block, 1)
+@pytest.fixture
+def jit_launch() -> ModuleType:
+    from ellm.kernels import jit_launch
 
-    return count
-
-
-COUNT = Kernel(_count)
+    return jit_launch
 
 
 @pytest.fixture(params=[1, 2, 4])
@@ -43,6 +30,8 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def run(units: int) -> tuple[list[int], list[int]]:
+    from support.counting_kernel import COUNT
+
     done, by_thread = np.zeros(units, dtype=np.int64), np.zeros(8, dtype=np.int64)
     COUNT(0, units, (units, done.ctypes.data, by_thread.ctypes.data))
     return done.tolist(), by_thread.tolist()
@@ -71,11 +60,13 @@ def test_kernels_of_several_threads_do_not_mix(threads: int) -> None:
     assert results == [[1] * 1000] * 60
 
 
-def test_torchs_own_pool_is_found() -> None:
+def test_torchs_own_pool_is_found(jit_launch: ModuleType) -> None:
     assert jit_launch._gomp_parallel() is not None
 
 
-def test_one_thread_where_there_is_no_openmp(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+def test_one_thread_where_there_is_no_openmp(
+    jit_launch: ModuleType, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
     monkeypatch.setattr(jit_launch, "_gomp_parallel", lambda: None)
     done, by_thread = run(100)
     assert done == [1] * 100
@@ -83,12 +74,14 @@ def test_one_thread_where_there_is_no_openmp(monkeypatch: pytest.MonkeyPatch, th
 
 
 def test_kinds_are_compiled_apart() -> None:
+    from support.counting_kernel import COUNT
+
     done, by_thread = np.zeros(3, dtype=np.int64), np.zeros(8, dtype=np.int64)
     COUNT(2, 3, (3, done.ctypes.data, by_thread.ctypes.data))
     assert done.tolist() == [3, 3, 3]
 
 
-def test_without_a_folder_to_cache_in(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_folder_to_cache_in(jit_launch: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
     scope: dict[str, Any] = {}
     exec("def nothing(block):\n    pass", scope)  # numba finds no file beside which to keep it
     with caplog.at_level("INFO"):

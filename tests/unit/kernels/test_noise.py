@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from ellm.kernels import noise
-from ellm.kernels.dispatch import has_numba
 
 MASK = (1 << 64) - 1
 
@@ -57,7 +56,7 @@ def test_torch_words_are_the_documented_ones() -> None:
     assert bits == [[expected_bits(*row, token) for token in tokens.tolist()] for row in ROWS]
 
 
-@pytest.mark.skipif(not has_numba(), reason="numba is not installed")
+@pytest.mark.needs_module("numba")
 def test_jit_words_are_the_documented_ones() -> None:
     from numba import njit
 

@@ -11,17 +11,15 @@ import torch
 from support.paged_batch import Heads, PagedSequences, same_bits
 from torch import Tensor
 
-from ellm.kernels.dispatch import has_numba, select
+from ellm.kernels.dispatch import select
 from ellm.kernels.ops import Ops
 
-BODIES = ["torch", "numba"]
+BODIES = ["torch", pytest.param("numba", marks=pytest.mark.needs_module("numba"))]
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 
 @pytest.fixture(params=BODIES)
 def ops(request: pytest.FixtureRequest) -> Ops:
-    if request.param == "numba" and not has_numba():
-        pytest.skip("numba is not installed")
     return select("cpu", jit=request.param == "numba", deterministic=False)
 
 
@@ -93,6 +91,7 @@ def test_pool_with_gaps_between_tokens(ops: Ops) -> None:
     torch.testing.assert_close(ops.paged_attention(q, *pools, meta, 0.1), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.needs_module("numba")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [64, 40])
 def test_what_lies_in_unused_slots_does_not_matter(dim: int, dtype: torch.dtype) -> None:
@@ -118,6 +117,7 @@ def random_steps(lengths: list[int], rng: random.Random) -> Iterator[list[Entry]
         yield sorted(step, key=lambda e: (e[2] - e[1] > 1, rng.random()))
 
 
+@pytest.mark.needs_module("numba")
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize(
     "heads",
@@ -146,6 +146,7 @@ def test_bits_do_not_depend_on_batch_chunking_or_blocks(
             assert same_bits(attend(ops, sequences, entries, window), expected)
 
 
+@pytest.mark.needs_module("numba")
 def test_a_block_outside_the_pool_is_refused() -> None:
     ops = select("cpu", jit=True)
     sequences = PagedSequences([40, 20], Heads())

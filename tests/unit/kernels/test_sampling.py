@@ -10,16 +10,14 @@ from support.paged_batch import same_bits
 from torch import Tensor
 
 from ellm.kernels import noise
-from ellm.kernels.dispatch import has_numba, select
+from ellm.kernels.dispatch import select
 from ellm.kernels.ops import Ops, SamplingBatch
 
 INF = float("inf")
 
 
-@pytest.fixture(params=["torch", "numba"])
+@pytest.fixture(params=["torch", pytest.param("numba", marks=pytest.mark.needs_module("numba"))])
 def ops(request: pytest.FixtureRequest) -> Ops:
-    if request.param == "numba" and not has_numba():
-        pytest.skip("numba is not installed")
     return select("cpu", jit=request.param == "numba", deterministic=False)
 
 
@@ -178,7 +176,7 @@ def mixed_batch(rows: int, seed: int) -> SamplingBatch:
     )
 
 
-@pytest.mark.skipif(not has_numba(), reason="numba is not installed")
+@pytest.mark.needs_module("numba")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [3, 100, 4099])
 def test_both_bodies_draw_the_same(vocab: int, dtype: torch.dtype) -> None:
@@ -193,7 +191,7 @@ def test_both_bodies_draw_the_same(vocab: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(scores[1], scores[0], rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.skipif(not has_numba(), reason="numba is not installed")
+@pytest.mark.needs_module("numba")
 def test_bits_do_not_depend_on_the_other_rows() -> None:
     ops = select("cpu", jit=True)
     logits = 2 * torch.randn(60, 1003, generator=torch.Generator().manual_seed(0))

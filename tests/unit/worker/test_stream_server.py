@@ -237,8 +237,9 @@ def test_nobody_at_the_other_end_is_a_closed_channel(monkeypatch: pytest.MonkeyP
     run(test)
 
 
+@pytest.mark.needs_module("uvloop")
 def test_it_works_on_the_event_loop_that_ray_uses() -> None:
-    uvloop = pytest.importorskip("uvloop")
+    import uvloop
 
     async def test() -> None:
         async with served() as s:
