@@ -146,7 +146,7 @@ class OneHead:
         self.rows: list[int] = []
 
     def forward(self, *_: object) -> Tensor:
-        raise NotImplementedError
+        raise AssertionError("scoring a prompt runs no layer: its hidden states are given")
 
     def logits(self, hidden: Tensor) -> Tensor:
         self.rows.append(len(hidden))
