@@ -54,7 +54,9 @@ class Copier(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Ended:
+class EndedCopy:
+    """One copy, and the seconds that it took."""
+
     copy_id: int
     save: bool
     failed: bool
@@ -70,7 +72,7 @@ class ThreadCopier:
         self._save_thread = ThreadPoolExecutor(1, "kv-save")
         self._load_thread = ThreadPoolExecutor(1, "kv-load")
         self._changed = threading.Condition()
-        self._ended: list[_Ended] = []  # not yet reported
+        self._ended: list[EndedCopy] = []  # not yet reported
         self._num_open = 0  # started and not yet ended
 
     def start(self, saves: Sequence[BlockCopy], loads: Sequence[BlockCopy]) -> None:
@@ -102,7 +104,7 @@ class ThreadCopier:
         for copy in copies:
             start = time.perf_counter()
             failed = not attempt(self._host, copy, save=save)
-            ended = _Ended(copy.copy_id, save, failed, time.perf_counter() - start)
+            ended = EndedCopy(copy.copy_id, save, failed, time.perf_counter() - start)
             with self._changed:
                 self._ended.append(ended)
                 self._num_open -= 1
@@ -122,14 +124,9 @@ def attempt(host: HostPool, copy: BlockCopy, *, save: bool) -> bool:
     return True
 
 
-def summary(ended: Sequence[_Ended], block_bytes: int) -> EndedCopies:
+def summary(ended: Sequence[EndedCopy], block_bytes: int) -> EndedCopies:
     """Failed copies moved nothing, and their time says nothing of the link."""
     saves = [e.seconds for e in ended if e.save and not e.failed]
     loads = [e.seconds for e in ended if not e.save and not e.failed]
     times = CopyTimes(len(saves) * block_bytes, sum(saves), len(loads) * block_bytes, sum(loads))
     return EndedCopies(tuple(e.copy_id for e in ended), tuple(e.copy_id for e in ended if e.failed), times)
-
-
-def copier(host: HostPool, block_bytes: int) -> Copier:
-    """The body for the host pool's device."""
-    return ThreadCopier(host, block_bytes)

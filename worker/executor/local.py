@@ -19,7 +19,8 @@ import torch
 from ellm.kernels.ops import Ops
 from ellm.worker.api.config import WorkerConfig
 from ellm.worker.engine.plan import BatchPlan, ModelLimits, StepResult
-from ellm.worker.executor.copies import Copier, EndedCopies, copier
+from ellm.worker.executor.copies import Copier, EndedCopies
+from ellm.worker.executor.host_tier import HostTier, make_host_tier
 from ellm.worker.executor.memory import PeakMemory, available_bytes
 from ellm.worker.executor.pool_size import MemoryBudget, PoolSize, size_pool
 from ellm.worker.executor.resolve import (
@@ -28,9 +29,9 @@ from ellm.worker.executor.resolve import (
     resolve_max_model_len,
     select_ops,
 )
-from ellm.worker.executor.warm_up import largest_plan, step_kinds
+from ellm.worker.executor.warm_up import largest_plans, step_kinds
 from ellm.worker.model.architecture import Architecture
-from ellm.worker.model.host_pool import make_host_pool
+from ellm.worker.model.cuda_host_pool import NUM_BUFFERS
 from ellm.worker.model.hub import local_folder
 from ellm.worker.model.inspect import check_weights, read_architecture
 from ellm.worker.model.kv_cache import KVCache, block_bytes, transient_bytes
@@ -83,9 +84,10 @@ class LocalExecutor:
         ops: Ops,
         loaded: LoadedModel,
         num_threads: int | None,
+        tier: HostTier | None = None,
     ) -> None:
         self._runner: ModelRunner | None = runner
-        self._copier = None if runner.host is None else copier(runner.host, limits.block_bytes)
+        self._tier = tier
         self._limits = limits
         self._threads = num_threads
         self._thread_id = -1
@@ -103,26 +105,21 @@ class LocalExecutor:
         ops = select_ops(config, device)
         available, host_available = available_bytes(device), available_bytes(torch.device("cpu"))
         loaded = load_model(config, ops, device, report)
-        arch, max_model_len = loaded.arch, loaded.max_model_len
-        budget = MemoryBudget(
-            available=available,
-            weights=_weight_bytes(loaded),
-            activations=_warm_up(config, loaded, ops, report),
-            block=block_bytes(arch, config.cache.block_size, loaded.dtype),
-            on_cpu=device.type == "cpu",
-            transient=config.cache.transient_blocks
-            * transient_bytes(arch, config.cache.block_size, loaded.dtype),
-            host_available=host_available,
-        )
+        max_model_len = loaded.max_model_len
+        activations = _warm_up(config, loaded, ops, report)
+        budget = _budget(config, loaded, activations, available, host_available)
         asked = config.model.max_model_len is not None
         size = size_pool(config.cache, budget, max_model_len, may_shorten=not asked)
         if size.max_model_len < max_model_len:
             log.warning(
                 "max_model_len is %d, not %d: the KV pool holds no more", size.max_model_len, max_model_len
             )
-        runner = _runner(config, loaded, ops, size.num_blocks, size.num_host_blocks)
+        cache = _cache(config, loaded, size.num_blocks)
+        tier = make_host_tier(cache, size.num_host_blocks, budget.block) if size.num_host_blocks else None
+        runner = _runner(loaded, ops, cache, tier)
         report("ready", 1.0)
-        return LocalExecutor(runner, _limits(config, arch, size), ops, loaded, config.num_threads)
+        limits = _limits(config, loaded.arch, size, budget)
+        return LocalExecutor(runner, limits, ops, loaded, config.num_threads, tier)
 
     @property
     def limits(self) -> ModelLimits:
@@ -140,10 +137,10 @@ class LocalExecutor:
             adopt_threads(self._threads)
             self._thread_id = threading.get_ident()
         start = time.perf_counter()
-        if self._copier is not None:
-            _begin_copies(self._copier, plan)
+        if self._tier is not None:
+            _begin_copies(self._tier.copier, plan)
         output = self.runner.execute(plan)
-        ended = _NONE_ENDED if self._copier is None else self._copier.ended()
+        ended = _NONE_ENDED if self._tier is None else self._tier.copier.ended()
         elapsed = time.perf_counter() - start
         return StepResult(
             plan.step,
@@ -158,11 +155,9 @@ class LocalExecutor:
 
     def close(self) -> None:
         """Free weights and pool; copies under way end first."""
-        if self._copier is not None:
-            self._copier.close()
-            self._copier = None
-        if self._runner is not None:
-            self._runner.close()
+        if self._tier is not None:
+            self._tier.close()
+            self._tier = None
         self._runner = None
         gc.collect()
         if self.device.startswith("cuda"):
@@ -185,7 +180,7 @@ def adopt_threads(num_threads: int | None) -> None:
         torch.set_num_threads(num_threads)
 
 
-def _limits(config: WorkerConfig, arch: Architecture, size: PoolSize) -> ModelLimits:
+def _limits(config: WorkerConfig, arch: Architecture, size: PoolSize, budget: MemoryBudget) -> ModelLimits:
     return ModelLimits(
         num_blocks=size.num_blocks,
         block_size=config.cache.block_size,
@@ -195,7 +190,24 @@ def _limits(config: WorkerConfig, arch: Architecture, size: PoolSize) -> ModelLi
         memory=size.memory,
         num_host_blocks=size.num_host_blocks,
         num_transient_blocks=config.cache.transient_blocks,
-        block_bytes=dict(size.memory)["KV block"] if size.num_host_blocks else 0,
+        block_bytes=budget.block if size.num_host_blocks else 0,
+    )
+
+
+def _budget(
+    config: WorkerConfig, loaded: LoadedModel, activations: int, available: int, host_available: int
+) -> MemoryBudget:
+    cache, on_cpu = config.cache, loaded.device.type == "cpu"
+    block = block_bytes(loaded.arch, cache.block_size, loaded.dtype)
+    return MemoryBudget(
+        available=available,
+        weights=_weight_bytes(loaded),
+        activations=activations,
+        block=block,
+        on_cpu=on_cpu,
+        transient=cache.transient_blocks * transient_bytes(loaded.arch, cache.block_size, loaded.dtype),
+        host_available=host_available,
+        host_buffers=0 if on_cpu or not cache.host_bytes else NUM_BUFFERS * block,
     )
 
 
@@ -207,31 +219,27 @@ def _weight_bytes(loaded: LoadedModel) -> int:
     return elements * loaded.dtype.itemsize
 
 
-def _runner(
-    config: WorkerConfig, loaded: LoadedModel, ops: Ops, num_blocks: int, num_host_blocks: int = 0
-) -> ModelRunner:
-    cache = KVCache(
-        loaded.arch,
-        num_blocks,
-        config.cache.block_size,
-        loaded.dtype,
-        loaded.device,
-        config.cache.transient_blocks,
-    )
-    host = make_host_pool(cache, num_host_blocks) if num_host_blocks else None
-    return ModelRunner(loaded.model, ops, loaded.arch, cache, loaded.max_model_len, host)
+def _cache(config: WorkerConfig, loaded: LoadedModel, num_blocks: int) -> KVCache:
+    block_size, num_transient = config.cache.block_size, config.cache.transient_blocks
+    return KVCache(loaded.arch, num_blocks, block_size, loaded.dtype, loaded.device, num_transient)
+
+
+def _runner(loaded: LoadedModel, ops: Ops, cache: KVCache, tier: HostTier | None) -> ModelRunner:
+    loads = None if tier is None else tier.loads
+    return ModelRunner(loaded.model, ops, loaded.arch, cache, loaded.max_model_len, loads)
 
 
 def _warm_up(config: WorkerConfig, loaded: LoadedModel, ops: Ops, progress: Progress) -> int:
     """Run every kind of step, then the largest, on a pool of their own; bytes at the peak of the largest."""
     block_size, max_model_len = config.cache.block_size, loaded.max_model_len
-    largest, num_blocks = largest_plan(config.scheduler, block_size, max_model_len)
-    runner = _runner(config, loaded, ops, max(2, num_blocks))
+    largest, num_blocks = largest_plans(config, max_model_len)
+    runner = _runner(loaded, ops, _cache(config, loaded, num_blocks), None)
     kinds = list(step_kinds(config.scheduler, block_size, max_model_len))
     for i, plan in enumerate(kinds):
         progress("warming up", i / (len(kinds) + 1))
         runner.execute(plan)
     peak = PeakMemory(loaded.device)
-    runner.execute(largest)
+    for plan in largest:
+        runner.execute(plan)
     progress("warming up", 1.0)
     return peak.read()

@@ -21,7 +21,13 @@ class MemoryBudget:
     block: int  # one KV block over all layers
     on_cpu: bool
     transient: int = 0  # the transient blocks, all banks
+    host_buffers: int = 0  # of the device, for copies to and from the host
     host_available: int = 0  # before the weights were loaded; on a CPU the same memory as `available`
+
+    @property
+    def fixed(self) -> int:
+        """All of the device's memory that is not the pool's."""
+        return self.weights + self.activations + self.transient + self.host_buffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,7 @@ def _pool_bytes(cache: CacheConfig, budget: MemoryBudget) -> int:
     """GPU: fraction of what is free, less weights and activations. CPU: the same of half of what is free
     (other workers and the page cache want the rest), and at most `max_pool_bytes`."""
     usable = budget.available // 2 if budget.on_cpu else budget.available
-    room = int(usable * cache.memory_fraction) - budget.weights - budget.activations - budget.transient
+    room = int(usable * cache.memory_fraction) - budget.fixed
     limit = cache.max_pool_bytes
     if limit is None and budget.on_cpu:
         limit = CPU_DEFAULT_POOL_BYTES
@@ -55,7 +61,7 @@ def size_pool(cache: CacheConfig, budget: MemoryBudget, max_model_len: int, *, m
     room = _pool_bytes(cache, budget)
     if cache.num_blocks is not None:
         num_blocks = cache.num_blocks
-        free = budget.available - budget.weights - budget.activations - budget.transient
+        free = budget.available - budget.fixed
         if num_blocks < 1 or num_blocks * budget.block > free:
             raise ConfigError(
                 f"cache.num_blocks = {num_blocks} takes {_mib(num_blocks * budget.block)} and "
@@ -94,7 +100,7 @@ def _host_blocks(cache: CacheConfig, budget: MemoryBudget, num_blocks: int) -> i
         return 0
     free = budget.host_available
     if budget.on_cpu:
-        free -= budget.weights + budget.activations + budget.transient + num_blocks * budget.block
+        free -= budget.fixed + num_blocks * budget.block
     if cache.host_bytes > free:
         raise ConfigError(
             f"cache.host_bytes = {_mib(cache.host_bytes)} and {_mib(max(0, free))} are left on the host",

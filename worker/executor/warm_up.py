@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ellm.worker.api.config import SchedulerConfig
+from ellm.worker.api.config import SchedulerConfig, WorkerConfig
 from ellm.worker.api.request import SamplingParams
 from ellm.worker.engine.plan import BatchPlan, NewSequence, PlanEntry
 
@@ -31,10 +31,38 @@ _SCORED_ROWS = 256
 def _plan(
     step: int, entries: list[PlanEntry], sampling: SamplingParams, released: tuple[int, ...]
 ) -> BatchPlan:
-    new = tuple(NewSequence(e.seq_id, e.token_ids, (), sampling, 0) for e in entries)
+    new = tuple(NewSequence(e.seq_id, e.token_ids, (), sampling, 0) for e in entries if not e.recompute)
     rows = sum(e.num_tokens for e in entries)
     num_decode = sum(e.num_tokens == 1 for e in entries)
     return BatchPlan(step, tuple(entries), new, released, rows, num_decode)
+
+
+def largest_plans(config: WorkerConfig, max_model_len: int) -> tuple[list[BatchPlan], int]:
+    """The plans that take most memory, without and with rows of a hole, and the blocks that they need."""
+    block_size, scheduler = config.cache.block_size, config.scheduler
+    plan, num_blocks = largest_plan(scheduler, block_size, max_model_len)
+    num_blocks = max(2, num_blocks)  # other kinds of step name two
+    plans = [plan]
+    # The longest hole that leaves a row for its own sequence.
+    rows = min(scheduler.max_step_tokens, max_model_len) - 1
+    hole = min(config.cache.transient_blocks, rows // block_size)
+    if hole:
+        transient = [num_blocks + 1 + i for i in range(hole)]
+        plans.append(_plan_with_hole(scheduler, block_size, max_model_len, [*transient, num_blocks]))
+        num_blocks += 1
+    return plans, num_blocks
+
+
+def _plan_with_hole(
+    scheduler: SchedulerConfig, block_size: int, max_model_len: int, table: list[int]
+) -> BatchPlan:
+    """As large as any, of them the rows of one sequence all whose blocks but the last are transient."""
+    length, seq_id = (len(table) - 1) * block_size, -1 - scheduler.max_num_seqs
+    rows, seqs = scheduler.max_step_tokens - length - 1, scheduler.max_num_seqs - 1
+    entries = [PlanEntry(seq_id, length, 1, (0,), table, samples=True)]
+    entries += _entries(rows, seqs, block_size, max_model_len)[0]
+    entries.append(PlanEntry(seq_id, 0, length, (0,) * length, table, samples=False, recompute=True))
+    return _plan(0, entries, _COSTLY, ())
 
 
 def largest_plan(scheduler: SchedulerConfig, block_size: int, max_model_len: int) -> tuple[BatchPlan, int]:
@@ -44,7 +72,14 @@ def largest_plan(scheduler: SchedulerConfig, block_size: int, max_model_len: int
     Contexts are short: bodies walk the pool in tiles, so that memory depends on rows and not on context.
     Prompt log-probabilities are made in slices: a few rows of them stand for all.
     """
-    rows, seqs = scheduler.max_step_tokens, scheduler.max_num_seqs
+    entries, num_blocks = _entries(
+        scheduler.max_step_tokens, scheduler.max_num_seqs, block_size, max_model_len
+    )
+    return _plan(0, entries, _COSTLY, ()), num_blocks
+
+
+def _entries(rows: int, seqs: int, block_size: int, max_model_len: int) -> tuple[list[PlanEntry], int]:
+    """Entries of `rows` rows and up to `seqs` sequences, and the number of blocks that they name."""
     num_decode = min(rows, seqs)
     while num_decode and num_decode + len(_chunks(rows - num_decode, max_model_len)) > seqs:
         num_decode -= 1
@@ -62,7 +97,7 @@ def largest_plan(scheduler: SchedulerConfig, block_size: int, max_model_len: int
         entries.append(
             PlanEntry(-1 - num_decode - i, 0, size, (0,) * size, blocks, samples=True, prompt_logprobs=i == 0)
         )
-    return _plan(0, entries, _COSTLY, ()), num_blocks
+    return entries, num_blocks
 
 
 def _chunks(rows: int, max_model_len: int) -> list[int]:

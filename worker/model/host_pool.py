@@ -81,8 +81,3 @@ class MemoryHostPool:
 def _rows(blocks: torch.Tensor) -> npt.NDArray[Any]:
     """[..., K, B, D] as bytes [..., n], the same memory."""
     return blocks.flatten(-3).view(torch.uint8).numpy()
-
-
-def make_host_pool(cache: KVCache, num_blocks: int) -> HostPool:
-    """The body for the cache's device."""
-    return MemoryHostPool(cache, num_blocks)

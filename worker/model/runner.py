@@ -15,13 +15,12 @@ from ellm.kernels.ops import AttentionMeta, Ops
 from ellm.worker.api.output import TokenLogprobs
 from ellm.worker.engine.plan import BatchPlan
 from ellm.worker.model.architecture import Architecture
-from ellm.worker.model.host_pool import HostPool
 from ellm.worker.model.inputs import InputBuilder, StepInputs
 from ellm.worker.model.kv_cache import KVCache
 from ellm.worker.model.layers import CausalModel, LayerStep
 from ellm.worker.model.sampler import Sampler
 from ellm.worker.model.sequences import ResidentSequences, SequenceState
-from ellm.worker.model.transient import layer_loads, layer_steps
+from ellm.worker.model.transient import LayerLoads, layer_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +42,12 @@ class ModelRunner:
         arch: Architecture,
         cache: KVCache,
         max_model_len: int,
-        host: HostPool | None = None,
+        loads: LayerLoads | None = None,
     ) -> None:
+        """`loads`: what streams blocks of the host tier, where there is one."""
         self._model = model
         self._cache = cache
-        self._host = host
-        self._loads = None if host is None else layer_loads(host, cache)
+        self._loads = loads
         device = cache.device
         max_blocks = -(-max_model_len // cache.block_size)
         self._sequences = ResidentSequences(arch.eos_token_ids, arch.vocab_size, max_blocks)
@@ -58,10 +57,6 @@ class ModelRunner:
     @property
     def cache(self) -> KVCache:
         return self._cache
-
-    @property
-    def host(self) -> HostPool | None:
-        return self._host
 
     @property
     def num_resident(self) -> int:
@@ -84,13 +79,6 @@ class ModelRunner:
             hidden = self._model.forward(inputs.token_ids, inputs.meta.positions, steps, inputs.rows)
             prompt_logprobs = self._score_prompts(plan, inputs, hidden)
             return self._sample(plan, inputs, hidden, prompt_logprobs)
-
-    def close(self) -> None:
-        """Give back what is not freed with the last reference. No call may follow."""
-        if self._loads is not None:
-            self._loads.close()
-        if self._host is not None:
-            self._host.close()
 
     def _layer_steps(self, plan: BatchPlan, meta: AttentionMeta) -> Iterable[LayerStep]:
         """A plan names transient blocks only where something fills them."""

@@ -87,8 +87,3 @@ def layer_steps(cache: KVCache, meta: AttentionMeta, loads: LayerLoads | None) -
         tables = torch.add(meta.block_tables, moved_tables, alpha=shift)
         slots = torch.add(meta.slot_mapping, moved_slots, alpha=shift * size)
         yield dataclasses.replace(meta, block_tables=tables, slot_mapping=slots), cache.from_layer(layer)
-
-
-def layer_loads(host: HostPool, cache: KVCache) -> LayerLoads:
-    """The body for the cache's device."""
-    return ThreadLoads(host, cache.num_layers)
