@@ -13,7 +13,6 @@ from support.checkpoints import write_checkpoint
 from support.holes import Hole, HoleDriver
 from support.plans import GREEDY, PlanDriver, Track
 
-from ellm.kernels.dispatch import has_numba
 from ellm.worker.api.output import TokenLogprobs
 from ellm.worker.executor.local import LocalExecutor
 
@@ -23,7 +22,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "window": ("mistral", {"num_hidden_layers": 5, "sliding_window": 37}),
     "opt": ("opt", {"num_hidden_layers": 3}),
 }
-BODIES = [("torch", "float32"), *([("numba", "float32"), ("numba", "bfloat16")] if has_numba() else [])]
+NEEDS_NUMBA = pytest.mark.needs_module("numba")
+BODIES = [
+    ("torch", "float32"),
+    pytest.param(("numba", "float32"), marks=NEEDS_NUMBA),
+    pytest.param(("numba", "bfloat16"), marks=NEEDS_NUMBA),
+]
 PROMPT, DECODED, NUM_TOKENS = 22, 50, 62  # the holes lie in what prefill and decode wrote
 HOLES = {
     "prefix": Hole(0, 3, 3),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from support.tree import ROOT, project_files
 
-SILENT = re.compile(r"\b(?:importorskip|skipif)\b|\bpytest\.(?:mark\.)?skip\b")
+SILENT = re.compile(r"\b(?:importorskip|skipif)\b|\bpytest\.(?:mark\.)?skip\b|\bif (?:not )?has_numba\(")
 KERNEL_TESTS = ROOT / "tests" / "unit" / "kernels"
 
 
