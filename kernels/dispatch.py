@@ -39,7 +39,8 @@ def select(device: str, *, jit: bool | None = None, deterministic: bool | None =
     """The body for a torch device ("cpu", "cuda", "cuda:1").
 
     jit: None takes numba where it can be used, True insists on it, False refuses it.
-    deterministic: True insists on STRICT; None takes it where the body gives it; False is content without.
+    deterministic: True insists on STRICT; None takes it where the body gives it; False does without, where
+    that is faster.
     Raises ValueError where a thing insisted on cannot be had.
     """
     on_cpu = device.partition(":")[0] == "cpu"
@@ -51,7 +52,7 @@ def select(device: str, *, jit: bool | None = None, deterministic: bool | None =
     if on_cpu and jit is not False and not problem:
         from ellm.kernels.numba_ops import NumbaOps
 
-        return NumbaOps()
+        return NumbaOps(deterministic=deterministic is not False)
     if deterministic:
         raise ValueError(f"deterministic=True cannot be had on {device!r} without the numba kernels")
     if problem and deterministic is None:

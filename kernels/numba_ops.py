@@ -1,4 +1,8 @@
-"""The CPU body: jitted loops over rows, STRICT. Every tensor is checked here; the kernels see addresses."""
+"""The CPU body: jitted loops over rows. Every tensor is checked here; the kernels see addresses.
+
+The loops are STRICT by their nature. Only the linear layers have a choice: without STRICT they are left as
+the library runs them.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +39,13 @@ class NumbaOps:
     """The `Ops` table in numba, on torch's threads."""
 
     name = "numba"
-    deterministic = True
+
+    def __init__(self, deterministic: bool = True) -> None:
+        self.deterministic = deterministic
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """Pack weight [out, in] and bias [out] for oneDNN; see `packed_linear`."""
-        return pack_linear(weight, bias, strict=True)
+        return pack_linear(weight, bias, strict=self.deterministic)
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
