@@ -176,11 +176,8 @@ class EventStream:
             return
         self._waiting.append(data)
         self._num_waiting += len(data)
-        sleeper = self._sleeper
-        if sleeper is not None:
-            self._sleeper = None
-            if not sleeper.done():  # it may have been cancelled, with its task not yet told
-                sleeper.set_result(None)
+        if self._sleeper is not None:
+            self._wake()
         elif self._sending and self._num_waiting > self._max_bytes:
             self._max_bytes = 1 << 62  # once
             self._cut_off()
@@ -195,7 +192,7 @@ class EventStream:
 
     def _wake(self) -> None:
         sleeper, self._sleeper = self._sleeper, None
-        if sleeper is not None and not sleeper.done():
+        if sleeper is not None and not sleeper.done():  # it may be cancelled, with its task not yet told
             sleeper.set_result(None)
 
     async def _sleep(self) -> None:
