@@ -75,13 +75,14 @@ class CostModel:
         kv_token_s: float = 0.0,
         pair_s: float = 0.0,
         logits_row_s: float = 0.0,
+        every_row_s: float = 0.0,
     ) -> Self:
         """A model with given coefficients (seconds per unit): `overhead_s` up to `knee_rows`, then `row_s`
-        more for each further row."""
+        more for each further row; `every_row_s` for those below the knee, too."""
         model = cls(knees=(knee_rows,))
         model._theta = [
             overhead_s,
-            0.0,
+            every_row_s * _ROWS,
             0.0,
             kv_token_s * _KV,
             pair_s * _PAIRS,

@@ -1,0 +1,187 @@
+"""One engine in simulated time: arrivals, plans, results, tokens with the time at which they came.
+
+It drives EngineCore as the worker's loop does: up to two plans are outstanding, step n + 1 starts when step n
+ends, and the core is asked for a plan after every arrival and every result. It decides nothing.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from ellm.loadtest.sim.workload import SimRequest
+from ellm.worker.api.errors import EllmError
+from ellm.worker.api.report import WorkerReport
+from ellm.worker.api.request import EngineRequest, SamplingParams
+from ellm.worker.engine.core import EngineCore
+from ellm.worker.engine.plan import BatchPlan, StepResult
+from ellm.worker.executor.base import Executor
+
+_REPORT_EVERY = 8  # steps
+_PROGRESS_EVERY = 512  # steps
+_STUCK_AFTER = 10_000  # steps that take no time
+
+
+class SimulationError(EllmError):
+    """The engine does not get on: what a person must look into."""
+
+    code = "simulation_error"
+
+
+@dataclass(slots=True)
+class WallTime:
+    """Seconds of this machine, by part."""
+
+    plan: float = 0.0  # EngineCore.begin_step
+    execute: float = 0.0
+    finish: float = 0.0  # EngineCore.finish_step
+    total: float = 0.0
+    worst_plan: float = 0.0
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """What happened."""
+
+    token_times: list[array[float]]  # by request, seconds of simulated time
+    report: WorkerReport
+    duration_s: float  # until the last token
+    uncached_ratio: float  # mean over time
+    mean_batch: float  # decode rows per step
+    cost_error_median: float  # relative, of the engine's own cost model, over the last steps
+    wall: WallTime = field(default_factory=WallTime)
+
+
+class Replica:
+    """`on_plan(plan, now)` sees every plan as it is made; `on_tokens(n)` how many tokens there are so far."""
+
+    def __init__(
+        self,
+        core: EngineCore,
+        executor: Executor,
+        requests: Sequence[SimRequest],
+        *,
+        tpot_slo_s: float | None = None,
+        ttft_slo_s: float | None = None,
+        on_plan: Callable[[BatchPlan, float], None] | None = None,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> None:
+        self._core = core
+        self._executor = executor
+        self._requests = requests
+        self._slos = (tpot_slo_s, ttft_slo_s)
+        self._on_plan = on_plan
+        self._on_tokens = on_tokens or (lambda count: None)
+        self._times = {str(i): array("d") for i in range(len(requests))}
+        self._outstanding: deque[BatchPlan] = deque()
+        self._running: StepResult | None = None  # of the first outstanding plan
+        self._ends_at = 0.0
+        self._wall = WallTime()
+        self._num_steps = 0
+        self._num_decode = 0
+        self._without_time = 0
+        self._uncached_s = 0.0
+        self._reported_at = 0.0
+
+    def run(self) -> Trajectory:
+        """Until every request has ended. Raises SimulationError if the engine does not get on."""
+        begun = perf_counter()
+        core, requests = self._core, self._requests
+        now, arrived = 0.0, 0
+        while True:
+            self._plan(now)
+            arrival = requests[arrived].arrival_s if arrived < len(requests) else None
+            if arrival is not None and (not self._outstanding or arrival <= self._ends_at):
+                now = max(now, arrival)
+                self._submit(arrived, now)
+                arrived += 1
+            elif self._outstanding:
+                now = self._ends_at
+                self._finish(now)
+            elif core.has_work:
+                report = core.report(now)
+                raise SimulationError(
+                    f"wedged at {now:.3f} s: {report.num_running} run, {report.num_parked} are parked, "
+                    f"{report.num_waiting} wait, and no plan is made"
+                )
+            else:
+                break
+        self._wall.total = perf_counter() - begun
+        self._on_tokens(sum(map(len, self._times.values())))
+        return Trajectory(
+            token_times=list(self._times.values()),
+            report=core.report(now),
+            duration_s=now,
+            uncached_ratio=self._uncached_s / self._reported_at if self._reported_at else 0.0,
+            mean_batch=self._num_decode / max(1, self._num_steps),
+            cost_error_median=core.cost_model.error_median,
+            wall=self._wall,
+        )
+
+    def _submit(self, index: int, now: float) -> None:
+        request = self._requests[index]
+        tpot_slo_s, ttft_slo_s = self._slos
+        # The seed is the request's number: by it the executor finds the true length.
+        sampling = SamplingParams(seed=index, max_tokens=request.max_tokens)
+        self._core.add_request(
+            EngineRequest(
+                str(index),
+                request.prompt_ids(index),
+                sampling,
+                tpot_slo_s=tpot_slo_s,
+                ttft_slo_s=ttft_slo_s,
+            ),
+            now,
+        )
+
+    def _plan(self, now: float) -> None:
+        """Plan as far as the core goes; the first plan starts at once."""
+        wall = self._wall
+        while True:
+            start = perf_counter()
+            plan = self._core.begin_step(now)
+            taken = perf_counter() - start
+            wall.plan += taken
+            if plan is None:
+                return
+            wall.worst_plan = max(wall.worst_plan, taken)
+            if self._on_plan is not None:
+                self._on_plan(plan, now)
+            self._outstanding.append(plan)
+            if self._running is None:
+                self._start(plan, now)
+
+    def _start(self, plan: BatchPlan, now: float) -> None:
+        start = perf_counter()
+        self._running = self._executor.execute(plan)
+        self._wall.execute += perf_counter() - start
+        elapsed_s = self._running.elapsed_s
+        self._ends_at = now + elapsed_s
+        self._without_time = 0 if elapsed_s > 0.0 else self._without_time + 1
+        if self._without_time > _STUCK_AFTER:
+            raise SimulationError(f"stuck at {now:.3f} s: {_STUCK_AFTER} steps took no time")
+
+    def _finish(self, now: float) -> None:
+        """The first outstanding step has ended: the next one starts before its result is looked at."""
+        plan, result = self._outstanding.popleft(), self._running
+        assert result is not None
+        self._running = None
+        if self._outstanding:
+            self._start(self._outstanding[0], now)
+        start = perf_counter()
+        outputs = self._core.finish_step(plan, result, now)
+        self._wall.finish += perf_counter() - start
+        times = self._times
+        for output in outputs:
+            times[output.request_id].append(now)
+        self._num_steps += 1
+        self._num_decode += plan.num_decode
+        if self._num_steps % _REPORT_EVERY == 0:
+            ratio = self._core.report(now).uncached_token_ratio
+            self._uncached_s += ratio * (now - self._reported_at)
+            self._reported_at = now
+        if self._num_steps % _PROGRESS_EVERY == 0:
+            self._on_tokens(self._core.report(now).generation_tokens)
