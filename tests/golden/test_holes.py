@@ -27,6 +27,7 @@ BODIES = [
     ("torch", "float32"),
     pytest.param(("numba", "float32"), marks=NEEDS_NUMBA),
     pytest.param(("numba", "bfloat16"), marks=NEEDS_NUMBA),
+    pytest.param(("torch", "float32", "cuda"), marks=pytest.mark.gpu),
 ]
 PROMPT, DECODED, NUM_TOKENS = 22, 50, 62  # the holes lie in what prefill and decode wrote
 HOLES = {
@@ -51,11 +52,12 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module", params=BODIES, ids="-".join)
 def engine(request: pytest.FixtureRequest, folder: Any) -> Iterator[LocalExecutor]:
-    body, dtype = request.param
+    body, dtype, *device = request.param
     made = golden.executor(
         folder,
         jit=body == "numba",
         dtype=dtype,
+        device=device[0] if device else "cpu",
         num_blocks=40,
         transient_blocks=8,
         host_bytes=1 << 20,
@@ -151,3 +153,51 @@ def test_blocks_that_went_to_the_host_come_back_elsewhere(
     driver.punch(1, 101, Hole(0, 0, 0))
     driver.generate(101, NUM_TOKENS)
     assert_same(engine, outcome(driver.tracks[101]), alone[1])
+
+
+def test_a_transient_block_holds_what_the_own_block_held(engine: LocalExecutor) -> None:
+    """Tokens that decode rows wrote, computed again as a chunk: then the banks have the last layers'."""
+    cache = engine.runner.cache
+    driver = HoleDriver(engine)
+    track = add(driver, 1)
+    driver.generate(1, DECODED)
+    saves = driver.save(track.block_ids[3:4])
+    driver.settle(driver.step({}, saves=saves), saves)
+    before = cache.resident[:, :, torch.tensor(track.block_ids[:4])].clone()
+    holed = driver.punch(1, 101, Hole(0, 3, 4), [saves[0].host_block])
+    driver.step({101: 1})
+    places = torch.tensor(holed.block_ids[:4]) - engine.limits.num_blocks
+    for layer in (cache.num_layers - 2, cache.num_layers - 1):
+        got, want = cache.bank(layer)[:, places], before[:, layer]
+        assert torch.equal(got[:, 3], want[:, 3]), "a streamed block"
+        if engine.deterministic:
+            assert torch.equal(got, want)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_holes_while_tokens_stay_with_the_executor_and_copies_run(
+    engine: LocalExecutor, alone: dict[int, Outcome]
+) -> None:
+    """Decode rows that name no token; blocks leave and come back beside steps that do not read them."""
+    driver = HoleDriver(engine, feed_back=False)
+    tracks = {i: add(driver, i) for i in (1, 2)}
+    for seq_id in tracks:
+        driver.generate(seq_id, DECODED)
+    saves = driver.save(tracks[1].block_ids[2:4]) + driver.save(tracks[2].block_ids[:3])
+    result = driver.step({2: 1}, saves=saves)
+    driver.settle(result, saves)
+    hosts = {s.block: s.host_block for s in saves}
+    stay = driver.punch(1, 101, Hole(1, 2, 4), [hosts[b] for b in tracks[1].block_ids[2:4]])
+    leave = [hosts[b] for b in tracks[2].block_ids[:3]]
+    gone = driver.punch(2, 102, Hole(0, 0, 3), leave)
+    driver.step({101: 1, 102: 1})
+    loads = [driver.copy(driver._free.pop(), host) for host in leave]
+    driver.step({101: 1, 102: 1}, loads=loads)
+    while not driver.done >= {load.copy_id for load in loads}:
+        driver.step({101: 1})
+    driver.fill(gone, 2, [load.block for load in loads])
+    for track in (stay, gone):
+        while len(track.outputs) < NUM_TOKENS:
+            driver.step({i: 1 for i in driver.tracks if len(driver.tracks[i].outputs) < NUM_TOKENS})
+    for seq_id, want in ((101, alone[1]), (2, alone[2])):
+        assert_same(engine, outcome(driver.tracks[seq_id]), want)

@@ -64,6 +64,7 @@ def executor(
     *,
     jit: bool,
     dtype: str = "float32",
+    device: str = "cpu",
     num_blocks: int = 128,
     transient_blocks: int = 0,
     host_bytes: int = 0,
@@ -71,7 +72,7 @@ def executor(
     """A small executor on `folder`, on one thread."""
     return LocalExecutor.load(
         WorkerConfig(
-            model=ModelConfig(path=str(folder), dtype=dtype, device="cpu", jit=jit),  # type: ignore[arg-type]
+            model=ModelConfig(path=str(folder), dtype=dtype, device=device, jit=jit),  # type: ignore[arg-type]
             cache=CacheConfig(
                 block_size=BLOCK_SIZE,
                 num_blocks=num_blocks,

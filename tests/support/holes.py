@@ -39,8 +39,8 @@ class HoleTrack(Track):
 class HoleDriver(PlanDriver):
     """`rows` of a step need not speak of the holes: they are filled wherever their sequence takes part."""
 
-    def __init__(self, executor: LocalExecutor) -> None:
-        super().__init__(executor)
+    def __init__(self, executor: LocalExecutor, *, feed_back: bool = True) -> None:
+        super().__init__(executor, feed_back=feed_back)
         self._cache = executor.runner.cache
         limits = executor.limits
         self._free_transient = [limits.num_blocks + i for i in range(limits.num_transient_blocks)][::-1]
@@ -83,11 +83,32 @@ class HoleDriver(PlanDriver):
             blocks[i] = self._free_transient.pop()
         streams = [StreamedBlock(h, b) for h, b in zip(hosts, blocks[hole.middle : hole.end], strict=True)]
         track = HoleTrack(
-            new_id, old.prompt, old.sampling, 0, old.outputs, blocks, old.computed, False, old.results
+            new_id, old.prompt, old.sampling, 0, old.outputs, blocks, old.computed, results=old.results
         )
         track.hole, track.streams = hole, streams
         self.tracks[new_id] = track
         return track
+
+    def fill(self, track: HoleTrack, new_id: int, blocks: Sequence[int]) -> Track:
+        """Begin a new residence without a hole: these blocks hold its tokens now."""
+        del self.tracks[track.seq_id]
+        self._released.append(track.seq_id)
+        span = slice(track.hole.first, track.hole.end)
+        self._free_transient += track.block_ids[span]
+        table = list(track.block_ids)
+        table[span] = blocks
+        new = Track(
+            new_id,
+            track.prompt,
+            track.sampling,
+            0,
+            track.outputs,
+            table,
+            track.computed,
+            results=track.results,
+        )
+        self.tracks[new_id] = new
+        return new
 
     def save(self, blocks: Iterable[int]) -> list[BlockCopy]:
         """Copies of these blocks to free ones of the host."""

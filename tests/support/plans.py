@@ -28,6 +28,7 @@ class Track:
     block_ids: list[int] = field(default_factory=list)
     computed: int = 0
     known: bool = False  # to the executor
+    sampled: bool = False  # the executor knows its last token
     results: list[StepResult] = field(default_factory=list)
 
     @property
@@ -110,7 +111,7 @@ class PlanDriver:
         while len(track.block_ids) * self._block_size < end:
             track.block_ids.append(self._free.pop())
         samples = end == len(track.tokens)
-        hidden = samples and count == 1 and track.outputs and not self._feed_back
+        hidden = samples and count == 1 and track.sampled and not self._feed_back
         return PlanEntry(
             track.seq_id,
             start,
@@ -132,6 +133,7 @@ class PlanDriver:
             track.results.append(dataclasses.replace(result))
             if entry.samples:
                 track.outputs.append(next(tokens))
+                track.sampled = True
         assert next(tokens, None) is None
 
     def generate(self, seq_id: int, num_tokens: int, chunk: int = 1 << 20) -> list[int]:

@@ -68,3 +68,38 @@ def test_a_small_pool_shortens_the_context_only_if_none_was_asked_for() -> None:
 def test_no_room_at_all_is_refused_even_if_the_context_may_shrink() -> None:
     with pytest.raises(ConfigError, match="holds 0 tokens"):
         size_pool(CacheConfig(), replace(CPU, weights=9 * GIB), 4096, may_shorten=True)
+
+
+def test_transient_blocks_and_copy_buffers_come_out_of_the_pool() -> None:
+    cache = CacheConfig(memory_fraction=0.9)
+    less = replace(GPU, transient=64 * MIB, host_buffers=4 * MIB)
+    size = size_pool(cache, less, 8192, may_shorten=False)
+    assert size.num_blocks == size_pool(cache, GPU, 8192, may_shorten=False).num_blocks - 34
+    assert dict(size.memory)["transient KV blocks"] == 64 * MIB
+    with pytest.raises(ConfigError, match="16166 MiB are left"):
+        size_pool(CacheConfig(num_blocks=1_000_000), replace(CPU, transient=68 * MIB), 160, may_shorten=True)
+
+
+def test_the_host_tier_takes_whole_blocks_of_the_hosts_memory() -> None:
+    cache = CacheConfig(host_bytes=33 * GIB + 1)
+    size = size_pool(cache, replace(GPU, host_available=34 * GIB), 8192, may_shorten=False)
+    assert size.num_host_blocks == 33 * GIB // (2 * MIB)
+    assert dict(size.memory)["host KV pool"] == 33 * GIB
+    assert size_pool(CacheConfig(), GPU, 8192, may_shorten=False).num_host_blocks == 0
+
+
+@pytest.mark.parametrize(
+    ("host_bytes", "budget", "message"),
+    [
+        (33 * GIB, replace(GPU, host_available=32 * GIB), "33792 MiB and 32768 MiB are left on the host"),
+        # On a CPU weights, activations and the pool of 1 GiB are taken from the same memory.
+        (15 * GIB, replace(CPU, host_available=16 * GIB), "15360 MiB and 15210 MiB are left on the host"),
+        (1 * MIB, replace(GPU, host_available=32 * GIB), "1048576 holds no KV block, which takes 2097152"),
+    ],
+)
+def test_a_host_tier_that_does_not_fit_is_refused(
+    host_bytes: int, budget: MemoryBudget, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        size_pool(CacheConfig(host_bytes=host_bytes), budget, 1024, may_shorten=True)
+    assert caught.value.param == "cache.host_bytes"
