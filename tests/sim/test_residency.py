@@ -1,4 +1,4 @@
-"""Whatever is parked, released, saved, loaded and lost, and whenever: the tokens are those of a roomy engine."""
+"""Whatever is parked, released, saved, loaded and lost: the tokens are those of a roomy engine."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ back when the last plan that names it has come back.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 from ellm.worker.api.config import WorkerConfig
 from ellm.worker.api.cost_model import CostModel
@@ -18,7 +19,7 @@ from ellm.worker.api.request import EngineRequest
 from ellm.worker.engine.completion import Completion
 from ellm.worker.engine.load import Load
 from ellm.worker.engine.plan import BatchPlan, ModelLimits, StepResult, step_features
-from ellm.worker.engine.policies import Policy, make_policy
+from ellm.worker.engine.policies import Policy, make_policy, resolve_config
 from ellm.worker.engine.residency import Residency
 from ellm.worker.engine.scheduler import ScheduledStep, Scheduler
 from ellm.worker.engine.sequence import Sequence
@@ -40,11 +41,13 @@ class EngineCore:
     ) -> None:
         """`policy`: in place of the one that the config names. Raises ConfigError for limits that cannot work
         and for an unknown policy."""
+        config = replace(config, scheduler=resolve_config(config.scheduler)[0])
         self.limits = limits
         self.config = config
         self.cost_model = cost_model or CostModel()  # learns from every finished step
         self._state = EngineState(limits, config.scheduler, config.cache)
         policy, residency = policy or make_policy(config.scheduler), Residency(self._state)
+        self._policy = policy
         policy.attach(self._state, residency, self.cost_model)
         self._state.indexes = config.cache.prefix_caching or policy.parks
         self._scheduler = Scheduler(self._state, policy, residency)
@@ -126,6 +129,7 @@ class EngineCore:
         outputs = self._completion.apply(step, result, now)
         if plan.entries and not plan.waits:
             self.cost_model.update(step_features(plan), result.elapsed_s)
+        self._policy.stepped(plan, result, now)
         self._load.step_finished(result.elapsed_s, outputs, now)
         return outputs
 

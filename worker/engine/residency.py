@@ -116,11 +116,14 @@ class Residency:
         return True
 
     def save(self, seq: Sequence, limit: int) -> int:
-        """Begin to copy at most `limit` further full blocks of `seq` to the host; returns how many."""
+        """Begin to copy at most `limit` further full blocks of `seq`, which runs or is parked, to the host;
+        returns how many."""
         state, copies = self._state, self._state.copies
         assert copies is not None
         assert state.host is not None
         started = 0
+        if seq.state not in (SequenceState.RUNNING, SequenceState.PARKED):
+            return 0
         while started < limit and len(seq.saved) < min(seq.num_committed, len(seq.table)):
             number = len(seq.saved)
             known = state.host.index.find(seq.block_hashes[number : number + 1])

@@ -61,11 +61,20 @@ class Scheduler:
             state.config.max_step_tokens - num_decode,
             policy.prefill_rows(state, num_decode, now),
         )
+        spare = -1  # rows for those who are being restored; asked for once
         for seq in prefilling:
             if rows <= 0:
                 break
-            if seq.state is SequenceState.RUNNING:  # it may have given way to one before it
+            if seq.state is not SequenceState.RUNNING:  # it has given way to one before it
+                continue
+            if seq.first_token_at is None:
                 rows -= self._plan_chunk(draft, seq, rows)
+                continue
+            if spare < 0:
+                spare = policy.restore_rows(state, num_decode, now)
+            taken = self._plan_chunk(draft, seq, min(rows, spare))
+            rows -= taken
+            spare -= taken
         if state.totals.num_preemptions == preemptions:
             self._admit(draft, rows, now)
         return self._seal(draft, idle=idle)

@@ -1,7 +1,7 @@
 """Who should be resident: the order in which sequences get a share of the pool.
 
     urgent    no token yet, or little slack: least slack first; who is resident has a second's advantage
-    resident  ahead of their deadlines and resident: least slack first
+    resident  ahead of their deadlines and resident: least slack first, and those that are costly to pause
     ahead     ahead and parked: nobody is brought back before its slack nears the guard, for each swap costs
     hopeless  late even at full speed: what is left over
 
@@ -28,7 +28,7 @@ class Rank(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """One sequence as the ranking sees it. `slack_s` None: it has no deadline, and keeps its place by `order`."""
+    """One sequence as the ranking sees it. `slack_s` None: it has no deadline, and goes by `order`."""
 
     index: int  # the caller's
     priority: int
@@ -38,6 +38,7 @@ class Standing:
     hopeless: bool
     slack_s: float | None
     num_blocks: int  # that it would hold
+    saved: float = 1.0  # share of it that the host has, so that pausing it costs nothing; 1 without a host
 
 
 def rank(standing: Standing) -> Rank:
@@ -58,6 +59,8 @@ def in_order(standings: Iterable[Standing]) -> list[tuple[Rank, Standing]]:
         slack_s = s.slack_s
         if which is Rank.URGENT and s.resident:
             slack_s -= _ADVANTAGE_S
+        if which is Rank.RESIDENT:
+            slack_s *= s.saved
         if which is Rank.HOPELESS:
             return (which, not s.resident, slack_s, s.order)
         return (which, s.priority, slack_s, s.order)

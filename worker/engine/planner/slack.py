@@ -10,7 +10,7 @@ None stands for a request without an SLO: it is never ahead, never hopeless, and
 from __future__ import annotations
 
 AIM = 0.97  # of the SLO
-GUARD_S = 1.5  # slack below this is not for spending
+GUARD_S = 1.0  # slack below this is not for spending
 
 _SPENT = 0.25  # share of the slack beyond the guard that duty counts on
 _SMOOTHING = 0.05  # of a new step in the moving averages

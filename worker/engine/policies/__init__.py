@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ellm.worker.api.config import SchedulerConfig
 from ellm.worker.api.errors import ConfigError
+from ellm.worker.engine.policies.adaptive import Adaptive
 from ellm.worker.engine.policies.base import Policy
 from ellm.worker.engine.policies.full_chunked import FullChunked
 from ellm.worker.engine.policies.full_predictive import FullPredictive
@@ -16,6 +17,7 @@ __all__ = ["POLICIES", "Policy", "make_policy", "resolve_config", "split_specs"]
 
 # By name; the constructor's parameters, annotated int, float, bool or str, are those of the setting.
 POLICIES: dict[str, Callable[..., Policy]] = {
+    "adaptive": Adaptive,
     "full-chunked": FullChunked,
     "full-predictive": FullPredictive,
     "full-recompute": FullRecompute,

@@ -9,6 +9,7 @@ that a step may have, the last to arrive gives way.
 from __future__ import annotations
 
 from ellm.worker.api.cost_model import CostModel
+from ellm.worker.engine.plan import BatchPlan, StepResult
 from ellm.worker.engine.residency import Residency
 from ellm.worker.engine.sequence import Sequence
 from ellm.worker.engine.state import EngineState
@@ -40,6 +41,10 @@ class Policy:
         """Rows that chunks may take in this step, beside `num_decode` decode rows. The scheduler caps it at
         what is left of `max_step_tokens`. Asked once per step, after the decode rows are planned."""
         return state.config.max_step_tokens - num_decode
+
+    def restore_rows(self, state: EngineState, num_decode: int, now: float) -> int:
+        """Of `prefill_rows`, those that may go to sequences that have put out tokens and come back."""
+        return state.config.max_step_tokens
 
     def may_admit(self, state: EngineState, seq: Sequence, num_blocks: int, now: float) -> bool:
         """Whether the front of the queue may start now. It would take `num_blocks` of those available: new
@@ -75,3 +80,6 @@ class Policy:
 
     def finished(self, seq: Sequence, now: float) -> None:
         """`seq` has ended by itself: by end-of-text, a stop id or its length."""
+
+    def stepped(self, plan: BatchPlan, result: StepResult, now: float) -> None:
+        """A plan has come back; what it meant is applied."""

@@ -1,0 +1,263 @@
+"""`adaptive`: requests that are ahead of their deadlines give way to those that are not.
+
+Admission looks ahead, as in `full-predictive`, but a request that can afford to pause counts by the share of
+steps that it needs. Who is resident is decided by slack (`planner.ranking`), anew every 0.1 s, when blocks
+run short and when somebody new may start. Whoever must give way is parked: its blocks stay until somebody
+takes them, from its end on, at no cost where the host has a copy. Without pressure it does what
+`full-chunked` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ellm.worker.api.cost_model import CostModel, StepFeatures
+from ellm.worker.cache.block_table import num_blocks_for
+from ellm.worker.engine.plan import BatchPlan, StepResult
+from ellm.worker.engine.planner.ranking import Rank, Standing, in_order, residents
+from ellm.worker.engine.planner.spare_rows import spare_rows
+from ellm.worker.engine.policies.base import Policy
+from ellm.worker.engine.policies.forecast import Forecast
+from ellm.worker.engine.policies.foresight import Foresight
+from ellm.worker.engine.policies.host_traffic import HostTraffic
+from ellm.worker.engine.residency import Residency
+from ellm.worker.engine.sequence import Sequence, SequenceState
+from ellm.worker.engine.state import EngineState
+
+_REPLAN_S = 0.1
+_URGENT_S = 0.3  # with less slack than this somewhere, prompts take spare rows only
+_MIN_ROWS = 16  # for prompts and restores whatever happens: they must get on
+_WRITE_THROUGH = 0.5  # of the pool in use: below it nobody will be parked soon
+
+
+class Adaptive(Policy):
+    """See the module."""
+
+    parks = True
+
+    def __init__(self) -> None:
+        self._next_plan = 0.0
+        self._order: list[Sequence] = []  # who is parked first comes first
+        self._save_order: list[Sequence] = []  # whose copies are worth most comes first
+        self._wanted: list[Sequence] = []  # parked, and should be resident
+        self._newcomer: Sequence | None = None  # the front of the queue, if it should start now
+        self._least_slack = float("inf")
+        self._blocked = False  # somebody waits whom admission refuses
+
+    def attach(self, state: EngineState, residency: Residency, cost_model: CostModel) -> None:
+        super().attach(state, residency, cost_model)
+        self.forecast = Forecast(cost_model)
+        self.foresight = Foresight(state, self.forecast)
+        self.traffic = HostTraffic(state, residency)
+
+    # What the scheduler asks.
+
+    def prepare(self, now: float) -> None:
+        state = self.state
+        waiting = state.waiting.peek()
+        if state.parked or waiting is not None or self._shortage() > 0:
+            may_start = waiting is not None and not waiting.num_outstanding
+            if now >= self._next_plan or (
+                may_start and waiting is not None and not self.foresight.is_refused(waiting)
+            ):
+                self._replan(now)
+            self._relieve(now)
+            self._let_in()
+            self._bring_back(now)
+        if state.host is not None:
+            step_s = self.foresight.step_s
+            self.traffic.load(step_s)
+            if state.pool.num_available < _WRITE_THROUGH * state.pool.num_blocks:
+                fresh = now < self._next_plan + _REPLAN_S
+                self.traffic.save(self._save_order if fresh else state.running, step_s)
+
+    def prefill_rows(self, state: EngineState, num_decode: int, now: float) -> int:
+        if self._blocked or self._least_slack < _URGENT_S:
+            return self.restore_rows(state, num_decode, now)
+        return state.config.max_step_tokens - num_decode
+
+    def restore_rows(self, state: EngineState, num_decode: int, now: float) -> int:
+        most = state.config.max_step_tokens - num_decode
+        if not num_decode:
+            return most
+        tokens = sum([seq.num_planned for seq in state.running])
+
+        def step_s(more: int) -> float:
+            features = StepFeatures(num_decode + more, num_decode, tokens, 0, num_decode)
+            return self.cost_model.predict(features)
+
+        return spare_rows(step_s, _MIN_ROWS, most)
+
+    def may_admit(self, state: EngineState, seq: Sequence, num_blocks: int, now: float) -> bool:
+        if not state.running and not state.parked:
+            return True
+        if num_blocks + self._reserve() > state.pool.num_available:
+            return False
+        return self.foresight.admits(seq, now)
+
+    def reclaim(self, now: float) -> bool:
+        return self._release(1) > 0
+
+    def evict(self, seq: Sequence, now: float) -> None:
+        if _can_pause(seq) and not seq.num_outstanding and len(self.state.running) > 1:
+            self.residency.park(seq, now)
+        else:
+            super().evict(seq, now)
+
+    # What it is told.
+
+    def admitted(self, seq: Sequence, now: float) -> None:
+        self.foresight.admitted(seq)
+
+    def emitted(self, seq: Sequence, now: float) -> None:
+        self.forecast.emitted(seq)
+
+    def finished(self, seq: Sequence, now: float) -> None:
+        self.forecast.finished(seq)
+        self.foresight.forget()
+
+    def stepped(self, plan: BatchPlan, result: StepResult, now: float) -> None:
+        self.traffic.observe(result.copy_times)
+        self.foresight.stepped(result.elapsed_s, plan.num_decode)
+
+    # Who is resident.
+
+    def _replan(self, now: float) -> None:
+        """Rank everybody, and the front of the queue if it may start; park who should give way."""
+        state = self.state
+        self._next_plan = now + _REPLAN_S
+        everybody = [*state.running, *state.parked]
+        newcomer = self._admissible(now)
+        if newcomer is not None:
+            everybody.append(newcomer)
+        num_running = len(state.running)
+        order = in_order(self._standing(i, seq, i < num_running, now) for i, seq in enumerate(everybody))
+        room = state.pool.num_blocks - self._reserve()
+        chosen = {s.index for s in residents(order, room, state.max_num_seqs)}
+        self._newcomer = newcomer if len(everybody) - 1 in chosen else None
+        if newcomer is not None:
+            order = [pair for pair in order if pair[1].index != len(everybody) - 1]
+        self._order = [everybody[s.index] for _, s in reversed(order)]
+        self._wanted = [everybody[s.index] for _, s in order if s.index in chosen and not s.resident]
+        alive = [s for which, s in order if which is not Rank.HOPELESS]
+        self._least_slack = min((s.slack_s for s in alive if s.slack_s is not None), default=float("inf"))
+        alive.sort(key=lambda s: (s.resident, -(s.slack_s or 0.0)))
+        self._save_order = [everybody[s.index] for s in alive]
+        if not self._wanted and newcomer is None and self._shortage() <= 0:
+            return  # everybody may stay who is here
+        for i in range(num_running):
+            if i not in chosen and len(state.running) > 1 and _can_pause(everybody[i]):
+                self.residency.park(everybody[i], now)
+
+    def _standing(self, index: int, seq: Sequence, resident: bool, now: float) -> Standing:
+        state = self.state
+        blocks = num_blocks_for(len(seq.tokens) + state.block_size, state.block_size)
+        held = max(blocks, len(seq.table))
+        if resident and not _can_pause(seq):  # before everybody else
+            return Standing(index, -1, seq.order, resident, False, False, None, held)
+        slack_s = self.foresight.slack(seq, now)
+        return Standing(
+            index,
+            seq.request.priority,
+            seq.order,
+            resident,
+            seq.first_token_at is not None,
+            self.foresight.is_hopeless(seq, slack_s),
+            slack_s,
+            held,
+            1.0 if state.host is None else min(1.0, (seq.num_saved + 1) / blocks),
+        )
+
+    def _admissible(self, now: float) -> Sequence | None:
+        """The front of the queue, if admission lets it in."""
+        seq = self.state.waiting.peek()
+        self._blocked = False
+        if seq is None or seq.num_outstanding:
+            return None
+        self._blocked = not self.foresight.admits(seq, now)
+        return None if self._blocked else seq
+
+    def _relieve(self, now: float) -> None:
+        """Blocks for those who grow in this step and the next: from the parked, else somebody is parked."""
+        missing = self._shortage()
+        if missing <= 0:
+            return
+        missing -= self._release(missing)
+        coming = sum(len(seq.table) for seq in self.state.parked if seq.num_outstanding)
+        for seq in self._order:
+            if missing <= coming or len(self.state.running) <= 1:
+                return
+            if seq.state is SequenceState.RUNNING and _can_pause(seq):
+                self.residency.park(seq, now)
+                coming += len(seq.table)
+
+    def _let_in(self) -> None:
+        """Blocks for the front of the queue, from the parked, if it is to start."""
+        newcomer = self._newcomer
+        if newcomer is None or self.state.waiting.peek() is not newcomer:
+            return
+        # Those who run take theirs of the reserve before it is the newcomer's turn.
+        need = num_blocks_for(len(newcomer.tokens), self.state.block_size) + 2 * self._reserve()
+        missing = need - self.state.pool.num_available
+        if missing > 0:
+            self._release(missing)
+
+    def _bring_back(self, now: float) -> None:
+        """Resume those who should run, in order; the first for whom there is no room waits for it."""
+        state = self.state
+        self._wanted = [seq for seq in self._wanted if seq.state is SequenceState.PARKED]
+        while self._wanted and self._resume(self._wanted[0], self._reserve(), now):
+            del self._wanted[0]
+        if not state.running and state.parked:
+            # Nobody runs, whatever the plan says: the first in order goes on.
+            any(self._resume(seq, 0, now) for seq in sorted(state.parked, key=lambda s: s.key))
+
+    def _resume(self, seq: Sequence, reserve: int, now: float) -> bool:
+        need = self.residency.blocks_to_resume(seq) + reserve - self.state.pool.num_available
+        if need > 0 and self._release(need, spare=seq) < need and self.state.running:
+            return False
+        return self.residency.resume(seq, now)
+
+    def _release(self, count: int, spare: Sequence | None = None) -> int:
+        """Free up to `count` blocks of parked sequences, of those first that are parked first."""
+        freed = 0
+        for seq in self._releasable(spare):
+            if freed >= count:
+                break
+            while freed < count and (held := self.residency.num_releasable(seq)):
+                freed += self.residency.release_tail(seq, min(held, count - freed))
+        return freed
+
+    def _releasable(self, spare: Sequence | None) -> Iterator[Sequence]:
+        """Parked sequences, those that should not come back soon first; `spare` not at all."""
+        parked = self.state.parked
+        if not parked:
+            return
+        kept = {id(seq) for seq in self._wanted}
+        kept.add(id(spare))
+        ranked = {id(seq) for seq in self._order}
+        unranked = [seq for seq in parked if id(seq) not in ranked]
+        for seq in (*self._order, *unranked):
+            if seq.state is SequenceState.PARKED and id(seq) not in kept:
+                yield seq
+        if not self.state.running:  # somebody must run
+            yield from [seq for seq in reversed(self._wanted) if seq is not spare]
+
+    def _reserve(self) -> int:
+        """Blocks for those who run to grow into before anybody can be parked and give way: two steps."""
+        return 1 + len(self.state.running) // 4
+
+    def _shortage(self) -> int:
+        """Blocks that those who run need within two steps, beyond those there are; O(1) where there are
+        plenty."""
+        state = self.state
+        available = state.pool.num_available
+        if available >= len(state.running):
+            return 0
+        size = state.block_size
+        return sum(seq.num_planned + 2 > len(seq.table) * size for seq in state.running) - available
+
+
+def _can_pause(seq: Sequence) -> bool:
+    """It has put out a token, and nothing is on its way to it."""
+    return seq.gap is None and seq.first_token_at is not None and not seq.prefill_only

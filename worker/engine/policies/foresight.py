@@ -1,0 +1,118 @@
+"""Admission that knows who can pause: each admitted request counts by the share of steps that it needs."""
+
+from __future__ import annotations
+
+from ellm.worker.engine.planner.admission import Admission, Room
+from ellm.worker.engine.planner.slack import FullSpeed, duty, is_hopeless, seconds_per_token, slack
+from ellm.worker.engine.policies.forecast import Forecast
+from ellm.worker.engine.sequence import Sequence
+from ellm.worker.engine.state import EngineState
+
+_RENEW_S = 0.1
+
+
+class Foresight:
+    """Sums over the admitted set, kept for 0.1 s and made anew after an end; who was refused by them stays
+    refused."""
+
+    def __init__(self, state: EngineState, forecast: Forecast) -> None:
+        self._state = state
+        self._forecast = forecast
+        self._speed = FullSpeed()
+        self._admission: Admission | None = None
+        self._until = 0.0
+        self._full_step_s = 0.0
+        self._refused: Sequence | None = None
+
+    @property
+    def step_s(self) -> float:
+        """Moving average of measured steps."""
+        return self._speed.step_s
+
+    def stepped(self, elapsed_s: float, num_decode: int) -> None:
+        """A step is over."""
+        if num_decode:
+            self._speed.observe(elapsed_s, num_decode, len(self._state.running))
+
+    def is_refused(self, seq: Sequence) -> bool:
+        """By the sums as they stand: asking again is no use yet."""
+        return self._refused is seq
+
+    def forget(self) -> None:
+        """Somebody has ended."""
+        self._admission = None
+        self._refused = None
+
+    def admitted(self, seq: Sequence) -> None:
+        """`seq` has started."""
+        self._refused = None
+        if self._admission is not None:
+            self._admission.add(
+                len(seq.tokens), seq.max_total, self._new_duty(seq), self._forecast.survival(seq)
+            )
+
+    def admits(self, seq: Sequence, now: float) -> bool:
+        """Whether `seq`, which has not started, would find room as everybody grows. An empty engine takes
+        anyone; who has put out tokens was admitted once."""
+        state = self._state
+        if seq.first_token_at is not None or not (state.running or state.parked):
+            return True
+        if self._admission is None or now >= self._until:
+            self._admission = self._sums(now)
+            self._until = now + _RENEW_S
+            self._refused = None
+        if self._refused is seq:
+            return False
+        per_token_s = seconds_per_token(seq.tpot_slo_s)
+        survival = self._forecast.survival(seq)
+        admitted = self._admission.admits(
+            len(seq.tokens), seq.max_total, self._new_duty(seq), survival, per_token_s
+        )
+        self._refused = None if admitted else seq
+        return admitted
+
+    def slack(self, seq: Sequence, now: float) -> float | None:
+        """Seconds until its next token is due; None for one that has no deadline, or no token yet."""
+        per_token_s = seconds_per_token(seq.tpot_slo_s)
+        if seq.first_token_at is None or per_token_s is None:
+            return None
+        return slack(seq.first_token_at, per_token_s, len(seq.tokens) - seq.first_index, now)
+
+    def is_hopeless(self, seq: Sequence, slack_s: float | None) -> bool:
+        """Late at its end even with a token from every step."""
+        per_token_s = seconds_per_token(seq.tpot_slo_s)
+        if slack_s is None or slack_s >= 0.0 or per_token_s is None:
+            return False
+        return is_hopeless(slack_s, self._forecast.remaining(seq), per_token_s, self._speed.step_s)
+
+    def _sums(self, now: float) -> Admission:
+        """The admitted set, by what each is expected to need."""
+        state, size = self._state, self._state.block_size
+        admitted = [*state.running, *state.parked]
+        host = state.host.num_blocks * size if state.host is not None else 0
+        room = Room(state.pool.num_blocks * size, host, self._forecast.step_cost)
+        slos = [seq.tpot_slo_s for seq in admitted if seq.tpot_slo_s is not None]
+        per_token_s = seconds_per_token(min(slos, default=None))
+        admission = Admission(room, z=self._forecast.safety.z, per_token_s=per_token_s)
+        rows = min(len(admitted), state.max_num_seqs)
+        self._full_step_s = self._speed.seconds(self._forecast.step_cost(rows, room.num_tokens))
+        admission.add_all(
+            [len(seq.tokens) for seq in admitted],
+            [seq.max_total for seq in admitted],
+            [self._duty(seq, now) for seq in admitted],
+            [self._forecast.survival(seq) for seq in admitted],
+        )
+        return admission
+
+    def _duty(self, seq: Sequence, now: float) -> float:
+        per_token_s, slack_s = seconds_per_token(seq.tpot_slo_s), self.slack(seq, now)
+        if slack_s is None or per_token_s is None:
+            return self._new_duty(seq)
+        remaining = self._forecast.remaining(seq)
+        if slack_s < 0.0 and is_hopeless(slack_s, remaining, per_token_s, self._full_step_s):
+            return 0.0
+        return duty(slack_s, remaining, per_token_s, self._full_step_s)
+
+    def _new_duty(self, seq: Sequence) -> float:
+        per_token_s = seconds_per_token(seq.tpot_slo_s)
+        return 1.0 if per_token_s is None else min(1.0, self._full_step_s / per_token_s)
