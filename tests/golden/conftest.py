@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
+import transformers
 from support.checkpoints import write_checkpoint
 from support.golden import CASES, Checkpoint
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
-    """name of CASES -> (folder, the float32 model that was written to it)."""
+    """name of CASES -> (folder, what transformers reads from it, in float32)."""
     made: dict[str, Checkpoint] = {}
 
     def get(name: str) -> Checkpoint:
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
             family, overrides = CASES[name]
-            made[name] = folder, write_checkpoint(folder, family, **overrides)
+            write_checkpoint(folder, family, **overrides)
+            shards = list(folder.glob("model-*.safetensors"))
+            assert len(shards) > 2 or "max_shard_size" not in overrides
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            made[name] = folder, model.eval()
         return made[name]
 
     return get

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from support import golden
 from support.golden import CASES, Checkpoint
 from support.plans import GREEDY, PlanDriver
@@ -47,8 +48,8 @@ def distributions(engine: LocalExecutor, ids: list[int], chunk: int) -> torch.Te
     out = torch.empty(len(scores), VOCAB)
     for i, score in enumerate(scores):
         assert len(score.top) == VOCAB
-        for token, logprob in score.top:
-            out[i, token] = logprob
+        tokens, logprobs = zip(*score.top, strict=True)
+        out[i, list(tokens)] = torch.tensor(logprobs)
     driver.release(1)
     driver.add(2, [0])
     driver.generate(2, 1)  # lets the executor know
@@ -87,13 +88,13 @@ def test_greedy_tokens_are_equal_in_mixed_batches(executor: tuple[LocalExecutor,
         assert driver.tracks[seq_id].outputs == golden.greedy(model, ids, num_tokens), seq_id
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "opt", "mistral-window"])
 def test_bfloat16_is_as_exact_as_transformers(
-    name: str, body: str, checkpoint: Callable[[str], Checkpoint]
+    case: str, body: str, checkpoint: Callable[[str], Checkpoint]
 ) -> None:
     """The yardstick is float32 arithmetic on weights rounded to bfloat16. Our distributions lie as near to
-    it as transformers' bfloat16 does, and no emitted token is worse than that error explains."""
-    folder, model = checkpoint(name)
+    it as transformers' bfloat16 does; a greedy token is the yardstick's wherever that error does not reach
+    from one token to the next, and nearly everywhere."""
+    folder, model = checkpoint(case)
     engine = golden.executor(folder, jit=body == "numba", dtype="bfloat16")
     ids = golden.prompt(50, seed=5)
     driver = PlanDriver(engine)
@@ -102,12 +103,23 @@ def test_bfloat16_is_as_exact_as_transformers(
     tokens = ids + outputs
     ours = distributions(engine, tokens, chunk=41)
     engine.close()
-    rounded = copy.deepcopy(model).to(torch.bfloat16)
-    theirs = golden.log_softmax(rounded, tokens)[:-1]
-    exact = golden.log_softmax(rounded.to(torch.float32), tokens)[:-1]
-    our_error, their_error = ours - exact, theirs - exact
+    exact = golden.log_softmax(rounded(model), tokens)[:-1]
+    # Read anew: `to` would round the rotary frequencies as well, which stay float32 in both engines.
+    bfloat16 = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    our_error, their_error = ours - exact, golden.log_softmax(bfloat16, tokens)[:-1] - exact
     assert our_error.square().mean().sqrt() < 1.1 * their_error.square().mean().sqrt()
     scores = exact[len(ids) - 1 :]
     chosen = scores.gather(1, torch.tensor(outputs).unsqueeze(1)).squeeze(1)
-    assert (scores.max(-1).values - chosen).max() < 2 * their_error.abs().max()
-    assert len(set(outputs)) > 4
+    missed = scores.max(-1).values - chosen
+    assert missed.max() < their_error.abs().max()
+    assert (missed == 0).float().mean() > 0.8
+    assert len(set(outputs)) > 2
+
+
+def rounded(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """The same with weights of bfloat16, in float32."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+    return model

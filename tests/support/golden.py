@@ -17,7 +17,7 @@ BLOCK_SIZE = 16
 Checkpoint = tuple[Path, transformers.PreTrainedModel]
 
 # Odd shapes on purpose: 6 query heads on 2 key/value heads, a head dimension that is not hidden / heads,
-# windows shorter than the sequences, positions beyond the original context.
+# windows shorter than the sequences, positions beyond the original context, several files of bfloat16.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-wide-heads": ("llama", {"head_dim": 20, "tie_word_embeddings": True}),
@@ -41,6 +41,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     ),
     "mistral-window": ("mistral", {"sliding_window": 24}),
+    "mistral-shards": (
+        "mistral",
+        {"sliding_window": None, "head_dim": 24, "max_shard_size": "40KB", "dtype": torch.bfloat16},
+    ),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 21, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 16}),
