@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,20 @@ def what(row: dict[str, Any]) -> str:
         f"{key} {value}"
         for key, value in row.items()
         if key != "against"
+        and "MiB" not in key
         and (isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)))
     )
+
+
+def strict_cost(rows: list[dict[str, Any]]) -> list[str]:
+    """What bitwise reproducibility costs, from the columns whose name begins with STRICT / FAST."""
+    lines = []
+    for key in dict.fromkeys(key for row in rows for key in row if key.startswith("STRICT / FAST")):
+        found = [(row[key], what(row)) for row in rows if key in row]
+        worst, where = min(found)
+        middle = statistics.median(share for share, _ in found)
+        lines.append(f"- {key}: {cell(middle)} in the median of its rows, {cell(worst)} at worst ({where})")
+    return lines
 
 
 def section(result: dict[str, Any]) -> list[str]:
@@ -87,7 +100,7 @@ def section(result: dict[str, Any]) -> list[str]:
     if result.get("about"):
         lines += [result["about"], ""]
     lines += [f"`{result['command']}`", "", *table(result["rows"])]
-    lines += ["", *[f"- {note}" for note in result.get("notes", [])]]
+    lines += ["", *strict_cost(result["rows"]), *[f"- {note}" for note in result.get("notes", [])]]
     lines += [
         f"- {result['date']}, commit {result['commit']}, seed {result['seed']}, {result['device']}; "
         f"{versions}; raw values in `loadtest/results/{result['file']}`"

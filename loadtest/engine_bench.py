@@ -1,6 +1,7 @@
 """Decode and prefill speed of the engine beside its peers, side by side in one run.
 
     python -m ellm.loadtest.engine_bench [--rounds 5] [--batch 1 8 32] [--dtype float32 bfloat16]
+        [--sides ellm-fast ellm-torch generate generate_batch vllm]
 
 Every side loads the same checkpoint in a process of its own and waits; each round runs every side in turn, in
 an order that alternates, so that a drift of the machine's speed meets all of them. A point is two runs: one
@@ -20,17 +21,19 @@ from typing import Any
 from ellm.loadtest.bench_checkpoint import SHAPE, make_checkpoint
 from ellm.loadtest.limits import machine_limits
 from ellm.loadtest.result import Result, Row, command_line
-from ellm.loadtest.side import Side, start_sides
+from ellm.loadtest.side import OURS, PEERS, Side, start_sides
 
-Sample = dict[str, float]
-OURS = "ellm"
+Sample = dict[str, Any]
+STRICT, FAST = "ellm", "ellm-fast"
 ABOUT = """\
 28M-parameter Llama with random weights, {input} prompt and {output} output tokens, greedy,
 {threads} threads, prefix caching off, every side in a process of its own, all on the same cores.
-`ellm` is STRICT (bitwise reproducible); `ellm-torch` is the same engine on the torch body, which is
-not. `ratio` is ellm's decode speed divided by the side's. The matmul share says which part of
-ellm's decode step its own packed linear layers take when they run alone, the KV share what one read
-of the KV cache would take at the machine's copy speed."""
+`ellm` is STRICT (bitwise reproducible); `ellm-fast` is the same engine without, its linear layers left as
+the library runs them, and `STRICT / FAST` is the first's speed divided by the second's in the same run;
+`ellm-torch` is the same engine on the torch body. `ratio` is ellm's decode speed divided by the side's. The
+matmul share says which part of ellm's decode step the linear layers take when they run alone by the fastest
+of three routines (torch's own, oneDNN's on packed weights, ellm's), the KV share what one read of the KV
+cache would take at the machine's copy speed. `peak MiB` is resident memory, of all the side's processes."""
 
 
 def parse() -> argparse.Namespace:
@@ -38,14 +41,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, default=5, help="runs of every side at every point, after a warm-up"
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="prompts at once")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--input", type=int, default=256, help="prompt tokens")
     parser.add_argument("--output", type=int, default=128, help="tokens to emit")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--sides", nargs="+", default=["generate", "generate_batch", "ellm-torch", "vllm"])
+    parser.add_argument("--threads", type=int, default=2, help="and cores, of every side")
+    sides = [side for side in (*OURS, *PEERS) if side != STRICT]
+    which = f"those that run beside {STRICT}, which always does, of: {', '.join(sides)} (default: all)"
+    parser.add_argument("--sides", nargs="+", default=sides, choices=sides, metavar="SIDE", help=which)
     parser.add_argument("--vllm-python", type=Path, default=Path(".cache/vllm/bin/python"))
-    parser.add_argument("--checkpoint", type=Path, default=Path(".cache/bench-28m"))
+    parser.add_argument("--checkpoint", type=Path, default=Path(".cache/bench-28m"), help="made if missing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="engine-cpu", help="slug of the result file")
     return parser.parse_args()
@@ -72,7 +77,7 @@ def one_sample(side: Side, prompts: list[list[int]], output: int) -> tuple[Sampl
         "total_s": whole.elapsed_s,
         "prefill_tok_s": len(prompts) * len(prompts[0]) / first.elapsed_s,
         "decode_tok_s": len(prompts) * (output - 1) / decode_s,
-        "peak_bytes": float(whole.peak_bytes),
+        "peak_bytes": whole.peak_bytes,
     }
     return sample, whole.tokens
 
@@ -97,14 +102,21 @@ def measure(
             print(f"  {side.name:15} {speeds}", flush=True)
         for name, theirs in tokens.items():
             pairs = [
-                (a, b) for x, y in zip(tokens[OURS], theirs, strict=True) for a, b in zip(x, y, strict=True)
+                (a, b) for x, y in zip(tokens[STRICT], theirs, strict=True) for a, b in zip(x, y, strict=True)
             ]
             same.setdefault(name, []).append(sum(a == b for a, b in pairs) / len(pairs))
     return samples, same
 
 
 def ratio(ours: list[Sample], theirs: list[Sample], key: str) -> float:
-    return statistics.median(a[key] / b[key] for a, b in zip(ours, theirs, strict=True))
+    """Median over the rounds of ours by theirs."""
+    quotients: list[float] = [a[key] / b[key] for a, b in zip(ours, theirs, strict=True)]
+    return statistics.median(quotients)
+
+
+def peaks_mib(runs: list[Sample]) -> list[float]:
+    """Of each process of a side, the largest first, at the end of all runs."""
+    return [size / 2**20 for size in runs[-1]["peak_bytes"]]
 
 
 def rows_of(samples: dict[str, list[Sample]], same: Row, batch: int, dtype: str, roof: Row) -> list[Row]:
@@ -112,28 +124,33 @@ def rows_of(samples: dict[str, list[Sample]], same: Row, batch: int, dtype: str,
     rows: list[Row] = []
     for name, runs in samples.items():
         decode = statistics.median(run["decode_tok_s"] for run in runs)
+        peaks = peaks_mib(runs)
         row: Row = {
             "side": name,
             "dtype": dtype,
             "concurrent": batch,
             "prefill tok/s": statistics.median(run["prefill_tok_s"] for run in runs),
             "decode tok/s": decode,
-            "peak MiB": round(max(run["peak_bytes"] for run in runs) / 2**20),
+            "peak MiB": sum(peaks),
+            "MiB per process": " + ".join(f"{peak:.0f}" for peak in peaks),
             "same tokens as ellm": statistics.mean(same[name]),
         }
-        if name == OURS:
+        if name == STRICT:
             row["matmul share"] = roof["linear_s"] * decode / batch
             row["KV read share"] = roof["kv_read_s"] * decode / batch
+        elif name == FAST:
+            row["STRICT / FAST prefill"] = ratio(samples[STRICT], runs, "prefill_tok_s")
+            row["STRICT / FAST decode"] = ratio(samples[STRICT], runs, "decode_tok_s")
         else:
-            row["ratio prefill"] = ratio(samples[OURS], runs, "prefill_tok_s")
-            row["ratio"] = ratio(samples[OURS], runs, "decode_tok_s")
+            row["ratio prefill"] = ratio(samples[STRICT], runs, "prefill_tok_s")
+            row["ratio"] = ratio(samples[STRICT], runs, "decode_tok_s")
             row["against"] = name
         rows.append(row)
     return rows
 
 
 def run_dtype(dtype: str, arguments: argparse.Namespace) -> tuple[list[Row], Any]:
-    sides, notes = start_sides([OURS, *arguments.sides], dtype, arguments)
+    sides, notes = start_sides([STRICT, *arguments.sides], dtype, arguments)
     rows: list[Row] = []
     raw: dict[str, Any] = {"notes": notes}
     try:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 SIDES = Path(__file__).parent / "sides"
 
@@ -17,7 +18,7 @@ SIDES = Path(__file__).parent / "sides"
 class Answer:
     elapsed_s: float
     tokens: list[list[int]]
-    peak_bytes: int  # of the side's processes so far
+    peak_bytes: list[int]  # of each of the side's processes so far, the largest first
 
 
 class Side:
@@ -48,13 +49,14 @@ class Side:
             )
         self.note = str(self._read().get("note", ""))
 
-    def _read(self) -> dict[str, object]:
+    def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
+            self.close()
             tail = "\n".join(self._log.read_text().splitlines()[-15:])
             raise RuntimeError(f"side {self.name} ended:\n{tail}")
-        answer: dict[str, object] = json.loads(line)
+        answer: dict[str, Any] = json.loads(line)
         return answer
 
     def run(self, prompts: list[list[int]], max_tokens: int) -> Answer:
@@ -63,34 +65,35 @@ class Side:
         self._process.stdin.write(json.dumps({"prompts": prompts, "max_tokens": max_tokens}) + "\n")
         self._process.stdin.flush()
         answer = self._read()
-        return Answer(float(str(answer["elapsed_s"])), answer["tokens"], int(str(answer["peak_bytes"])))  # type: ignore[arg-type]
+        return Answer(answer["elapsed_s"], answer["tokens"], answer["peak_bytes"])
 
     def close(self) -> None:
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+
+OURS = ("ellm", "ellm-fast", "ellm-torch")
+PEERS = ("generate", "generate_batch", "vllm")
 
 
 def side_command(name: str, dtype: str, arguments: argparse.Namespace) -> list[str]:
     """How to start a side. Ours run as a module, peers by path with their own interpreter."""
-    folder = str(arguments.checkpoint.resolve())
-    if name in ("ellm", "ellm-torch"):
-        body = "jit" if name == "ellm" else "torch"
-        return [
-            sys.executable,
-            "-m",
-            "ellm.loadtest.sides.ellm_side",
-            folder,
-            dtype,
-            str(arguments.threads),
-            body,
-        ]
+    folder, threads = str(arguments.checkpoint.resolve()), str(arguments.threads)
+    if name in OURS:
+        return [sys.executable, "-m", "ellm.loadtest.sides.ellm_side", folder, dtype, threads, name]
     if name == "vllm":
         return [str(arguments.vllm_python), str(SIDES / "vllm_side.py"), folder, dtype]
-    return [sys.executable, str(SIDES / "generate_side.py"), folder, dtype, str(arguments.threads), name]
+    command = [sys.executable, str(SIDES / "generate_side.py"), folder, dtype, threads, name]
+    if name == "generate_batch":
+        command += [str(max(arguments.batch)), str(arguments.input + arguments.output)]
+    return command
 
 
 def start_sides(names: list[str], dtype: str, arguments: argparse.Namespace) -> tuple[list[Side], list[str]]:

@@ -1,6 +1,8 @@
 """Our engine as it serves: EngineLoop over the local executor, without a router or Ray.
 
-python -m ellm.loadtest.sides.ellm_side CHECKPOINT DTYPE THREADS jit|torch
+python -m ellm.loadtest.sides.ellm_side CHECKPOINT DTYPE THREADS ellm|ellm-fast|ellm-torch
+
+ellm is STRICT, ellm-fast the same body without, ellm-torch the torch body, which has no STRICT.
 """
 
 from __future__ import annotations
@@ -53,8 +55,8 @@ def main() -> None:
         dtype="float32" if dtype == "float32" else "bfloat16",
         device="cpu",
         max_model_len=1024,
-        jit=mode == "jit",
-        deterministic=mode == "jit",
+        jit=mode != "ellm-torch",
+        deterministic=mode == "ellm",
     )
     cache = CacheConfig(prefix_caching=False, num_blocks=1024)
     config = WorkerConfig(model=model, cache=cache, num_threads=int(threads))

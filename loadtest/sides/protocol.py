@@ -1,4 +1,6 @@
-"""One JSON line in, one out: `{"prompts": [[ids]], "max_tokens": n}` -> `{"elapsed_s", "tokens": [[ids]]}`.
+"""One JSON line in, one out.
+
+`{"prompts": [[ids]], "max_tokens": n}` -> `{"elapsed_s", "tokens": [[ids]], "peak_bytes": [each process]}`
 
 Standard library only: peers run this file with their own interpreter, by path.
 """
@@ -19,9 +21,9 @@ os.dup2(2, 1)
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 
 
-def peak_bytes() -> int:
-    """Sum of the peak resident memory of this process and its descendants."""
-    total, todo = 0, [os.getpid()]
+def peak_bytes() -> list[int]:
+    """Peak resident memory of this process and each of its descendants, the largest first."""
+    peaks, todo = [], [os.getpid()]
     while todo:
         pid = todo.pop()
         try:
@@ -30,8 +32,8 @@ def peak_bytes() -> int:
                 todo += [int(child) for child in (task / "children").read_text().split()]
         except OSError:
             continue
-        total += sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    return total
+        peaks += [int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")]
+    return sorted(peaks, reverse=True)
 
 
 def serve(generate: Generate, note: str = "") -> None:

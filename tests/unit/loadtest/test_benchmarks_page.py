@@ -38,6 +38,21 @@ def test_losses_come_first_and_the_newest_run_wins(tmp_path: Path) -> None:
     assert "2026-01-01" not in page
 
 
+def test_the_cost_of_strict_is_said(tmp_path: Path) -> None:
+    shares = {1: 0.5, 8: 0.9, 32: 0.98}
+    rows = [
+        {"side": "ellm-fast", "concurrent": n, "peak MiB": 700.0, "STRICT / FAST decode": share}
+        for n, share in shares.items()
+    ]
+    Result("engine", "Engine", "", "make bench", [{"side": "ellm", "concurrent": 1}, *rows]).write(tmp_path)
+    page = render(newest_results(tmp_path))
+    expected = (
+        "STRICT / FAST decode: 0.9 in the median of its rows, 0.5 at worst (side ellm-fast, concurrent 1)"
+    )
+    assert expected in page
+    assert "Where we lose" not in page  # against no one
+
+
 def test_cells_are_short() -> None:
     assert cell(1234.4) == "1,234"
     assert cell(0.123456) == "0.123"
