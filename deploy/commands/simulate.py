@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--load",
         type=float,
         metavar="L",
-        help="instead of --rate: share of what memory can serve (the bound)",
+        help="instead of --rate: share of what memory can serve",
     )
     add("--cv", type=float, default=1.7, metavar="C", help="variation of the gaps, 1: Poisson (default: 1.7)")
     add("--policy", default=DEFAULT_POLICIES, metavar="P[,P...]", help="NAME or NAME(max_num_seqs=40,...)")

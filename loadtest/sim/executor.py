@@ -40,6 +40,7 @@ class TimedExecutor:
 
     def execute(self, plan: BatchPlan) -> StepResult:
         """The plan's tokens and its duration, copies that it waits for included."""
+        assert not plan.streams, "streamed blocks have no cost here yet"
         last = self._last_index
         for seq_id in plan.released:
             del last[seq_id]

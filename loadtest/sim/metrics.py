@@ -108,7 +108,7 @@ def summarise(
     """One policy's part of the result file."""
     arrivals = [request.arrival_s for request in requests]
     times = trajectory.token_times
-    report, wall = trajectory.report, trajectory.wall
+    report, cpu = trajectory.report, trajectory.cpu
     tokens = max(1, sum(map(len, times)))
     return {
         **asdict(measure(arrivals, times, tpot_slo_s, ttft_slo_s)),
@@ -126,34 +126,48 @@ def summarise(
         "mean_batch": trajectory.mean_batch,
         "cost_model_error": trajectory.cost_error_median,
         "window": asdict(measure_window(arrivals, times, tpot_slo_s, ttft_slo_s)),
-        "wall_us_per_token": {
-            "plan": 1e6 * wall.plan / tokens,
-            "execute": 1e6 * wall.execute / tokens,
-            "finish": 1e6 * wall.finish / tokens,
-            "all": 1e6 * wall.total / tokens,
+        "cpu_us_per_token": {
+            "plan": 1e6 * cpu.plan / tokens,
+            "execute": 1e6 * cpu.execute / tokens,
+            "finish": 1e6 * cpu.finish / tokens,
+            "all": 1e6 * cpu.total / tokens,
         },
-        "wall_plan_mean_ms": 1e3 * wall.plan / max(1, report.num_steps),
-        "wall_plan_worst_ms": 1e3 * wall.worst_plan,
+        "cpu_plan_mean_ms": 1e3 * cpu.plan / max(1, report.num_steps),
+        "cpu_plan_worst_ms": 1e3 * cpu.worst_plan,
     }
 
 
 def bound_tok_s(requests: Sequence[SimRequest], device: Device) -> float:
     """Tokens per second of a schedule that keeps the memory full at every step, with prompts for free and no
-    tail: token k of an output reads prompt + k tokens of KV, and a step's constant part is shared by all that
-    fit. No policy that keeps all KV of those it runs can pass it."""
-    tokens = sum(r.output_tokens for r in requests)
-    read = sum(
-        r.output_tokens * r.prompt_tokens + r.output_tokens * (r.output_tokens + 1) // 2 for r in requests
-    )
+    tail: a step's constant part is shared by all that fit. No policy that keeps all KV of those it runs can
+    pass it."""
+    tokens, read = sum(r.output_tokens for r in requests), context_read(requests)
     constant_s = OVERHEAD_S + device.all_reduce_s[0] + device.weights_s
     capacity = device.pool_bytes / device.model.kv_token_bytes
     return tokens / (read / capacity * constant_s + read * device.kv_token_s)
 
 
-def realised_load(requests: Sequence[SimRequest], bound: float) -> float:
-    """Output tokens that were asked for per second of arrivals, as a share of the bound."""
+def capacity_tok_s(requests: Sequence[SimRequest], device: Device, max_num_seqs: int) -> float:
+    """The bound where no more than `max_num_seqs` run at once, and rows beyond the knee cost time: what load
+    is a share of. The same as the bound where long contexts fill the memory before that."""
+    tokens = sum(r.output_tokens for r in requests)
+    read = context_read(requests)
+    steps = max(read * device.model.kv_token_bytes / device.pool_bytes, tokens / max_num_seqs)
+    linear_s = max(device.weights_s, tokens / steps * device.row_s)
+    return tokens / (steps * (OVERHEAD_S + device.all_reduce_s[0] + linear_s) + read * device.kv_token_s)
+
+
+def context_read(requests: Sequence[SimRequest]) -> int:
+    """Tokens of context that decoding all of it reads: token k of an output reads prompt + k."""
+    return sum(
+        r.output_tokens * r.prompt_tokens + r.output_tokens * (r.output_tokens + 1) // 2 for r in requests
+    )
+
+
+def realised_load(requests: Sequence[SimRequest], capacity: float) -> float:
+    """Output tokens that were asked for per second of arrivals, as a share of `capacity`."""
     span = requests[-1].arrival_s
-    return sum(r.output_tokens for r in requests) / span / bound if span > 0.0 else float("inf")
+    return sum(r.output_tokens for r in requests) / span / capacity if span > 0.0 else float("inf")
 
 
 def _serve(arrival_s: float, times: Floats, slo_s: float, ttft_slo_s: float | None) -> _Served:

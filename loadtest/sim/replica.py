@@ -10,7 +10,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from time import perf_counter
+from time import thread_time
 
 from ellm.loadtest.sim.workload import SimRequest
 from ellm.worker.api.errors import EllmError
@@ -32,8 +32,8 @@ class SimulationError(EllmError):
 
 
 @dataclass(slots=True)
-class WallTime:
-    """Seconds of this machine, by part."""
+class CpuTime:
+    """Seconds that this machine spent, by part."""
 
     plan: float = 0.0  # EngineCore.begin_step
     execute: float = 0.0
@@ -52,7 +52,7 @@ class Trajectory:
     uncached_ratio: float  # mean over time
     mean_batch: float  # decode rows per step
     cost_error_median: float  # relative, of the engine's own cost model, over the last steps
-    wall: WallTime = field(default_factory=WallTime)
+    cpu: CpuTime = field(default_factory=CpuTime)
 
 
 class Replica:
@@ -79,7 +79,7 @@ class Replica:
         self._outstanding: deque[BatchPlan] = deque()
         self._running: StepResult | None = None  # of the first outstanding plan
         self._ends_at = 0.0
-        self._wall = WallTime()
+        self._cpu = CpuTime()
         self._num_steps = 0
         self._num_decode = 0
         self._without_time = 0
@@ -88,7 +88,7 @@ class Replica:
 
     def run(self) -> Trajectory:
         """Until every request has ended. Raises SimulationError if the engine does not get on."""
-        begun = perf_counter()
+        begun = thread_time()
         core, requests = self._core, self._requests
         now, arrived = 0.0, 0
         while True:
@@ -109,7 +109,7 @@ class Replica:
                 )
             else:
                 break
-        self._wall.total = perf_counter() - begun
+        self._cpu.total = thread_time() - begun
         self._on_tokens(sum(map(len, self._times.values())))
         return Trajectory(
             token_times=list(self._times.values()),
@@ -118,7 +118,7 @@ class Replica:
             uncached_ratio=self._uncached_s / self._reported_at if self._reported_at else 0.0,
             mean_batch=self._num_decode / max(1, self._num_steps),
             cost_error_median=core.cost_model.error_median,
-            wall=self._wall,
+            cpu=self._cpu,
         )
 
     def _submit(self, index: int, now: float) -> None:
@@ -139,15 +139,15 @@ class Replica:
 
     def _plan(self, now: float) -> None:
         """Plan as far as the core goes; the first plan starts at once."""
-        wall = self._wall
+        cpu = self._cpu
         while True:
-            start = perf_counter()
+            start = thread_time()
             plan = self._core.begin_step(now)
-            taken = perf_counter() - start
-            wall.plan += taken
+            taken = thread_time() - start
+            cpu.plan += taken
             if plan is None:
                 return
-            wall.worst_plan = max(wall.worst_plan, taken)
+            cpu.worst_plan = max(cpu.worst_plan, taken)
             if self._on_plan is not None:
                 self._on_plan(plan, now)
             self._outstanding.append(plan)
@@ -155,13 +155,13 @@ class Replica:
                 self._start(plan, now)
 
     def _start(self, plan: BatchPlan, now: float) -> None:
-        start = perf_counter()
+        start = thread_time()
         self._running = self._executor.execute(plan)
-        self._wall.execute += perf_counter() - start
+        self._cpu.execute += thread_time() - start
         elapsed_s = self._running.elapsed_s
         self._ends_at = now + elapsed_s
         self._without_time = 0 if elapsed_s > 0.0 else self._without_time + 1
-        if self._without_time > _STUCK_AFTER:
+        if self._without_time > _STUCK_AFTER:  # it would go on for ever
             raise SimulationError(f"stuck at {now:.3f} s: {_STUCK_AFTER} steps took no time")
 
     def _finish(self, now: float) -> None:
@@ -171,9 +171,9 @@ class Replica:
         self._running = None
         if self._outstanding:
             self._start(self._outstanding[0], now)
-        start = perf_counter()
+        start = thread_time()
         outputs = self._core.finish_step(plan, result, now)
-        self._wall.finish += perf_counter() - start
+        self._cpu.finish += thread_time() - start
         times = self._times
         for output in outputs:
             times[output.request_id].append(now)

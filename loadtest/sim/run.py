@@ -18,7 +18,7 @@ from typing import Any
 
 from ellm.loadtest.sim.device import Device, profile
 from ellm.loadtest.sim.executor import TimedExecutor
-from ellm.loadtest.sim.metrics import bound_tok_s, realised_load, summarise
+from ellm.loadtest.sim.metrics import bound_tok_s, capacity_tok_s, realised_load, summarise
 from ellm.loadtest.sim.presets import find_gpu, find_model
 from ellm.loadtest.sim.replica import Replica
 from ellm.loadtest.sim.workload import LENGTHS, SimRequest, at_rate, make_requests, with_arrivals
@@ -42,7 +42,7 @@ class Setting:
     workload: str = "sharegpt"  # or a trace file
     num_requests: int = 600
     rate: float | None = None  # requests per second; one of rate and load, or neither for a trace
-    load: float | None = None  # share of the bound
+    load: float | None = None  # share of capacity
     cv: float = 1.7
     tpot_slo_ms: float = 50.0
     ttft_slo_ms: float | None = None
@@ -87,7 +87,7 @@ class Setting:
         if self.rate is not None and self.load is not None:
             raise ConfigError("--rate and --load are two ways to say the same: give one")
         if self.rate is None and self.load is None and self.workload in LENGTHS:
-            raise ConfigError("give --rate (requests per second) or --load (share of the bound)")
+            raise ConfigError("give --rate (requests per second) or --load (share of capacity)")
         self.device.check()
 
     def scheduler(self, policy: str) -> SchedulerConfig:
@@ -113,25 +113,25 @@ class Offered:
     requests: list[SimRequest]
     num_left_out: int  # of a trace: longer than the pool
     bound_tok_s: float
-    load: float  # realised: output tokens asked for per second, as a share of the bound
+    load: float  # realised: output tokens asked for per second, as a share of capacity
 
 
 def offer(setting: Setting, seed: int) -> Offered:
-    """The requests of this seed. A load is turned into a rate by the bound of the lengths that were drawn."""
+    """The requests of this seed; a load becomes a rate by the capacity for the lengths that were drawn."""
     device = setting.device
     requests, left_out = make_requests(
         setting.workload, setting.num_requests, seed, device.limits().num_blocks * device.block_size
     )
-    bound = bound_tok_s(requests, device)
+    capacity = capacity_tok_s(requests, device, setting.max_num_seqs)
     rate = setting.rate
     if setting.load is not None:
-        rate = setting.load * bound / fmean(request.output_tokens for request in requests)
+        rate = setting.load * capacity / fmean(request.output_tokens for request in requests)
     if setting.workload in LENGTHS:
         assert rate is not None
         requests = with_arrivals(requests, rate, setting.cv, seed)
     elif rate is not None:
         requests = at_rate(requests, rate)
-    return Offered(requests, left_out, bound, realised_load(requests, bound))
+    return Offered(requests, left_out, bound_tok_s(requests, device), realised_load(requests, capacity))
 
 
 def make_core(setting: Setting, policy: str, *, shares: bool = False) -> EngineCore:

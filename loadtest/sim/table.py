@@ -53,7 +53,7 @@ def headline(result: dict[str, Any]) -> list[str]:
     count, seeds = len(result["requests"]["output_tokens"]), ", ".join(map(str, result["seeds"]))
     lines = [
         f"{s['model']} on {gpus}, {s['workload']}: {count} requests at {result['rate']:.3g} req/s, "
-        f"load {result['load']:.3g} of the bound, cv {s['cv']:g}, seeds {seeds}",
+        f"load {result['load']:.3g} of capacity, cv {s['cv']:g}, seeds {seeds}",
         f"SLO {s['tpot_slo_ms']:g} ms = {result['slo_over_full_step']:.2f} x a step at full memory "
         f"({1e3 * result['full_step_s']:.1f} ms); KV pool {result['capacity_tokens']:,} tokens = "
         f"{result['pool_over_weights']:.3g} x the weights; host {s['host_gb']:g} GB",
