@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
@@ -21,57 +19,22 @@ from ellm.worker.api.config import WorkerConfig
 from ellm.worker.engine.plan import BatchPlan, ModelLimits, StepResult
 from ellm.worker.executor.copies import Copier, EndedCopies
 from ellm.worker.executor.host_tier import HostTier, make_host_tier
+from ellm.worker.executor.loaded_model import LoadedModel, load_model, weight_bytes
 from ellm.worker.executor.memory import PeakMemory, available_bytes
-from ellm.worker.executor.pool_size import MemoryBudget, PoolSize, size_pool
-from ellm.worker.executor.resolve import (
-    resolve_device,
-    resolve_dtype,
-    resolve_max_model_len,
-    select_ops,
-)
+from ellm.worker.executor.pool_size import MemoryBudget, PoolSize, check_transient, size_pool
+from ellm.worker.executor.resolve import resolve_device, select_ops
 from ellm.worker.executor.warm_up import largest_plans, step_kinds
 from ellm.worker.model.architecture import Architecture
 from ellm.worker.model.cuda_host_pool import NUM_BUFFERS
-from ellm.worker.model.hub import local_folder
-from ellm.worker.model.inspect import check_weights, read_architecture
 from ellm.worker.model.kv_cache import KVCache, block_bytes, transient_bytes
-from ellm.worker.model.layers import CausalModel
-from ellm.worker.model.llama import LlamaModel
-from ellm.worker.model.loader import Progress, WeightReader, no_progress
-from ellm.worker.model.opt import OptModel
+from ellm.worker.model.loader import Progress, no_progress
 from ellm.worker.model.runner import ModelRunner
-from ellm.worker.model.weights import expected_shapes
 
 log = logging.getLogger(__name__)
 
 _NONE_ENDED = EndedCopies()
-_Build = Callable[[Ops, Architecture, WeightReader, int], CausalModel]
-_MODELS: dict[str, _Build] = {"llama": LlamaModel, "opt": OptModel}
 
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """Weights on the device, and what was decided on the way."""
-
-    model: CausalModel
-    arch: Architecture
-    max_model_len: int  # tokens
-    dtype: torch.dtype
-    device: torch.device
-
-
-def load_model(config: WorkerConfig, ops: Ops, device: torch.device, progress: Progress) -> LoadedModel:
-    """Find, check and read the checkpoint. Raises ConfigError naming what cannot work."""
-    folder = local_folder(config.model.path, config.model.revision)
-    arch = read_architecture(folder)
-    entries = check_weights(folder, arch)
-    dtype = resolve_dtype(config.model.dtype, arch, device)
-    max_model_len = resolve_max_model_len(config.model.max_model_len, arch)
-    reader = WeightReader(entries, dtype, device, progress)
-    with torch.inference_mode():
-        model = _MODELS[arch.family](ops, arch, reader, max_model_len)
-    reader.close()
-    return LoadedModel(model, arch, max_model_len, dtype, device)
+_NONE_ENDED = EndedCopies()
 
 
 class LocalExecutor:
@@ -106,8 +69,9 @@ class LocalExecutor:
         available, host_available = available_bytes(device), available_bytes(torch.device("cpu"))
         loaded = load_model(config, ops, device, report)
         max_model_len = loaded.max_model_len
-        activations = _warm_up(config, loaded, ops, report)
-        budget = _budget(config, loaded, activations, available, host_available)
+        budget = _budget(config, loaded, available, host_available)
+        check_transient(config.cache, budget)
+        budget = replace(budget, activations=_warm_up(config, loaded, ops, report))
         asked = config.model.max_model_len is not None
         size = size_pool(config.cache, budget, max_model_len, may_shorten=not asked)
         if size.max_model_len < max_model_len:
@@ -194,29 +158,20 @@ def _limits(config: WorkerConfig, arch: Architecture, size: PoolSize, budget: Me
     )
 
 
-def _budget(
-    config: WorkerConfig, loaded: LoadedModel, activations: int, available: int, host_available: int
-) -> MemoryBudget:
+def _budget(config: WorkerConfig, loaded: LoadedModel, available: int, host_available: int) -> MemoryBudget:
+    """All but the activations, which are yet to be measured."""
     cache, on_cpu = config.cache, loaded.device.type == "cpu"
     block = block_bytes(loaded.arch, cache.block_size, loaded.dtype)
     return MemoryBudget(
         available=available,
-        weights=_weight_bytes(loaded),
-        activations=activations,
+        weights=weight_bytes(loaded),
+        activations=0,
         block=block,
         on_cpu=on_cpu,
         transient=cache.transient_blocks * transient_bytes(loaded.arch, cache.block_size, loaded.dtype),
         host_available=host_available,
         host_buffers=0 if on_cpu or not cache.host_bytes else NUM_BUFFERS * block,
     )
-
-
-def _weight_bytes(loaded: LoadedModel) -> int:
-    arch = loaded.arch
-    elements = sum(math.prod(shape) for shape in expected_shapes(arch).values())
-    if arch.tie_word_embeddings and loaded.device.type == "cpu":
-        elements += arch.vocab_size * arch.embed_dim  # the head's packed copy
-    return elements * loaded.dtype.itemsize
 
 
 def _cache(config: WorkerConfig, loaded: LoadedModel, num_blocks: int) -> KVCache:

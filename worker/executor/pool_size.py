@@ -94,6 +94,17 @@ def size_pool(cache: CacheConfig, budget: MemoryBudget, max_model_len: int, *, m
     return PoolSize(num_blocks, min(max_model_len, fits), tuple(memory), num_host_blocks)
 
 
+def check_transient(cache: CacheConfig, budget: MemoryBudget) -> None:
+    """Before they are allocated. Raises ConfigError where the transient blocks alone exceed the memory."""
+    free = budget.available - budget.fixed + budget.transient
+    if budget.transient > free:
+        raise ConfigError(
+            f"cache.transient_blocks = {cache.transient_blocks} takes {_mib(budget.transient)} and "
+            f"{_mib(max(0, free))} are left",
+            param="cache.transient_blocks",
+        )
+
+
 def _host_blocks(cache: CacheConfig, budget: MemoryBudget, num_blocks: int) -> int:
     """Whole blocks of the host tier. Raises ConfigError for one that does not fit, or holds no block."""
     if not cache.host_bytes:

@@ -8,7 +8,7 @@ import pytest
 
 from ellm.worker.api.config import CacheConfig
 from ellm.worker.api.errors import ConfigError
-from ellm.worker.executor.pool_size import CPU_DEFAULT_POOL_BYTES, MemoryBudget, size_pool
+from ellm.worker.executor.pool_size import CPU_DEFAULT_POOL_BYTES, MemoryBudget, check_transient, size_pool
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -103,3 +103,11 @@ def test_a_host_tier_that_does_not_fit_is_refused(
     with pytest.raises(ConfigError, match=message) as caught:
         size_pool(CacheConfig(host_bytes=host_bytes), budget, 1024, may_shorten=True)
     assert caught.value.param == "cache.host_bytes"
+
+
+def test_transient_blocks_that_do_not_fit_are_refused() -> None:
+    cache = CacheConfig(transient_blocks=7)
+    check_transient(cache, replace(GPU, transient=62 * GIB))
+    with pytest.raises(ConfigError, match="transient_blocks = 7 takes 63489 MiB and 63488 MiB") as caught:
+        check_transient(cache, replace(GPU, transient=62 * GIB + MIB))
+    assert caught.value.param == "cache.transient_blocks"
