@@ -51,6 +51,14 @@ class Scheduler:
     def schedule(self, now: float, *, idle: bool) -> ScheduledStep | None:
         """The next plan, or None if no sequence can take a step now. At most one plan is outstanding; `idle`:
         none is, so that a plan may do nothing but wait for copies."""
+        totals = self._state.totals
+        stopped = totals.num_parks + totals.num_preemptions
+        step = self._write(now, idle=idle)
+        if step is None and idle and totals.num_parks + totals.num_preemptions > stopped:
+            step = self._write(now, idle=idle)  # what they gave up is there now
+        return step
+
+    def _write(self, now: float, *, idle: bool) -> ScheduledStep | None:
         state, policy = self._state, self._policy
         policy.prepare(now)
         draft = _Draft()
@@ -115,7 +123,7 @@ class Scheduler:
         not in this step."""
         state, policy = self._state, self._policy
         while not state.pool.num_available:
-            if state.pending_blocks:  # on their way back: nobody else need go
+            if state.pending_blocks or policy.blocks_coming():  # on their way back: nobody else need go
                 return False
             if policy.reclaim(now):
                 continue
@@ -177,7 +185,10 @@ class Scheduler:
             state.waiting.pop()
             self._residency.start(seq, found, now)
             self._policy.admitted(seq, now)
-            rows -= self._plan_chunk(draft, seq, rows)
+            limit = rows
+            if seq.first_token_at is not None:
+                limit = min(rows, self._policy.restore_rows(state, len(draft.decode), now))
+            rows -= self._plan_chunk(draft, seq, limit)
 
     def _seal(self, draft: _Draft, *, idle: bool) -> ScheduledStep | None:
         state, copies = self._state, self._state.copies

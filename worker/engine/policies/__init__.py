@@ -9,8 +9,10 @@ from ellm.worker.api.errors import ConfigError
 from ellm.worker.engine.policies.adaptive import Adaptive
 from ellm.worker.engine.policies.base import Policy
 from ellm.worker.engine.policies.full_chunked import FullChunked
+from ellm.worker.engine.policies.full_offload import FullOffload
 from ellm.worker.engine.policies.full_predictive import FullPredictive
 from ellm.worker.engine.policies.full_recompute import FullRecompute
+from ellm.worker.engine.policies.full_swap import FullSwap
 from ellm.worker.engine.policies.spec import Value, bind, override, parse_spec, split_specs
 
 __all__ = ["POLICIES", "Policy", "make_policy", "resolve_config", "split_specs"]
@@ -19,8 +21,10 @@ __all__ = ["POLICIES", "Policy", "make_policy", "resolve_config", "split_specs"]
 POLICIES: dict[str, Callable[..., Policy]] = {
     "adaptive": Adaptive,
     "full-chunked": FullChunked,
+    "full-offload": FullOffload,
     "full-predictive": FullPredictive,
     "full-recompute": FullRecompute,
+    "full-swap": FullSwap,
 }
 
 

@@ -95,6 +95,9 @@ class Adaptive(Policy):
             return False
         return self.foresight.admits(seq, now)
 
+    def blocks_coming(self) -> bool:
+        return any(seq.num_outstanding for seq in self.state.parked)
+
     def reclaim(self, now: float) -> bool:
         return self._release(1) > 0
 

@@ -54,6 +54,10 @@ class Policy:
             return True
         return num_blocks + state.watermark_blocks <= state.pool.num_available
 
+    def blocks_coming(self) -> bool:
+        """Blocks are on their way back that a policy has seen to: nobody else need go for want of them."""
+        return False
+
     def reclaim(self, now: float) -> bool:
         """A running sequence needs a block and there is none: free one or more without stopping anybody.
         False if that is not possible: then `victim` is asked."""
