@@ -17,6 +17,7 @@ BENCHMARKS = {
     "engine": ("ellm.loadtest.engine_bench", ["--rounds", "2"]),
     "core": ("ellm.loadtest.core_cost", []),
     "data-path": ("ellm.loadtest.data_path_cost", []),
+    "start": ("ellm.loadtest.serve_start", ["--runs", "1"]),
     "http": ("ellm.loadtest.http_cost", ["--rounds", "1", "--tokens", "256"]),
 }
 

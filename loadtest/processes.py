@@ -48,6 +48,15 @@ def process_use(pid: int) -> ProcessUse | None:
     return ProcessUse(pid, command, (int(fields[11]) + int(fields[12])) * TICK_S, peak)
 
 
+def unique_bytes(pid: int) -> int:
+    """Resident memory that no other process shares (USS), now, from smaps_rollup; 0 for one that is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
+
+
 def tree_use(root: int) -> dict[int, ProcessUse]:
     """Use of every process below `root`, by pid."""
     uses = (process_use(pid) for pid in process_tree(root))
@@ -67,6 +76,7 @@ def label(command: str) -> str:
         "log_monitor",
         "runtime_env_agent",
         "resource_tracker",
+        "autoscaler",
     ):
         if mark in command:
             return mark.split("/")[-1]
