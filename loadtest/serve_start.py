@@ -160,6 +160,7 @@ def one_run(workers: int, port: int) -> dict[str, Any]:
         "--port",
         str(port),
     ]
+    load = os.getloadavg()[0]
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     memory = Memory(process.pid)
@@ -177,6 +178,7 @@ def one_run(workers: int, port: int) -> dict[str, Any]:
         for pid, role in memory.roles.items()
     ]
     return {
+        "load_before": load,
         "ready_s": ready_s,
         "first_token_s": first,
         "stop_s": stop_s,
@@ -226,15 +228,17 @@ def main() -> int:
         print(
             f"run {index + 1}: ready after {runs[-1]['ready_s']:.1f} s, gone {runs[-1]['stop_s']:.1f} s later"
         )
-    each = ", ".join(f"{run['ready_s']:.1f} s" for run in runs)
+    each = ", ".join(
+        f"{run['ready_s']:.1f} s (load average before it {run['load_before']:.1f})" for run in runs
+    )
     result = Result(
         name=arguments.name,
         title="Start of `ellm serve`, and its memory",
         about=(
             f"`ellm serve --workers {arguments.workers}` on the bundled model, from the command to its "
-            '"Ready" line; then completions on all workers, and SIGINT until the command has ended. After '
-            "every run it is checked that no process is left. Peak RSS is the kernel's high-water mark, in "
-            "which memory that processes share counts for each of them; own is what none shares (USS), read "
+            '"Ready" line; then a completion, four a worker at once, and SIGINT until the command has ended. '
+            "After every run it is checked that no process is left. Peak RSS is the kernel's high-water mark, "
+            "in which memory that processes share counts for each of them; own is what none shares (USS), read "
             "while serving. Processes that ended during the start are counted too."
         ),
         command=command_line("ellm.loadtest.serve_start"),
