@@ -60,12 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ellm.deploy.progress import Progress
     from ellm.loadtest.sim.plots import check_plot, plot
-    from ellm.loadtest.sim.run import simulate_all
+    from ellm.loadtest.sim.run import prepare, simulate_all
     from ellm.loadtest.sim.table import headline, table
 
     policies, seeds = _policies(args.policy), _seeds(args.seed)
     setting = _setting(args)
-    setting.check()
+    study = prepare(setting, policies, seeds)
     for path in (args.json, args.plot):
         _check_folder(path)
     if args.plot:
@@ -74,9 +74,7 @@ def run(args: argparse.Namespace) -> int:
     what = f"{len(policies)} policies, {len(seeds)} seeds" if len(seeds) > 1 else f"{len(policies)} policies"
     with progress.phase(f"Simulating {what}") as phase:
         result = simulate_all(
-            setting,
-            policies,
-            seeds,
+            study,
             jobs=max(1, args.jobs),
             on_progress=lambda share: phase.note(bar(share)),
         )
@@ -99,7 +97,7 @@ def bar(share: float) -> str:
 def _setting(args: argparse.Namespace) -> Any:
     from dataclasses import fields
 
-    from ellm.loadtest.sim.run import Setting
+    from ellm.loadtest.sim.setting import Setting
 
     names = {field.name for field in fields(Setting)} & set(vars(args))
     return Setting(**{name: getattr(args, name) for name in names})

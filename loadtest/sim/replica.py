@@ -48,7 +48,7 @@ class Trajectory:
 
     token_times: list[array[float]]  # by request, seconds of simulated time
     report: WorkerReport
-    duration_s: float  # until the last token
+    duration_s: float  # until the last step has ended
     uncached_ratio: float  # mean over time
     mean_batch: float  # decode rows per step
     cost_error_median: float  # relative, of the engine's own cost model, over the last steps
