@@ -38,6 +38,13 @@ ROLES = {
 }
 FIRST = ("command", "driver", "router", "supervisor", "rank", "haproxy")  # the others by size
 
+ABOUT = """\
+`ellm serve --workers {workers}` on the bundled model, from the command to its "Ready" line; then a
+completion, four a worker at once, and SIGINT until the command has ended. After every run it is checked
+that no process is left. Peak RSS is the kernel's high-water mark, in which memory that processes share
+counts for each of them; own is what none shares (USS), read while serving. Processes that ended during the
+start are counted too."""
+
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -234,13 +241,7 @@ def main() -> int:
     result = Result(
         name=arguments.name,
         title="Start of `ellm serve`, and its memory",
-        about=(
-            f"`ellm serve --workers {arguments.workers}` on the bundled model, from the command to its "
-            '"Ready" line; then a completion, four a worker at once, and SIGINT until the command has ended. '
-            "After every run it is checked that no process is left. Peak RSS is the kernel's high-water mark, "
-            "in which memory that processes share counts for each of them; own is what none shares (USS), read "
-            "while serving. Processes that ended during the start are counted too."
-        ),
+        about=ABOUT.format(workers=arguments.workers),
         command=command_line("ellm.loadtest.serve_start"),
         rows=rows_of(runs),
         notes=[f"ready after {each}, one run after the other"],
