@@ -90,7 +90,11 @@ def simulate(setting: Setting, policy: str, seed: int, on_tokens: OnTokens | Non
         ttft_slo_s=ttft_slo_s,
         on_tokens=on_tokens,
     )
-    trajectory = replica.run()
+    try:
+        trajectory = replica.run()
+    except Exception as error:
+        error.add_note(f"simulating {policy}, seed {seed}, {setting}")
+        raise
     figures = summarise(requests, trajectory, tpot_slo_s, ttft_slo_s)
     return {
         **figures,
@@ -154,7 +158,7 @@ def run_tasks(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number of the task, its figures) as they end, from `jobs` processes. With one, `on_tokens` hears now
     and then how many tokens the present task has."""
-    if jobs <= 1 or len(tasks) == 1:
+    if jobs <= 1 or len(tasks) <= 1:
         for i, task in enumerate(tasks):
             yield i, simulate(*task, on_tokens=_rarely(on_tokens) if on_tokens else None)
         return
