@@ -81,22 +81,10 @@ def test_what_has_been_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_sweep_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "--loads",
-        "1.2",
-        "--slo-ratios",
-        "1.5",
-        "--seeds",
-        "1",
-        "2",
-        "--num-requests",
-        "12",
-        "--kv-bytes",
-        "4e9",
-        "--name",
-        "tiny",
-    ]
-    assert sweep.main([*words, "--baselines", "full-chunked", "full-recompute", "--out", str(tmp_path)]) == 0
+    words = (
+        "--loads 1.2 --slo-ratios 1.5 --seeds 1 2 --num-requests 12 --kv-bytes 4e9 --name tiny --baselines"
+    )
+    assert sweep.main([*words.split(), "full-chunked", "full-recompute", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*-tiny.json")
     result = json.loads(path.read_text())
     assert len(result["rows"]) == 1
