@@ -18,7 +18,12 @@ def play_with(policy: str, seed: int) -> EngineDriver:
     rng = Random(seed)
     setting = make_setting(rng, rng.choice([1.0, 1.3, 2.0, 4.0]))
     host_blocks = rng.choice([0, 3, 20, 200])
-    limits = replace(setting.limits, num_host_blocks=host_blocks, block_bytes=1000 if host_blocks else 0)
+    limits = replace(
+        setting.limits,
+        num_host_blocks=host_blocks,
+        block_bytes=1000 if host_blocks else 0,
+        num_transient_blocks=rng.choice([5, 50]),
+    )
     slo_ms = rng.choice([None, 5.0, 13.0, 20.0, 100.0])
     scheduler = replace(setting.scheduler, policy=policy, tpot_slo_ms=slo_ms)
     setting = replace(setting, limits=limits, scheduler=scheduler)
@@ -34,7 +39,10 @@ def play_with(policy: str, seed: int) -> EngineDriver:
     return driver
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+LITERAL = ["literal(0)", "literal(0.3)", "literal(0.6, stream=0.5)", "literal(0.5, stream=1.0)"]
+
+
+@pytest.mark.parametrize("policy", [*sorted(set(POLICIES) - {"literal"}), *LITERAL])
 def test_tokens_do_not_depend_on_the_policy(policy: str) -> None:
     for seed in range(60):
         driver = play_with(policy, seed)

@@ -7,10 +7,9 @@ from dataclasses import replace
 from random import Random
 
 import pytest
-from support.engine_driver import LIMITS, EngineDriver, request, run_alone
+from support.engine_driver import LIMITS, EngineDriver, plain, request, run_alone
 from support.engine_scenarios import make_script, make_setting, output_length, play
 
-from ellm.worker.api.config import SchedulerConfig
 from ellm.worker.cache.block_pool import BlockPool
 from ellm.worker.cache.prefix_index import PrefixIndex
 from ellm.worker.engine.plan import BatchPlan
@@ -23,7 +22,7 @@ from ellm.worker.engine.state import EngineState
 def test_nobody_starves_while_others_keep_coming(num_blocks: int, depth: int) -> None:
     """More work comes than the engine can do, for a thousand turns. Each request still ends within the time
     that those before it need one after the other, with a turn lost for each block that was waited for."""
-    config = SchedulerConfig(max_step_tokens=32, max_num_seqs=16, pipeline_depth=depth, watermark=0.0)
+    config = plain(max_step_tokens=32, max_num_seqs=16, pipeline_depth=depth, watermark=0.0)
     limits = replace(LIMITS, num_blocks=num_blocks)
     driver, rng = EngineDriver(limits, scheduler=config, check=False), Random(num_blocks)
     ahead, bound, ended = 0, dict[str, int](), dict[str, int]()
@@ -48,7 +47,7 @@ def test_nobody_starves_while_others_keep_coming(num_blocks: int, depth: int) ->
 
 def test_priorities_do_not_stop_those_who_run() -> None:
     """The better priority goes first at the door; who is inside comes to its end."""
-    driver = EngineDriver(scheduler=SchedulerConfig(max_num_seqs=2))
+    driver = EngineDriver(scheduler=plain(max_num_seqs=2))
     driver.add(request("low", max_tokens=30, ignore_eos=True, priority=9))
     driver.turn()
     for turn in range(60):
@@ -146,7 +145,7 @@ def rows_of(plan: BatchPlan) -> list[tuple[int, int, int, list[int]]]:
 
 def test_no_decision_depends_on_a_length_to_come() -> None:
     """Two worlds that differ only in how long outputs will be: the same plans until the first one ends."""
-    config = SchedulerConfig(max_step_tokens=24, max_num_seqs=12)
+    config = plain(max_step_tokens=24, max_num_seqs=12)
     worlds = []
     for shift in (0, 1):
         driver = EngineDriver(

@@ -16,7 +16,13 @@ from ellm.worker.executor.simulated_link import LinkSpeed
 
 def with_host(setting: Setting, rng: Random) -> Setting:
     blocks = rng.choice([0, 3, 20, 200])
-    limits = replace(setting.limits, num_host_blocks=blocks, block_bytes=1000 if blocks else 0)
+    transient = rng.choice([0, 5, 100])
+    limits = replace(
+        setting.limits,
+        num_host_blocks=blocks,
+        block_bytes=1000 if blocks else 0,
+        num_transient_blocks=transient,
+    )
     return replace(setting, limits=limits)
 
 
@@ -57,11 +63,14 @@ def test_tokens_do_not_depend_on_residency(seed: int) -> None:
 
 
 def test_the_scripts_meet_what_they_are_for() -> None:
-    """Parks, restores, saves, loads, drops and failed copies all happen in a handful of scripts."""
+    """Parks, restores, saves, loads, drops, recompute rows and streams happen in a handful of scripts."""
     totals = {"num_parks": 0, "num_restores": 0, "dropped_tokens": 0, "saved_tokens": 0, "loaded_tokens": 0}
-    for seed in range(40):
+    holes = streams = 0
+    for seed in range(80):
         driver = play_at_random(seed)
+        holes += sum(entry.recompute for plan in driver.plans for entry in plan.entries)
+        streams += sum(len(plan.streams) for plan in driver.plans)
         report = driver.core.report(0.0)
         for name in totals:
             totals[name] += getattr(report, name)
-    assert min(totals.values()) > 20, totals
+    assert min(*totals.values(), holes, streams) > 20, (totals, holes, streams)

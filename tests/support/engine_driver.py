@@ -21,6 +21,11 @@ LIMITS = ModelLimits(num_blocks=64, block_size=4, max_model_len=128, vocab_size=
 COSTS = CostModel.known(overhead_s=0.01, row_s=1e-4, kv_token_s=1e-6)
 
 
+def plain(**limits: object) -> SchedulerConfig:
+    """The policy whose decisions a test can foresee, with these limits."""
+    return SchedulerConfig(policy="full-chunked", **limits)  # type: ignore[arg-type]
+
+
 def request(name: str, num_prompt: int = 6, *, seed: int = 0, **fields: object) -> EngineRequest:
     """`num_prompt` tokens made from `seed`; fields of SamplingParams or of EngineRequest."""
     prompt = tuple(1 + (31 * seed + 7 * i + i * i) % 49 for i in range(num_prompt))
@@ -47,7 +52,7 @@ class EngineDriver:
         copy_fails: Callable[[BlockCopy], bool] | None = None,
     ) -> None:
         config = WorkerConfig(
-            scheduler=scheduler or SchedulerConfig(), cache=CacheConfig(prefix_caching=prefix_caching)
+            scheduler=scheduler or plain(), cache=CacheConfig(prefix_caching=prefix_caching)
         )
         self.core = EngineCore(limits, config, policy=policy)
         self.executor = SimulatedExecutor(
@@ -129,7 +134,7 @@ def run_alone(
 ) -> EngineDriver:
     """`one` and nothing else in an engine with room for everything, one plan at a time."""
     roomy = replace(limits, num_blocks=limits.max_model_len)
-    config = SchedulerConfig(max_step_tokens=limits.max_model_len, pipeline_depth=1)
+    config = plain(max_step_tokens=limits.max_model_len, pipeline_depth=1)
     driver = EngineDriver(roomy, scheduler=config, prefix_caching=False, output_length=output_length)
     driver.add(one)
     driver.run()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from support.engine_driver import EOS, EngineDriver
+from support.engine_driver import EOS, EngineDriver, plain
 
 from ellm.worker.api.config import SchedulerConfig
 from ellm.worker.api.request import EngineRequest, SamplingParams
@@ -48,7 +48,7 @@ def make_setting(rng: Random, room: float) -> Setting:
     """`room`: the pool's size in longest requests."""
     block_size, max_len = rng.choice([1, 2, 4, 16]), rng.randint(24, 64)
     num_blocks = -(-int(room * max_len) // block_size)
-    scheduler = SchedulerConfig(
+    scheduler = plain(
         max_num_seqs=rng.choice([1, 2, 4, 8, 8]),
         max_step_tokens=rng.choice([rng.randint(1, 8), rng.randint(8, 80), 80]),
         watermark=rng.choice([0.0, 0.01, 0.2]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from random import Random
 
+from ellm.worker.engine.hole import Hole
 from ellm.worker.engine.policies import Policy
 from ellm.worker.engine.sequence import Sequence
 
@@ -21,6 +22,8 @@ class RandomResidency(Policy):
         for seq in list(self.state.running):
             if seq.gap is not None:
                 self._fill(seq)
+            elif seq.hole is not None or seq.rests or self._rng.random() < 0.1:
+                self._change_hole(seq)
             elif self._rng.random() < 0.1:
                 self.residency.park(seq, now)
         for seq in list(self.state.parked):
@@ -45,6 +48,27 @@ class RandomResidency(Policy):
         """At random, and always where nobody computes it."""
         assert seq.gap is not None
         self.residency.load(seq, self._rng.randint(0, 2))
+
+    def _change_hole(self, seq: Sequence) -> None:
+        """Open a hole, make it larger, or close it, once no plan names the sequence."""
+        full = seq.num_computed // self.state.block_size
+        if seq.num_outstanding:
+            seq.rests = seq.rests or self._rng.random() < 0.3
+            return
+        seq.rests = False
+        if seq.hole is not None and self._rng.random() < 0.2:
+            self.holes.close(seq)
+            return
+        if len(seq.tokens) - seq.num_computed != 1 or not full or self._rng.random() < 0.5:
+            return
+        if seq.num_saved and self._rng.random() < 0.5:
+            full = min(full, seq.num_saved)
+        first, end = sorted((self._rng.randint(0, full), self._rng.randint(0, full)))
+        if seq.hole is not None:
+            first, end = min(first, seq.hole.first), max(end, seq.hole.end)
+        split = self._rng.randint(first, end) if end <= seq.num_saved else end
+        if first < end:
+            self.holes.open(seq, Hole(first, split, end))
 
     def _treat(self, seq: Sequence, now: float) -> None:
         releasable = self.residency.num_releasable(seq)

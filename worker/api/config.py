@@ -28,7 +28,7 @@ class CacheConfig:
 class SchedulerConfig:
     """Limits of one step and of the queue."""
 
-    policy: str = "full-chunked"
+    policy: str = "adaptive"
     max_num_seqs: int = 256
     max_step_tokens: int = 2048  # rows of one step: decode first, then prefill chunks
     max_waiting: int = 4096  # requests; beyond it submission is refused

@@ -45,7 +45,15 @@ class BlockTable:
         pool.release(self.block_ids[-count:])
         self.block_ids = self.block_ids[:-count]
 
+    def replace(self, pool: BlockPool, first: int, transient: Sequence[int]) -> None:
+        """From block `first` on, put transient ids in the place of blocks, which are given back unless they
+        are transient themselves. The list itself is left to the plans that hold it."""
+        end = first + len(transient)
+        former = [block for block in self.block_ids[first:end] if block < pool.num_blocks]
+        self.block_ids = [*self.block_ids[:first], *transient, *self.block_ids[end:]]
+        pool.release(former)
+
     def clear(self, pool: BlockPool) -> None:
         """Give every block back. The list itself is left to the plans that hold it."""
-        pool.release(self.block_ids)
+        pool.release([block for block in self.block_ids if block < pool.num_blocks])
         self.block_ids = []

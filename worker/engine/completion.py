@@ -34,6 +34,9 @@ class Completion:
         block_size, commits = state.block_size, state.indexes
         running, finished = SequenceState.RUNNING, SequenceState.FINISHED
         for entry, seq in zip(step.plan.entries, step.sequences, strict=True):
+            if entry.recompute:  # it left nothing behind; the sequence's other entry stands for both
+                self._state.totals.recomputed_tokens += entry.num_tokens
+                continue
             token = next(tokens) if entry.samples else -1
             before = seq.state
             seq.num_outstanding -= 1

@@ -144,7 +144,7 @@ class EngineCore:
                 SequenceOutput(request.request_id, request.attempt, index, (), "error", error=error)
             )
         while self._outstanding:
-            for seq in self._outstanding.popleft().sequences:
+            for seq in dict.fromkeys(self._outstanding.popleft().sequences):
                 seq.num_outstanding -= 1
                 self._state.plan_returned(seq)
         return outputs

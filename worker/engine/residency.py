@@ -50,7 +50,7 @@ class Residency:
     def start(self, seq: Sequence, found: Found, now: float) -> None:
         """Give `seq`, popped from the queue, blocks for all its known tokens, and let it run."""
         state = self._state
-        self._fill(seq, found)
+        self.fill(seq, found)
         held = seq.num_computed
         if seq.num_cached_tokens is None:
             seq.num_cached_tokens = min(held, seq.num_prompt)
@@ -58,7 +58,7 @@ class Residency:
             if state.prefix_caching:
                 state.totals.prefix_queries += len(seq.tokens)
                 state.totals.prefix_hits += held
-        self._begin_residence(seq)
+        self.begin_residence(seq)
         seq.since = now
         state.start(seq)
 
@@ -66,6 +66,7 @@ class Residency:
         """Pause a running sequence that has no gap. Nothing is given up yet."""
         assert seq.state is SequenceState.RUNNING
         assert seq.gap is None, "a sequence is parked while it is restored"
+        assert seq.hole is None, "a sequence is parked with a hole"
         state = self._state
         state.running.remove(seq)
         state.parked.append(seq)
@@ -106,8 +107,8 @@ class Residency:
             found = self.find(seq)
             if found.num_taken > state.pool.num_available:
                 return False
-            self._fill(seq, found)
-            self._begin_residence(seq)
+            self.fill(seq, found)
+            self.begin_residence(seq)
             state.totals.num_restores += 1
         state.parked.remove(seq)
         seq.state = SequenceState.RUNNING
@@ -126,6 +127,8 @@ class Residency:
             return 0
         while started < limit and len(seq.saved) < min(seq.num_committed, len(seq.table)):
             number = len(seq.saved)
+            if seq.table.block_ids[number] >= state.pool.num_blocks:
+                break  # in its hole: the device does not have it
             known = state.host.index.find(seq.block_hashes[number : number + 1])
             if known and seq.num_saved == number:
                 state.host.reference(known[0])
@@ -206,7 +209,7 @@ class Residency:
             self.close_gap(seq)
         copies.release(entry)
 
-    def _fill(self, seq: Sequence, found: Found) -> None:
+    def fill(self, seq: Sequence, found: Found) -> None:
         """Blocks for all known tokens: those found, those of a later run, fresh ones."""
         state, size = self._state, self._state.block_size
         table, pool = seq.table, state.pool
@@ -248,7 +251,8 @@ class Residency:
                 best = (run, len(places))
         return held + best[0], places[best[0] : best[1]]
 
-    def _begin_residence(self, seq: Sequence) -> None:
+    def begin_residence(self, seq: Sequence) -> None:
+        """Give `seq` a name that the executor learns with the next plan."""
         seq.seq_id = self._next_seq_id
         self._next_seq_id += 1
         request = seq.request

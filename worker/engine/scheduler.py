@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ellm.worker.engine.plan import BatchPlan, PlanEntry
+from ellm.worker.engine.hole import Hole, recompute_entry, streamed_blocks
+from ellm.worker.engine.plan import BatchPlan, PlanEntry, StreamedBlock
 from ellm.worker.engine.policies.base import Policy
 from ellm.worker.engine.residency import Residency
 from ellm.worker.engine.sequence import Sequence, SequenceState
@@ -28,7 +29,7 @@ class ScheduledStep:
 
 @dataclass(slots=True)
 class _Draft:
-    """A plan in the making, in its three parts: decode rows, other single rows, chunks."""
+    """A plan in the making, in its parts: decode rows, other single rows, chunks, recompute rows."""
 
     decode: list[PlanEntry] = field(default_factory=list)
     decode_seqs: list[Sequence] = field(default_factory=list)
@@ -36,6 +37,9 @@ class _Draft:
     single_seqs: list[Sequence] = field(default_factory=list)
     chunks: list[PlanEntry] = field(default_factory=list)
     chunk_seqs: list[Sequence] = field(default_factory=list)
+    holes: list[PlanEntry] = field(default_factory=list)
+    hole_seqs: list[Sequence] = field(default_factory=list)
+    streams: list[StreamedBlock] = field(default_factory=list)
     num_rows: int = 0
 
 
@@ -64,9 +68,10 @@ class Scheduler:
         draft = _Draft()
         preemptions = state.totals.num_preemptions
         prefilling = self._plan_decode_rows(draft, now)
-        num_decode = draft.num_rows = len(draft.decode)
+        num_decode = len(draft.decode)
+        draft.num_rows += num_decode
         rows = min(
-            state.config.max_step_tokens - num_decode,
+            state.config.max_step_tokens - draft.num_rows,
             policy.prefill_rows(state, num_decode, now),
         )
         spare = -1  # rows for those who are being restored; asked for once
@@ -92,6 +97,7 @@ class Scheduler:
         decodes = self._policy.decodes(self._state, now)
         block_size = self._state.block_size
         running = self._state.running
+        most = self._state.config.max_step_tokens
         entries, seqs, prefilling = draft.decode, draft.decode_seqs, []
         index = 0
         while index < len(running):  # its tail may be preempted on the way
@@ -105,10 +111,12 @@ class Scheduler:
             if position + 1 < known or seq.gap is not None:
                 prefilling.append(seq)
                 continue
-            if not decodes:
+            if not decodes or seq.rests or draft.num_rows + len(entries) >= most:
                 continue
             block_ids = seq.table.block_ids
             if position >= len(block_ids) * block_size and not self._grow(seq, now):
+                continue
+            if seq.hole is not None and not self._fill_hole(draft, seq, seq.hole):
                 continue
             token_ids = (seq.tokens[position],) if position < known else ()
             output_index = position + 1 - seq.num_prompt
@@ -117,6 +125,19 @@ class Scheduler:
             seq.num_planned = position + 1
             seq.num_outstanding += 1
         return prefilling
+
+    def _fill_hole(self, draft: _Draft, seq: Sequence, hole: Hole) -> bool:
+        """What fills the hole of `seq` in this step. False: not enough rows are left."""
+        state = self._state
+        rows = hole.num_rows(state.block_size)
+        if draft.num_rows + len(draft.decode) + rows >= state.config.max_step_tokens:
+            return False
+        if rows:
+            draft.holes.append(recompute_entry(seq, hole, state.block_size))
+            draft.hole_seqs.append(seq)
+            draft.num_rows += rows
+        draft.streams.extend(streamed_blocks(seq, hole))
+        return True
 
     def _grow(self, seq: Sequence, now: float) -> bool:
         """One more block for `seq`, taken from the parked, then from the end of the order, if need be. False:
@@ -199,16 +220,18 @@ class Scheduler:
         saves, loads = copies.take_new() if copies is not None else ((), ())
         plan = BatchPlan(
             step=self._next_step,
-            entries=(*draft.decode, *draft.single, *draft.chunks),
+            entries=(*draft.decode, *draft.single, *draft.chunks, *draft.holes),
             new=tuple(state.new),
             released=tuple(state.released),
             num_rows=draft.num_rows,
             num_decode=len(draft.decode),
             saves=saves,
             loads=loads,
+            streams=tuple(draft.streams),
             waits=self._policy.waits_for_copies(),
         )
         self._next_step += 1
         state.released.clear()
         state.new.clear()
-        return ScheduledStep(plan, draft.decode_seqs + draft.single_seqs + draft.chunk_seqs)
+        sequences = draft.decode_seqs + draft.single_seqs + draft.chunk_seqs + draft.hole_seqs
+        return ScheduledStep(plan, sequences)

@@ -12,12 +12,16 @@ is still being sampled.
 from __future__ import annotations
 
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from ellm.worker.api.block_hash import BlockHash, next_hash, root_hash
 from ellm.worker.api.output import TokenLogprobs
 from ellm.worker.api.request import EngineRequest
 from ellm.worker.cache.block_table import BlockTable
 from ellm.worker.engine.gap import Gap
+
+if TYPE_CHECKING:
+    from ellm.worker.engine.hole import Hole
 
 
 class SequenceState(Enum):
@@ -38,6 +42,7 @@ class Sequence:
         "first_token_at",
         "gap",
         "high_water",
+        "hole",
         "late",
         "max_total",
         "min_total",
@@ -51,6 +56,7 @@ class Sequence:
         "order",
         "prompt_logprobs",
         "request",
+        "rests",
         "salt",
         "saved",
         "seq_id",
@@ -79,6 +85,8 @@ class Sequence:
         self.stop_ids = eos.union(sampling.stop_token_ids) if sampling.stop_token_ids else eos
         self.table = BlockTable()
         self.gap: Gap | None = None
+        self.hole: Hole | None = None
+        self.rests = False  # no decode row for now: something is to be done once no plan names it
         self.saved: list[int] = []  # the host's blocks that hold, or will hold, its leading blocks
         self.num_saved = 0  # of them, those that hold them
         self.num_planned = 0

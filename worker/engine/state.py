@@ -62,6 +62,8 @@ class EngineState:
         self.indexes = cache.prefix_caching  # whether full blocks are named; who parks needs it, too
         self.block_size = limits.block_size
         self.pool = BlockPool(limits.num_blocks, limits.block_size)
+        first = limits.num_blocks
+        self.transient = list(range(first + limits.num_transient_blocks - 1, first - 1, -1))  # free ones
         self.host: BlockPool | None = None
         self.copies: Copies | None = None
         if limits.num_host_blocks:
@@ -88,12 +90,15 @@ class EngineState:
     def uncached_tokens(self) -> tuple[int, int]:
         """Known tokens of admitted sequences whose KV was there and is not; known tokens in all."""
         missing = known = 0
+        size = self.block_size
         for seq in self.parked:
             known += len(seq.tokens)
             missing += max(0, min(seq.high_water, len(seq.tokens)) - seq.num_computed)
         for seq in self.running:
             known += len(seq.tokens)
-            if seq.num_computed < seq.high_water:
+            if seq.hole is not None:
+                missing += (seq.hole.end - seq.hole.first) * size
+            elif seq.num_computed < seq.high_water:
                 missing += seq.high_water - seq.num_computed
         return missing, known
 
@@ -172,8 +177,16 @@ class EngineState:
             if self.host is not None:
                 self.host.release([source for source in sources if source >= 0])
 
+    def drop_hole(self, seq: Sequence) -> None:
+        """Its transient blocks are free; what is in their place in the table is the caller's to see to."""
+        hole, seq.hole = seq.hole, None
+        if hole is not None:
+            self.transient.extend(seq.table.block_ids[hole.first : hole.end])
+
     def _release(self, seq: Sequence) -> None:
         self.drop_gap(seq)
+        self.drop_hole(seq)
+        seq.rests = False
         seq.table.clear(self.pool)
         seq.epoch += 1
         seq.num_planned = seq.num_computed = seq.num_committed = 0
@@ -184,15 +197,26 @@ class EngineState:
         self.pool.check()
         self.waiting.check()
         self._check_sequences(outstanding)
-        named = {id(seq): seq for seqs in outstanding for seq in seqs}
+        named = {id(seq): seq for seqs in outstanding for seq in seqs}  # twice, with a hole
         holders = {id(seq): seq for seq in (*self.running, *self.parked)} | named
         counted = Counter(block for seq in holders.values() for block in seq.table.block_ids)
         self._check_host(holders.values(), counted)
+        self._check_transient(holders.values(), counted)
         for block in range(self.pool.num_blocks):
             assert counted[block] == self.pool.references(block), f"block {block}: wrong reference count"
         stays = (SequenceState.RUNNING, SequenceState.PARKED)
         pending = [seq for seq in named.values() if seq.state not in stays]
         assert sum(len(seq.table) for seq in pending) == self.pending_blocks, "wrong number of pending blocks"
+
+    def _check_transient(self, holders: Iterable[Sequence], counted: Counter[int]) -> None:
+        first, count = self.pool.num_blocks, self.limits.num_transient_blocks
+        counted.update(self.transient)
+        assert all(counted[block] == 1 for block in range(first, first + count)), "transient: wrong count"
+        for seq in holders:
+            ids = seq.table.block_ids
+            places = [i for i, block in enumerate(ids) if block >= first]
+            hole = range(seq.hole.first, seq.hole.end) if seq.hole is not None else range(0)
+            assert places == list(hole), "a hole and its table disagree"
 
     def _check_host(self, holders: Iterable[Sequence], counted: Counter[int]) -> None:
         """Add to `counted` the pool's blocks that copies hold; check the host's blocks."""
@@ -215,7 +239,7 @@ class EngineState:
         keys = [seq.key for seq in self.running]
         assert keys == sorted(set(keys)), "running sequences are out of order"
         assert len(self.running) <= self.max_num_seqs, "too many sequences run"
-        plans = Counter(id(seq) for seqs in outstanding for seq in seqs)
+        plans = Counter(name for seqs in outstanding for name in {id(seq) for seq in seqs})
         present = {id(seq) for seq in (*self.running, *self.waiting, *self.parked)}
         assert present == {id(seq) for seq in self.live.values()}, "a live sequence neither runs nor waits"
         for seq in self.waiting:

@@ -35,6 +35,10 @@ _MASK = (1 << 64) - 1
 _EMPTY = 0x243F6A8885A308D3  # digest of no token
 
 
+def _num_slots(limits: ModelLimits) -> int:
+    return (limits.num_blocks + limits.num_transient_blocks) * limits.block_size
+
+
 def _mix(x: int) -> int:
     """A bijection of 64 bits that leaves no pattern (the finaliser of splitmix64, Steele et al. 2014)."""
     x = (x + 0x9E3779B97F4A7C15) & _MASK
@@ -86,7 +90,7 @@ class SimulatedExecutor:
         self._realtime = realtime
         self._eos = frozenset(limits.eos_token_ids)
         self._residents: dict[int, _Resident] = {}
-        self._slots: list[int | None] = [None] * (limits.num_blocks * limits.block_size if verify else 0)
+        self._slots: list[int | None] = [None] * (_num_slots(limits) if verify else 0)
         self._next_step = 0
         self._clock = 0.0
         self._link = SimulatedLink(link or LinkSpeed(), limits.block_bytes)
@@ -111,6 +115,10 @@ class SimulatedExecutor:
             self._write_slots(plan)
             for entry in plan.entries:
                 self._check_slots(entry)
+            first = self._limits.num_blocks * self._limits.block_size
+            self._slots[first:] = [None] * (
+                len(self._slots) - first
+            )  # each layer of each step fills them anew
         token_ids: list[int] = []
         logprobs: dict[int, TokenLogprobs] = {}
         scores: dict[int, tuple[TokenLogprobs, ...]] = {}
@@ -128,6 +136,7 @@ class SimulatedExecutor:
             resident.sampled_by = plan.step
             token_ids.append(token)
         elapsed_s = stall_s + (self._cost_model.predict(step_features(plan)) if plan.entries else 0.0)
+        elapsed_s = max(elapsed_s, self._link.seconds(len(plan.streams)))
         if self._realtime:
             time.sleep(elapsed_s)
         self._clock += elapsed_s
@@ -209,12 +218,13 @@ class SimulatedExecutor:
         entries = plan.entries
         if sum(entry.num_tokens for entry in entries) != plan.num_rows:
             raise PlanViolation("wrong number of rows")
-        if [e.num_tokens > 1 for e in entries] != sorted(e.num_tokens > 1 for e in entries):
-            raise PlanViolation("single rows do not come first")
+        parts = [2 if e.recompute else int(e.num_tokens > 1) for e in entries]
+        if parts != sorted(parts):
+            raise PlanViolation("single rows, chunks and recompute rows are not in this order")
         decode = [entry.num_tokens == 1 and entry.samples for entry in entries]
         if sum(decode) != plan.num_decode or not all(decode[: plan.num_decode]):
             raise PlanViolation("the decode rows are not the first num_decode entries")
-        if len({entry.seq_id for entry in entries}) != len(entries):
+        if len({(entry.seq_id, entry.recompute) for entry in entries}) != len(entries):
             raise PlanViolation("a sequence has two entries")
         for entry in entries:
             self._check_entry(entry, plan.step)
@@ -233,15 +243,28 @@ class SimulatedExecutor:
             raise PlanViolation(f"sequence {entry.seq_id}: the plan before did not sample its input token")
         if entry.samples and (end != known or entry.output_index != known - resident.num_prompt):
             raise PlanViolation(f"sequence {entry.seq_id}: samples at the wrong position")
-        if any(not 0 <= block < self._limits.num_blocks for block in entry.block_ids):
+        last = self._limits.num_blocks + self._limits.num_transient_blocks
+        if any(not 0 <= block < last for block in entry.block_ids):
             raise PlanViolation("a block outside the pool")
+        if entry.recompute:
+            self._check_recompute(entry)
         if end > min(len(entry.block_ids) * self._limits.block_size, self._limits.max_model_len):
             raise PlanViolation(f"sequence {entry.seq_id}: no block for its last row, or past the context")
+
+    def _check_recompute(self, entry: PlanEntry) -> None:
+        size, first = self._limits.block_size, self._limits.num_blocks
+        if entry.start % size or entry.num_tokens % size or entry.samples:
+            raise PlanViolation(f"sequence {entry.seq_id}: recompute rows that are not whole blocks")
+        blocks = entry.block_ids[entry.start // size : (entry.start + entry.num_tokens) // size]
+        if min(blocks) < first:
+            raise PlanViolation(f"sequence {entry.seq_id}: recompute rows over a block of its own")
 
     def _write_slots(self, plan: BatchPlan) -> None:
         """All rows of a step write before any of them reads, as the layers of a model do."""
         size = self._limits.block_size
         written: set[int] = set()
+        if self._memories is not None:
+            self._memories.stream(plan)
         for entry in plan.entries:
             digests = self._residents[entry.seq_id].digests
             for position in range(entry.start, entry.start + entry.num_tokens):

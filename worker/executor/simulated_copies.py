@@ -41,6 +41,13 @@ class CopiedSlots:
             self._before[copy.copy_id] = self._host[copy.host_block]
             self._write(copy.block, [None] * limits.block_size)
 
+    def stream(self, plan: BatchPlan) -> None:
+        """Transient blocks hold what the host has, for this step."""
+        for block in plan.streams:
+            if block.host_block not in self._host:
+                raise PlanViolation(f"block {block.host_block} is streamed and the host does not have it")
+            self._write(block.transient_block, self._host[block.host_block])
+
     def end(self, saves: Sequence[BlockCopy], loads: Sequence[BlockCopy], failed: Sequence[int]) -> None:
         for copy in saves:
             content = self._before.pop(copy.copy_id)

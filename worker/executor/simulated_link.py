@@ -31,6 +31,10 @@ class SimulatedLink:
         self.loads: deque[tuple[float, BlockCopy]] = deque()
         self._free_at = {True: 0.0, False: 0.0}
 
+    def seconds(self, num_blocks: int) -> float:
+        """How long that many blocks take."""
+        return num_blocks * self._seconds
+
     def start(self, copies: Iterable[BlockCopy], now: float, *, save: bool) -> None:
         queue = self.saves if save else self.loads
         for copy in copies:

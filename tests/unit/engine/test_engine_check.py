@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from support.engine_driver import EngineDriver, request
+from support.engine_driver import EngineDriver, plain, request
 
-from ellm.worker.api.config import SchedulerConfig
 from ellm.worker.engine.sequence import SequenceState
 from ellm.worker.engine.state import EngineState
 
 
 def engine_in_use() -> EngineDriver:
     """Two run, with a plan outstanding; one waits; one was aborted while its plan is out."""
-    driver = EngineDriver(scheduler=SchedulerConfig(max_num_seqs=3))
+    driver = EngineDriver(scheduler=plain(max_num_seqs=3))
     for i in range(4):
         driver.add(request(f"r{i}", 9, seed=i, max_tokens=30, ignore_eos=True))
     driver.turn()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from support.engine_driver import EOS, LIMITS, EngineDriver, request
+from support.engine_driver import EOS, LIMITS, EngineDriver, plain, request
 
-from ellm.worker.api.config import SchedulerConfig, WorkerConfig
+from ellm.worker.api.config import WorkerConfig
 from ellm.worker.api.request import EngineRequest
 from ellm.worker.engine.core import EngineCore
 from ellm.worker.engine.plan import BatchPlan, StepResult
@@ -17,7 +17,7 @@ DEPTHS = pytest.mark.parametrize("depth", [1, 2])
 
 def play(tokens: list[int], depth: int, one: EngineRequest) -> tuple[list[int], str | None, int | None]:
     """Run `one` with an executor that says exactly `tokens`; its stream, finish reason and stop token."""
-    core = EngineCore(LIMITS, WorkerConfig(scheduler=SchedulerConfig(pipeline_depth=depth)))
+    core = EngineCore(LIMITS, WorkerConfig(scheduler=plain(pipeline_depth=depth)))
     core.add_request(one, 0.0)
     said, stream, plans = 0, list[int](), list[BatchPlan]()
     reason, stop = None, None
@@ -83,7 +83,7 @@ def test_several_end_of_text_tokens() -> None:
 
 
 def test_a_prompt_can_be_scored_without_a_token() -> None:
-    driver = EngineDriver(scheduler=SchedulerConfig(max_step_tokens=4))
+    driver = EngineDriver(scheduler=plain(max_step_tokens=4))
     driver.add(request("r", 10, max_tokens=0, prompt_logprobs=1))
     driver.run()
     (output,) = driver.outputs["r"]
@@ -93,7 +93,7 @@ def test_a_prompt_can_be_scored_without_a_token() -> None:
 
 
 def test_prompt_scores_ignore_hits_and_come_once() -> None:
-    driver = EngineDriver(scheduler=SchedulerConfig(max_step_tokens=8))
+    driver = EngineDriver(scheduler=plain(max_step_tokens=8))
     driver.add(request("plain", 30, max_tokens=2))
     driver.run()
     driver.add(request("scored", 30, max_tokens=3, prompt_logprobs=0, ignore_eos=True))
@@ -115,7 +115,7 @@ def test_logprobs_come_with_every_token() -> None:
 
 
 def test_a_failure_ends_everything_once() -> None:
-    driver = EngineDriver(scheduler=SchedulerConfig(max_num_seqs=2))
+    driver = EngineDriver(scheduler=plain(max_num_seqs=2))
     for i in range(4):
         driver.add(request(f"r{i}", seed=i, max_tokens=30, ignore_eos=True))
     for _ in range(3):

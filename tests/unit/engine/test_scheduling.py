@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from support.engine_driver import LIMITS, EngineDriver, request
+from support.engine_driver import LIMITS, EngineDriver, plain, request
 
-from ellm.worker.api.config import SchedulerConfig
 from ellm.worker.engine.plan import BatchPlan
 
 
 def driver_of(num_blocks: int = 64, *, prefix_caching: bool = True, **scheduler: object) -> EngineDriver:
     """One plan at a time unless said otherwise."""
-    config = replace(SchedulerConfig(pipeline_depth=1), **scheduler)  # type: ignore[arg-type]
+    config = replace(plain(pipeline_depth=1), **scheduler)  # type: ignore[arg-type]
     return EngineDriver(
         replace(LIMITS, num_blocks=num_blocks), scheduler=config, prefix_caching=prefix_caching
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from support.engine_driver import LIMITS, EngineDriver, request
+from support.engine_driver import LIMITS, EngineDriver, plain, request
 
 from ellm.worker.api.config import SchedulerConfig, WorkerConfig
 from ellm.worker.api.errors import ConfigError, InvalidRequest, PromptTooLong, QueueFull
@@ -88,7 +88,7 @@ def test_a_refused_request_leaves_nothing_behind() -> None:
 
 
 def test_a_full_queue_says_when_to_come_back() -> None:
-    driver = EngineDriver(scheduler=SchedulerConfig(max_waiting=30, max_num_seqs=1))
+    driver = EngineDriver(scheduler=plain(max_waiting=30, max_num_seqs=1))
     for i in range(30):
         driver.add(request(f"r{i}", max_tokens=100))
     with pytest.raises(QueueFull) as refused:
@@ -117,7 +117,7 @@ def test_a_full_queue_says_when_to_come_back() -> None:
 )
 def test_a_setting_that_cannot_work_is_refused(change: dict[str, int]) -> None:
     with pytest.raises(ConfigError) as refused:
-        EngineCore(LIMITS, WorkerConfig(scheduler=replace(SchedulerConfig(), **change)))  # type: ignore[arg-type]
+        EngineCore(LIMITS, WorkerConfig(scheduler=replace(plain(), **change)))  # type: ignore[arg-type]
     assert refused.value.param == f"scheduler.{next(iter(change))}"
 
 

@@ -13,6 +13,7 @@ from ellm.worker.engine.policies.full_offload import FullOffload
 from ellm.worker.engine.policies.full_predictive import FullPredictive
 from ellm.worker.engine.policies.full_recompute import FullRecompute
 from ellm.worker.engine.policies.full_swap import FullSwap
+from ellm.worker.engine.policies.literal import Literal
 from ellm.worker.engine.policies.spec import Value, bind, override, parse_spec, split_specs
 
 __all__ = ["POLICIES", "Policy", "make_policy", "resolve_config", "split_specs"]
@@ -25,6 +26,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "full-predictive": FullPredictive,
     "full-recompute": FullRecompute,
     "full-swap": FullSwap,
+    "literal": Literal,
 }
 
 

@@ -54,22 +54,19 @@ class Adaptive(Policy):
 
     def prepare(self, now: float) -> None:
         state = self.state
-        waiting = state.waiting.peek()
-        if state.parked or waiting is not None or self._shortage() > 0:
-            may_start = waiting is not None and not waiting.num_outstanding
-            if now >= self._next_plan or (
-                may_start and waiting is not None and not self.foresight.is_refused(waiting)
-            ):
+        if state.parked or self._shortage() > 0 or self._is_tight():
+            if now >= self._next_plan or self._somebody_new():
                 self._replan(now)
             self._relieve(now)
             self._let_in()
             self._bring_back(now)
+        elif self._next_plan:
+            self._forget_plan()
         if state.host is not None:
             step_s = self.foresight.step_s
             self.traffic.load(step_s)
             if state.pool.num_available < _WRITE_THROUGH * state.pool.num_blocks:
-                fresh = now < self._next_plan + _REPLAN_S
-                self.traffic.save(self._save_order if fresh else state.running, step_s)
+                self.traffic.save(self._save_order or state.running, step_s)
 
     def prefill_rows(self, state: EngineState, num_decode: int, now: float) -> int:
         if self._blocked or self._least_slack < _URGENT_S:
@@ -93,7 +90,8 @@ class Adaptive(Policy):
             return True
         if num_blocks + self._reserve() > state.pool.num_available:
             return False
-        return self.foresight.admits(seq, now)
+        self._blocked = not self.foresight.admits(seq, now)
+        return not self._blocked
 
     def blocks_coming(self) -> bool:
         return any(seq.num_outstanding for seq in self.state.parked)
@@ -124,6 +122,22 @@ class Adaptive(Policy):
         self.foresight.stepped(result.elapsed_s, plan.num_decode)
 
     # Who is resident.
+
+    def _is_tight(self) -> bool:
+        """Somebody waits, and there would not be room for all at their full length."""
+        seq = self.state.waiting.peek()
+        return seq is not None and not self.foresight.is_roomy(seq)
+
+    def _somebody_new(self) -> bool:
+        """The front of the queue has not been refused by the sums of now."""
+        seq = self.state.waiting.peek()
+        return seq is not None and not seq.num_outstanding and not self.foresight.is_refused(seq)
+
+    def _forget_plan(self) -> None:
+        """The pressure is over."""
+        self._next_plan = 0.0
+        self._order, self._save_order, self._wanted = [], [], []
+        self._newcomer, self._least_slack = None, float("inf")
 
     def _replan(self, now: float) -> None:
         """Rank everybody, and the front of the queue if it may start; park who should give way."""

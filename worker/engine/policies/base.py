@@ -9,6 +9,7 @@ that a step may have, the last to arrive gives way.
 from __future__ import annotations
 
 from ellm.worker.api.cost_model import CostModel
+from ellm.worker.engine.holes import Holes
 from ellm.worker.engine.plan import BatchPlan, StepResult
 from ellm.worker.engine.residency import Residency
 from ellm.worker.engine.sequence import Sequence
@@ -22,12 +23,14 @@ class Policy:
 
     state: EngineState
     residency: Residency
+    holes: Holes
     cost_model: CostModel
 
     def attach(self, state: EngineState, residency: Residency, cost_model: CostModel) -> None:
         """Called once, before anything else."""
         self.state = state
         self.residency = residency
+        self.holes = Holes(state, residency)
         self.cost_model = cost_model
 
     def prepare(self, now: float) -> None:

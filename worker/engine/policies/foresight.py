@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ellm.worker.engine.planner.admission import Admission, Room
+from ellm.worker.engine.planner.admission import TIMELY, Admission, Room
 from ellm.worker.engine.planner.slack import FullSpeed, duty, is_hopeless, seconds_per_token, slack
 from ellm.worker.engine.policies.forecast import Forecast
 from ellm.worker.engine.sequence import Sequence
@@ -57,6 +57,8 @@ class Foresight:
         state = self._state
         if seq.first_token_at is not None or not (state.running or state.parked):
             return True
+        if self.is_roomy(seq):
+            return True
         if self._admission is None or now >= self._until:
             self._admission = self._sums(now)
             self._until = now + _RENEW_S
@@ -70,6 +72,19 @@ class Foresight:
         )
         self._refused = None if admitted else seq
         return admitted
+
+    def is_roomy(self, seq: Sequence) -> bool:
+        """Everybody at full length, `seq` too, would be in the pool, blocks rounded up, and in time."""
+        state, size = self._state, self._state.block_size
+        running = state.running
+        if state.parked:
+            return False
+        most = sum([other.max_total for other in running]) + seq.max_total + size * (len(running) + 1)
+        if most > state.pool.num_blocks * size:
+            return False
+        slos = [other.tpot_slo_s for other in (*running, seq) if other.tpot_slo_s is not None]
+        limit_s = seconds_per_token(min(slos, default=None))
+        return limit_s is None or self._forecast.step_cost(len(running) + 1, most) <= TIMELY * limit_s
 
     def slack(self, seq: Sequence, now: float) -> float | None:
         """Seconds until its next token is due; None for one that has no deadline, or no token yet."""

@@ -1,0 +1,73 @@
+"""`literal(r)`: every running request leaves its oldest share `r` uncached and recomputes it in each step.
+
+The mechanism as the paper words it, for comparisons and for budgets so small that it pays. A request's hole
+grows by whole blocks as it gets longer; with `stream`, that share of the hole, from its end, comes from the
+host instead. Admission is optimistic, the last to arrive gives way, as in `full-chunked`.
+"""
+
+from __future__ import annotations
+
+from ellm.worker.api.errors import ConfigError
+from ellm.worker.engine.hole import Hole
+from ellm.worker.engine.policies.base import Policy
+from ellm.worker.engine.sequence import Sequence
+from ellm.worker.engine.state import EngineState
+
+_SAVES = 64  # blocks that are on their way to the host at a time
+
+
+class Literal(Policy):
+    """Knows nothing of time, lengths to come or SLOs."""
+
+    parks = True  # its blocks on the host are found by their names
+
+    def __init__(self, r: float, stream: float = 0.0) -> None:
+        """Raises ConfigError for shares that cannot be."""
+        for name, share, below in (("r", r, 0.95), ("stream", stream, 1.0)):
+            if not 0.0 <= share <= below:
+                raise ConfigError(f"literal: {name} must be in [0, {below}]", param="scheduler.policy")
+        self._ratio = r
+        self._stream = stream
+
+    def prepare(self, now: float) -> None:
+        if self._stream:
+            self._save()
+        for seq in self.state.running:
+            if seq.first_token_at is not None and seq.gap is None:
+                self._widen(seq)
+
+    def may_admit(self, state: EngineState, seq: Sequence, num_blocks: int, now: float) -> bool:
+        """As optimistic as ever, but as many rows as a step has must do for all holes."""
+        if not state.running:
+            return True
+        rows = sum(self._ratio * (1.0 - self._stream) * len(other.tokens) for other in (*state.running, seq))
+        if rows + len(state.running) + 1 > state.config.max_step_tokens:
+            return False
+        return super().may_admit(state, seq, num_blocks, now)
+
+    def _widen(self, seq: Sequence) -> None:
+        """By whole blocks, once no plan names it; it rests for a step until then."""
+        size = self.state.block_size
+        end = min(int(self._ratio * len(seq.tokens)), seq.num_computed) // size
+        held = seq.hole.end if seq.hole is not None else 0
+        if len(seq.tokens) - seq.num_computed > 1 or end <= held:
+            seq.rests = False
+            return
+        split = end - int(self._stream * end)
+        if split < end and seq.num_saved < end:
+            seq.rests = False
+            return  # not yet on the host
+        if seq.num_outstanding:
+            seq.rests = True
+            return
+        seq.rests = False
+        self.holes.open(seq, Hole(0, split, end))
+
+    def _save(self) -> None:
+        copies = self.state.copies
+        if copies is None:
+            return
+        budget = _SAVES - copies.num_saves
+        for seq in self.state.running:
+            if budget > 0:
+                budget -= self.residency.save(seq, budget)
