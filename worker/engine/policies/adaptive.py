@@ -97,6 +97,9 @@ class Adaptive(Policy):
         return any(seq.num_outstanding for seq in self.state.parked)
 
     def reclaim(self, now: float) -> bool:
+        if self._release(1):
+            return True
+        self._wanted.clear()  # they wait for blocks, and those who run need one now
         return self._release(1) > 0
 
     def evict(self, seq: Sequence, now: float) -> None:
