@@ -1,8 +1,9 @@
-"""Pictures of a simulation: bars of throughput and goodput, TTFT, attainment. Needs matplotlib."""
+"""Pictures of simulations: bars for the policies of a setting, curves for a grid. Needs matplotlib."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ellm.worker.api.errors import ConfigError
@@ -77,6 +78,35 @@ def plot(result: dict[str, Any], path: str) -> None:
         f"{setting['model']} on {setting['tp']} x {setting['gpu']}, {setting['workload']}, "
         f"load {result['load']:.3g}, SLO {setting['tpot_slo_ms']:g} ms"
     )
+    figure.savefig(path, dpi=120)
+
+
+def plot_curves(raw: list[dict[str, Any]], path: str) -> None:
+    """Goodput over the SLO, a line per policy, a panel for each model, GPU, load and cv. `raw` is that of a
+    sweep's result file: one item per setting, policy and seed."""
+    from matplotlib.figure import Figure
+
+    panels: dict[str, dict[str, dict[float, list[float]]]] = {}
+    for one in raw:
+        s = one["setting"]
+        title = f"{s['model']} on {s['gpu']}, load {s['load']:g}, cv {s['cv']:g}"
+        curve = panels.setdefault(title, {}).setdefault(one["policy"], {})
+        curve.setdefault(s["tpot_slo_ms"], []).append(one["goodput_tok_s"])
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(6.0 * columns, 4.0 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis, (title, curves) in zip(axes, panels.items(), strict=False):
+        for policy, points in curves.items():
+            slos = sorted(points)
+            axis.plot(slos, [fmean(points[slo]) for slo in slos], marker="o", markersize=3, label=policy)
+        axis.set_title(title, fontsize="medium")
+        axis.set_xlabel("SLO, ms per token")
+        axis.set_ylabel("goodput, tok/s")
+        axis.set_ylim(bottom=0.0)
+        axis.legend(fontsize="x-small")
+    for axis in list(axes)[len(panels) :]:
+        axis.set_visible(False)
     figure.savefig(path, dpi=120)
 
 

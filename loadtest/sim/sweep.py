@@ -23,6 +23,7 @@ from typing import Any
 
 from ellm.loadtest.result import Result, Row, command_line
 from ellm.loadtest.sim.metrics import context_read
+from ellm.loadtest.sim.plots import check_plot, plot_curves
 from ellm.loadtest.sim.run import Task, means, prepare, run_tasks
 from ellm.loadtest.sim.setting import Setting
 from ellm.loadtest.sim.workload import make_requests
@@ -63,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> int:
+    if args.plot:
+        check_plot(args.plot)
     points = list(grid(args))
     policies = [args.policy, *args.baselines]
     for point in points:
@@ -96,6 +99,8 @@ def _sweep(args: argparse.Namespace) -> int:
     for row in rows:
         print("  ".join(f"{key} {_short(value)}" for key, value in row.items()))
     print(f"wrote {result.write(Path(args.out)) if args.out else result.write()}")
+    if args.plot:
+        plot_curves(result.raw, args.plot)
     return 0
 
 
@@ -120,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, default=1)
     add("--name", default="sim-sweep", help="of the result file")
     add("--out", help="folder of the result file (default: loadtest/results)")
+    add("--plot", metavar="FILE", help="goodput over SLOs, all policies; needs matplotlib")
     add("--resume", metavar="FILE", help="keep finished runs here, and do not repeat them")
     return parser
 

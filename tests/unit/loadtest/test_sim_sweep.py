@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from ellm.loadtest.sim import sweep
+from ellm.loadtest.sim.plots import plot_curves
 from ellm.loadtest.sim.run import Task, run_tasks
 from ellm.loadtest.sim.setting import Setting
 
@@ -91,6 +92,25 @@ def test_a_sweep_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(result["raw"]) == 3 * 2
     assert result["rows"][0]["goodput"] > 0
     assert "6/6 runs" in capsys.readouterr().err
+
+
+@pytest.mark.needs_module("matplotlib")
+def test_curves_of_goodput_over_slos(tmp_path: Path) -> None:
+    settings = [
+        {"model": "m", "gpu": "g", "load": load, "cv": 1.7, "tpot_slo_ms": slo}
+        for load in (0.5, 1.5, 2.0, 3.0)
+        for slo in (80.0, 50.0)
+    ]
+    raw = [
+        {"setting": setting, "policy": policy, "seed": seed, "goodput_tok_s": 100.0 * seed}
+        for setting in settings
+        for policy in ("a", "b")
+        for seed in (1, 2)
+    ]
+    plot_curves(raw, str(tmp_path / "curves.svg"))
+    text = (tmp_path / "curves.svg").read_text()
+    assert text.count("<!-- m on g, load") == 4  # matplotlib writes each text as a comment beside its glyphs
+    assert text.count("<!-- b -->") == 4
 
 
 def test_a_mistake_is_told_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
