@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ttft-slo-ms", type=float, metavar="X", help="to the first token (default: none)")
     add("--kv-bytes", type=float, metavar="B", help="of the KV pool (default: what the weights leave)")
     add("--host-gb", type=float, default=0.0, metavar="G", help="of the host tier (default: none)")
+    add("--transient-blocks", type=int, metavar="N", help="for holes (default: where a policy needs them)")
     add("--block-size", type=int, default=16, metavar="N", help="tokens (default: 16)")
     add("--max-num-seqs", type=int, default=256, metavar="N", help="default: 256")
     add("--max-step-tokens", type=int, default=2048, metavar="N", help="default: 2048")

@@ -120,15 +120,21 @@ class Device:
             pair_s=self.model.pair_flop / (self.tp * self.gpu.flop_per_s),
         )
 
-    def limits(self) -> ModelLimits:
-        """Sequences may be as long as the pool: what lengths occur is the workload's to say."""
+    def limits(self, num_transient: int = 0) -> ModelLimits:
+        """Sequences may be as long as the pool: what lengths occur is the workload's to say. Transient blocks
+        are shared by all layers, in two banks, and take their room from the pool."""
+        banks = 2 * num_transient / self.model.num_layers  # in blocks
+        num_blocks = int(self.pool_bytes / self.block_bytes - banks)
+        if num_blocks < 2:
+            raise ConfigError(f"{num_transient} transient blocks leave no room for the KV pool")
         return ModelLimits(
-            num_blocks=self.num_blocks,
+            num_blocks=num_blocks,
             block_size=self.block_size,
-            max_model_len=self.capacity_tokens,
+            max_model_len=num_blocks * self.block_size,
             vocab_size=VOCAB_SIZE,
             eos_token_ids=(EOS,),
             num_host_blocks=int(self.host_bytes // self.block_bytes),
+            num_transient_blocks=num_transient,
             block_bytes=self.block_bytes,
         )
 

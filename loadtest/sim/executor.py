@@ -40,7 +40,6 @@ class TimedExecutor:
 
     def execute(self, plan: BatchPlan) -> StepResult:
         """The plan's tokens and its duration, copies that it waits for included."""
-        assert not plan.streams, "streamed blocks have no cost here yet"
         last = self._last_index
         for seq_id in plan.released:
             del last[seq_id]
@@ -54,6 +53,8 @@ class TimedExecutor:
         elapsed_s = self._start_copies(plan)
         if plan.entries:
             elapsed_s += self._cost.predict(step_features(plan))
+        if plan.streams:  # layer by layer, beside the layers before
+            elapsed_s = max(elapsed_s, self._link.seconds(len(plan.streams)))
         self._clock += elapsed_s
         done, times = self._end_copies()
         return StepResult(plan.step, tuple(tokens), elapsed_s, copies_done=done, copy_times=times)

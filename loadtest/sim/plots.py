@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -103,7 +104,7 @@ def plot_curves(raw: list[dict[str, Any]], path: str) -> None:
         axis.set_title(title, fontsize="medium")
         axis.set_xlabel("SLO, ms per token")
         axis.set_ylabel("goodput, tok/s")
-        axis.set_ylim(bottom=0.0)
+        axis.set_ylim(0.0, 1.1 * max(map(fmean, chain.from_iterable(c.values() for c in curves.values()))))
         axis.legend(fontsize="x-small")
     for axis in list(axes)[len(panels) :]:
         axis.set_visible(False)

@@ -65,7 +65,7 @@ def make_core(
         cost_model = profile(
             device.cost(), max_rows=setting.max_step_tokens, max_kv_tokens=device.capacity_tokens
         )
-    return EngineCore(device.limits(), config, cost_model=cost_model)
+    return EngineCore(setting.limits(policy), config, cost_model=cost_model)
 
 
 def make_executor(setting: Setting, requests: list[SimRequest]) -> TimedExecutor:

@@ -15,6 +15,10 @@ from ellm.loadtest.sim.presets import find_gpu, find_model
 from ellm.loadtest.sim.workload import LENGTHS, SimRequest, at_rate, make_requests, with_arrivals
 from ellm.worker.api.config import SchedulerConfig
 from ellm.worker.api.errors import ConfigError
+from ellm.worker.engine.plan import ModelLimits
+from ellm.worker.engine.policies.spec import parse_spec
+
+HOLES = ("literal",)  # policies that are nothing without transient blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,7 @@ class Setting:
     max_step_tokens: int = 2048
     watermark: float = 0.01
     pipeline_depth: int = 2
+    transient_blocks: int | None = None  # None: for the rows of a step, where the policy makes holes
     prefix_caching: bool | None = None  # None: where requests share stretches of their prompts
 
     @property
@@ -66,6 +71,8 @@ class Setting:
         for name, value in {"cv": self.cv, "host-gb": self.host_gb}.items():
             if not (isfinite(value) and value >= 0.0):
                 raise ConfigError(f"--{name} must be at least 0, not {value:g}", param=name)
+        if self.transient_blocks is not None and self.transient_blocks < 0:
+            raise ConfigError(f"--transient-blocks must be at least 0, not {self.transient_blocks}")
         if self.num_requests < 1:
             raise ConfigError(f"--num-requests must be at least 1, not {self.num_requests}")
         if self.rate is not None and self.load is not None:
@@ -73,6 +80,18 @@ class Setting:
         if self.rate is None and self.load is None and self.workload in LENGTHS:
             raise ConfigError("give --rate (requests per second) or --load (share of capacity)")
         self.device.check()
+
+    def limits(self, policy: str) -> ModelLimits:
+        """Raises ConfigError for a policy that cannot be read."""
+        count = self.transient_blocks
+        if count is None:
+            count = self.step_blocks if parse_spec(policy).name in HOLES else 0
+        return self.device.limits(count)
+
+    @property
+    def step_blocks(self) -> int:
+        """Blocks that the rows of one step can fill."""
+        return self.max_step_tokens // self.block_size
 
     def scheduler(self, policy: str) -> SchedulerConfig:
         return SchedulerConfig(
@@ -100,9 +119,9 @@ class Offered:
 def offer(setting: Setting, seed: int) -> Offered:
     """The requests of this seed; a load becomes a rate by the capacity for the lengths that were drawn."""
     device = setting.device
-    requests, left_out = make_requests(
-        setting.workload, setting.num_requests, seed, device.limits().num_blocks * device.block_size
-    )
+    transient = setting.step_blocks if setting.transient_blocks is None else setting.transient_blocks
+    room = device.limits(transient).max_model_len  # the same for all policies
+    requests, left_out = make_requests(setting.workload, setting.num_requests, seed, room)
     capacity = capacity_tok_s(requests, device, setting.max_num_seqs)
     rate = setting.rate
     if setting.load is not None:

@@ -265,7 +265,7 @@ class Adaptive(Policy):
 
     def _reserve(self) -> int:
         """Blocks for those who run to grow into before anybody can be parked and give way: two steps."""
-        return 1 + len(self.state.running) // 4
+        return 1 + len(self.state.running) // 8
 
     def _shortage(self) -> int:
         """Blocks that those who run need within two steps, beyond those there are; O(1) where there are
