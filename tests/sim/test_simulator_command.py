@@ -131,6 +131,8 @@ def test_without_matplotlib_it_says_how_to_get_it(
         (["--json", "/no/such/folder/x.json"], "there is no folder"),
         (["--block-size", "0"], "block size"),
         (["--watermark", "1.5"], "watermark must be"),
+        (["--transient-blocks", "-1"], "--transient-blocks must be at least 0"),
+        (["--transient-blocks", "100000"], "leave no room"),
     ],
 )
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:

@@ -75,6 +75,14 @@ def test_a_group_shares_weights_and_pays_for_talking() -> None:
     assert four.cost().predict(rows) == pytest.approx(3e-3 + four.weights_s + constant + 100 * per_row)
 
 
+def test_transient_blocks_take_their_room_from_the_pool() -> None:
+    """Two banks of one layer of forty: 20 of them are as large as a block of the pool."""
+    plain, holes = device().limits(), device().limits(num_transient=200)
+    assert (plain.num_blocks, holes.num_blocks) == (3_507, 3_497)
+    assert holes.num_transient_blocks == 200
+    assert holes.max_model_len == 3_497 * 16
+
+
 def test_what_cannot_be_is_refused() -> None:
     for wrong, message in (
         (device("llama2-70b"), "raise --tp"),

@@ -19,6 +19,7 @@ from ellm.worker.engine.plan import (
     NewSequence,
     PlanEntry,
     StepResult,
+    StreamedBlock,
 )
 from ellm.worker.engine.policies import Policy
 from ellm.worker.engine.sequence import Sequence
@@ -124,6 +125,15 @@ def test_the_executor_ends_a_sequence_at_its_length_in_every_residence() -> None
     result = one.execute(plan(1, entries=(row(2, 2),), new=(again,), released=(0, 1)))
     assert tokens(result) == [True]
     assert result.elapsed_s == pytest.approx(STEP_S)
+
+
+def test_a_streamed_step_takes_the_longer_of_link_and_layers() -> None:
+    one = executor([9], limits=ModelLimits(64, 4, 256, 1000, (EOS,), num_host_blocks=8, block_bytes=10))
+    new = NewSequence(0, (5, 5), (), SamplingParams(), 0)
+    short = one.execute(plan(0, entries=(row(0, 0),), new=(new,), streams=(StreamedBlock(0, 64),)))
+    assert short.elapsed_s == pytest.approx(STEP_S)
+    streams = tuple(StreamedBlock(i, 64 + i) for i in range(3))
+    assert one.execute(plan(1, entries=(row(0, 1),), streams=streams)).elapsed_s == pytest.approx(0.3)
 
 
 def test_copies_run_beside_the_steps() -> None:
