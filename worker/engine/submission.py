@@ -13,6 +13,8 @@ from ellm.worker.api.errors import InvalidRequest, PromptTooLong
 from ellm.worker.api.request import EngineRequest, SamplingParams
 
 _INT64 = 2**63
+_MAX_SLO_S = 3600.0
+_MAX_PRIORITY = 2**31 - 1
 
 
 def check_request(request: EngineRequest, vocab_size: int, max_total_tokens: int) -> None:
@@ -23,6 +25,7 @@ def check_request(request: EngineRequest, vocab_size: int, max_total_tokens: int
     _check_ids(request.output_ids, vocab_size, "output_ids")
     _check_lengths(request, max_total_tokens)
     _check_sampling(request.sampling, vocab_size)
+    _check_service(request)
 
 
 def _check_ids(token_ids: Iterable[int], vocab_size: int, param: str) -> None:
@@ -71,3 +74,14 @@ def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     for token_id, bias in sampling.logit_bias:
         if not 0 <= token_id < vocab_size or not isfinite(bias):
             raise InvalidRequest(f"logit_bias holds a bad entry for token {token_id}", param="logit_bias")
+
+
+def _check_service(request: EngineRequest) -> None:
+    """What a request expects of its turn. A time that is no number would poison the order of everybody."""
+    for name, value in (("tpot_slo_s", request.tpot_slo_s), ("ttft_slo_s", request.ttft_slo_s)):
+        if value is None:
+            continue
+        if type(value) not in (int, float) or not 0.0 < value <= _MAX_SLO_S:  # not a number is in no range
+            raise InvalidRequest(f"{name} must be in (0, {_MAX_SLO_S:g}]", param=name)
+    if type(request.priority) is not int or abs(request.priority) > _MAX_PRIORITY:
+        raise InvalidRequest("priority must be an integer of 32 bits", param="priority")

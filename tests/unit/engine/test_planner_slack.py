@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from ellm.worker.engine.planner.slack import (
     GUARD_S,
+    PAUSING,
     FullSpeed,
     duty,
     is_hopeless,
@@ -33,9 +34,9 @@ def test_hopeless_is_late_even_at_full_speed() -> None:
 
 
 def test_duty_spends_a_quarter_of_what_is_beyond_the_guard() -> None:
-    assert duty(0.0, 500, 0.1, 0.05) == pytest.approx(0.5)  # a new request: Tf / D
-    assert duty(GUARD_S, 500, 0.1, 0.05) == pytest.approx(0.5)
-    assert duty(GUARD_S + 200.0, 500, 0.1, 0.05) == pytest.approx(0.25)
+    assert duty(0.0, 500, 0.1, 0.05) == pytest.approx(PAUSING * 0.5)  # a new request: Tf / D
+    assert duty(GUARD_S, 500, 0.1, 0.05) == pytest.approx(PAUSING * 0.5)
+    assert duty(GUARD_S + 200.0, 500, 0.1, 0.05) == pytest.approx(PAUSING * 0.25)
     assert duty(0.0, 500, 0.05, 0.1) == 1.0
     assert duty(100.0, 500, None, 0.05) == 1.0
 

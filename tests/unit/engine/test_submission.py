@@ -42,6 +42,25 @@ def test_a_bad_field_is_named(param: str, value: object) -> None:
     assert refused.value.param == param
 
 
+@pytest.mark.parametrize("name", ["tpot_slo_s", "ttft_slo_s"])
+@pytest.mark.parametrize("value", [0.0, -0.05, float("nan"), float("inf"), 3600.1, 10**30, "0.1", True])
+def test_an_slo_is_a_time_that_can_be_kept(name: str, value: object) -> None:
+    engine = core()
+    with pytest.raises(InvalidRequest) as refused:
+        engine.add_request(request("r", **{name: value}), 0.0)
+    assert refused.value.param == name
+    assert not engine.has_work
+    for fine in (None, 1e-6, 3600.0, 1):
+        assert engine.add_request(request(f"r{fine}", **{name: fine}), 0.0)
+
+
+@pytest.mark.parametrize("priority", [2**31, -(2**31), 0.5, True, None])
+def test_a_priority_is_an_integer(priority: object) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        core().add_request(request("r", priority=priority), 0.0)
+    assert refused.value.param == "priority"
+
+
 @pytest.mark.parametrize("prompt", [(), (50,), (-1,), (3, 10**30), (1.0,), (True,), ("1",), (None,)])
 def test_a_prompt_is_tokens_of_the_vocabulary(prompt: tuple[int, ...]) -> None:
     with pytest.raises(InvalidRequest) as refused:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ellm.worker.engine.planner.admission import TIMELY, Admission, Room
-from ellm.worker.engine.planner.slack import FullSpeed, duty, is_hopeless, seconds_per_token, slack
+from ellm.worker.engine.planner.slack import PAUSING, FullSpeed, duty, is_hopeless, seconds_per_token, slack
 from ellm.worker.engine.policies.forecast import Forecast
 from ellm.worker.engine.sequence import Sequence
 from ellm.worker.engine.state import EngineState
@@ -130,4 +130,4 @@ class Foresight:
 
     def _new_duty(self, seq: Sequence) -> float:
         per_token_s = seconds_per_token(seq.tpot_slo_s)
-        return 1.0 if per_token_s is None else min(1.0, self._full_step_s / per_token_s)
+        return 1.0 if per_token_s is None else min(1.0, PAUSING * self._full_step_s / per_token_s)

@@ -55,6 +55,7 @@ class FullSwap(FullRecompute):
         pause = seq.gap is None and seq.first_token_at is not None and len(self.state.running) > 1
         if host is not None and pause and host.num_available >= len(seq.table):
             self.residency.park(seq, now)
+            self.state.totals.num_preemptions += 1
         else:
             super().evict(seq, now)
 
