@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from ellm.router import health
+from ellm.router import health, service_level
 from ellm.router.config import RouterConfig
 from ellm.router.dispatch import Dispatcher
 from ellm.router.edge import Edge
@@ -95,7 +95,10 @@ def create_app(
             CORSMiddleware,
             allow_origins=list(config.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id", "x-session-id"],
+            allow_headers=[
+                *("authorization", "content-type", "x-request-id", "x-session-id"),
+                *service_level.HEADER_NAMES,
+            ],
         )
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_exception_handler(EllmError, _ellm_error)

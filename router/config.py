@@ -20,6 +20,10 @@ class LimitsConfig:
     max_inflight: int = 4096  # sequences in one router; beyond it 429
     request_deadline_s: float = 3600.0
     max_client_buffer_bytes: int = 1024 * 1024  # a client that reads slower is cut off
+    min_slo_ms: float = 1.0  # of what a client may ask for, per token and to the first token
+    max_slo_ms: float = 3_600_000.0
+    min_priority: int = -100  # lower runs first; 0: no client may push ahead
+    max_priority: int = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,4 +46,7 @@ class RouterConfig:
     refresh_s: float = 1.0  # of the worker directory
     queue_timeout_s: float = 30.0  # a request waits so long for a worker to be up
     heartbeat_s: float = 1.0  # to each worker, so that the lease holds
+    pace_streams: bool = False  # release tokens that are ahead of their SLO evenly; clients may say otherwise
+    pace_max_hold_s: float = 10.0  # at most so many seconds of a paced stream are held
+    pace_max_hold_tokens: int = 1024
     drain_timeout_s: float = 60.0  # a router that goes waits so long for its open streams

@@ -32,6 +32,8 @@ from ellm.router.metrics import RouterMetrics
 from ellm.router.openai.answer import Answer, ChatShape, CompletionShape
 from ellm.router.openai.convert import Converter, Job, ModelBounds
 from ellm.router.openai.schema import ChatRequest, CompletionRequest, parse
+from ellm.router.paced_stream import PacedStream
+from ellm.router.service_level import ServiceLevel, with_headers
 from ellm.router.sinks import EventStream, Gathered
 from ellm.router.tokenizer import Tokenizer
 from ellm.worker.api.errors import DeadlineExceeded, EllmError, ModelNotFound
@@ -56,7 +58,8 @@ class Service:
     async def bounds(self) -> ModelBounds:
         """Raises Unavailable when no worker is up in time."""
         info = self.dispatcher.info() or await self.dispatcher.wait_for_worker()
-        return ModelBounds(info.max_model_len, info.vocab_size)
+        default = ServiceLevel(info.tpot_slo_s, info.ttft_slo_s)
+        return ModelBounds(info.max_model_len, info.vocab_size, default)
 
     def check_model(self, name: str | None) -> None:
         """Raises ModelNotFound. A request without a model means the one there is."""
@@ -102,7 +105,7 @@ class Exchange(Response):
         admission = service.dispatcher.admission
         admission.enter(1)
         try:
-            job = await service.job(self._kind, body)
+            job = await service.job(self._kind, with_headers(body, scope["headers"]))
         finally:
             admission.leave(1)
         shape = ChatShape() if self._kind == "chat" else CompletionShape()
@@ -129,9 +132,7 @@ class Exchange(Response):
         await send_json(send, body)
 
     async def _stream(self, generation: Generation, answer: Answer, send: Send) -> None:
-        task = asyncio.current_task()
-        limits = self._service.config.limits
-        sink = EventStream(generation, answer, limits.max_client_buffer_bytes, partial(_cut_off, task))
+        sink = self._event_stream(generation, answer, partial(_cut_off, asyncio.current_task()))
         timer = self._deadline(generation, sink.end)
         try:
             await generation.submit(sink)
@@ -143,6 +144,16 @@ class Exchange(Response):
             await send({"type": "http.response.body", "body": b""})
         finally:
             timer.cancel()
+            sink.close()
+
+    def _event_stream(
+        self, generation: Generation, answer: Answer, cut_off: Callable[[], None]
+    ) -> EventStream:
+        config, job = self._service.config, generation.job
+        paced = config.pace_streams if job.pace is None else job.pace
+        if paced and job.level.tpot_slo_s is not None:
+            return PacedStream(generation, answer, config, cut_off, self._service.dispatcher.clock)
+        return EventStream(generation, answer, config.limits.max_client_buffer_bytes, cut_off)
 
     def _deadline(self, generation: Generation, end: Callable[[EllmError], None]) -> asyncio.TimerHandle:
         """Counted from the request's arrival."""

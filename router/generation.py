@@ -78,6 +78,7 @@ class Generation:
             sequence.choice_index = index % job.n
             sequence.salt = self._salt
             sequence.arrived_at = self.arrived_at
+            sequence.serve_at(job.level)
             matcher = None if strings is None else StopMatcher(strings, job.include_stop)
             sequence.stop_at(matcher, job.include_stop)
             made.append(sequence)

@@ -223,7 +223,8 @@ class WorkerLink:
         if submits:
             self._seq += 1
             self._unseen.append((self._seq, len(submits)))
-            requests = [sequence.engine_request() for sequence in submits]
+            now = self._clock()
+            requests = [sequence.engine_request(now) for sequence in submits]
             await self.channel.submit(wire.submit(self._router_id, self._seq, requests))
         if aborts or not submits:
             await self.channel.abort(wire.abort(self._router_id, self._seq, aborts))

@@ -7,15 +7,16 @@ Families are made only when somebody asks.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
+from ellm.router.attainment import Attainment
+from ellm.router.histogram import E2E_BUCKETS, ITL_BUCKETS, TTFT_BUCKETS, Histogram
 from ellm.router.sequence import Sequence as LiveSequence
 from ellm.worker.api.errors import EllmError
 from ellm.worker.api.output import FinishReason
@@ -23,18 +24,6 @@ from ellm.worker.api.report import WorkerInfo, WorkerReport
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 FORGET_S = 3600.0
-TTFT_BUCKETS = (
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
-    80.0, 160.0, 640.0, 2560.0,
-)  # fmt: skip
-ITL_BUCKETS = (
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5,
-    10.0, 20.0, 40.0, 80.0,
-)  # fmt: skip
-E2E_BUCKETS = (
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
-    960.0, 1920.0, 7680.0,
-)  # fmt: skip
 # Report field -> (name, help): totals of an incarnation.
 TOTALS = {
     "num_preemptions": ("ellm_num_preemptions", "Sequences put back into the queue for want of blocks."),
@@ -45,6 +34,11 @@ TOTALS = {
     "recomputed_tokens": ("ellm_recomputed_tokens", "Tokens computed again after a preemption."),
     "num_steps": ("ellm_steps", "Engine steps."),
     "busy_s": ("ellm_busy_seconds", "Time in engine steps."),
+    "num_parks": ("ellm_num_parks", "Sequences set aside while ahead of their deadlines."),
+    "num_restores": ("ellm_num_restores", "Sequences brought back that had given up blocks."),
+    "dropped_tokens": ("ellm_dropped_tokens", "Tokens whose KV was given up without a copy on the host."),
+    "saved_tokens": ("ellm_saved_tokens", "Tokens whose KV was copied to the host."),
+    "loaded_tokens": ("ellm_loaded_tokens", "Tokens whose KV was copied back from the host."),
 }
 GAUGES: dict[str, tuple[str, str, Callable[[WorkerReport], float]]] = {
     "running": ("ellm_num_requests_running", "Sequences in the batch.", lambda r: r.num_running),
@@ -72,29 +66,6 @@ GAUGES: dict[str, tuple[str, str, Callable[[WorkerReport], float]]] = {
 }  # fmt: skip
 
 
-class Histogram:
-    """Counts in buckets; an observation costs a bisection."""
-
-    __slots__ = ("_bounds", "_counts", "_total")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._total = 0.0
-
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._total += value
-
-    def samples(self) -> tuple[list[tuple[str, float]], float]:
-        """Cumulated (bound, count) pairs up to +Inf, and the sum."""
-        cumulated, count = [], 0
-        for bound, here in zip([*map(str, self._bounds), "+Inf"], self._counts, strict=True):
-            count += here
-            cumulated.append((bound, float(count)))
-        return cumulated, self._total
-
-
 class RouterMetrics(Collector):
     """One per router. It is the dispatcher's observer, and a collector of one registry."""
 
@@ -119,6 +90,7 @@ class RouterMetrics(Collector):
         self._gone: dict[str, tuple[WorkerReport, float]] = {}  # epoch -> last report, and when it was lost
         self._folded: Counter[str] = Counter()  # totals of those that do not come back
         self._reports: dict[str, tuple[WorkerInfo, WorkerReport, float]] = {}
+        self._attainment = Attainment()
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -136,6 +108,7 @@ class RouterMetrics(Collector):
 
     def sequence_ended(self, sequence: LiveSequence, reason: FinishReason) -> None:
         self.finished[reason] += 1
+        self._attainment.ended(sequence, reason)
         if reason not in ("stop", "length") or not sequence.first_token_at:
             return
         now = self._clock()
@@ -186,6 +159,7 @@ class RouterMetrics(Collector):
             "ellm_router_failovers", "Sequences moved to another worker.", "reason", self.failovers
         )
         yield self._counter("ellm_router_decisions", "Choices of a worker.", "reason", self.decisions)
+        yield from self._attainment.families(self._model)
         yield from self._of_workers()
 
     def _observe(self, name: str, value: float) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from enum import Enum
+from math import inf
 from typing import Protocol
 
 from ellm.router.detokenize import Detokenizer
+from ellm.router.service_level import GRACE_TOKENS, NO_PROMISE, ServiceLevel
 from ellm.router.stop_strings import StopMatcher
 from ellm.worker.api import wire
 from ellm.worker.api.errors import EllmError
@@ -69,6 +71,7 @@ class Sequence:
         "_plain",
         "_scored",
         "_shown",
+        "_tpot_slo_s",
         "arrived_at",
         "attempt",
         "choice_index",
@@ -77,6 +80,8 @@ class Sequence:
         "finished",
         "first_token_at",
         "index",
+        "late",
+        "level",
         "num_cached_tokens",
         "num_deaths",
         "num_moves",
@@ -119,6 +124,9 @@ class Sequence:
         self.arrived_at = 0.0
         self.first_token_at = 0.0
         self.token_at = 0.0
+        self.level = NO_PROMISE
+        self.late = False  # a token came after its deadline
+        self._tpot_slo_s = inf
         self._matcher: StopMatcher | None = None
         self._include_stop = False
         self._min_tokens = sampling.min_tokens
@@ -133,8 +141,14 @@ class Sequence:
         self._include_stop = include
         self._plain = self._plain and matcher is None
 
-    def engine_request(self) -> EngineRequest:
-        """What a worker must know to begin it, or to go on with it."""
+    def serve_at(self, level: ServiceLevel) -> None:
+        """Set what it was promised."""
+        self.level = level
+        self._tpot_slo_s = inf if level.tpot_slo_s is None else level.tpot_slo_s
+
+    def engine_request(self, now: float) -> EngineRequest:
+        """What a worker must know to begin it, or to go on with it. Of the time to the first token it gets
+        what is left."""
         sampling = self.sampling
         if self.prompt_logprobs is not None:
             sampling = replace(sampling, prompt_logprobs=None)
@@ -146,6 +160,9 @@ class Sequence:
             choice_index=self.choice_index,
             output_ids=tuple(self.output_ids),
             salt=self.salt,
+            priority=self.level.priority,
+            tpot_slo_s=self.level.tpot_slo_s,
+            ttft_slo_s=self.level.ttft_left_s(now - self.arrived_at, bool(self.output_ids)),
         )
 
     def accept(self, output: wire.Message, now: float) -> Verdict:
@@ -160,6 +177,8 @@ class Sequence:
             output_ids.extend(token_ids)
             text = self.detokenizer.feed(token_ids)
             self.token_at = now
+            if now - self.first_token_at > self._tpot_slo_s * (output[2] + GRACE_TOKENS):
+                self.late = True
             self.sink.emit(self, text, token_ids, (), None)
             return Verdict.TAKEN
         return self._accept(wire.unpack_output(output), now)
@@ -175,6 +194,8 @@ class Sequence:
         if output.token_ids:
             self.token_at = now
             self.first_token_at = self.first_token_at or now
+            if now - self.first_token_at > self._tpot_slo_s * (output.output_index + GRACE_TOKENS):
+                self.late = True
         return self._take(output)
 
     def _take(self, output: SequenceOutput) -> Verdict:

@@ -130,6 +130,9 @@ class EventStream:
             self._put(event(error_body(error)) + DONE)
         self._wake()
 
+    def close(self) -> None:
+        """Nobody takes events any more."""
+
     async def first(self) -> bytes:
         """The first events. Raises EllmError when the request failed before there were any."""
         while not self._waiting and self._error is None:
@@ -143,7 +146,7 @@ class EventStream:
         """All events since the last; None at the end."""
         self._sending = False
         while not self._waiting:
-            if self._ended:
+            if self._ended and not self._pending:
                 return None
             await self._sleep()
         return self._take()
@@ -168,8 +171,17 @@ class EventStream:
             self._left -= 1
             if not self._left:
                 last = self._answer.usage_chunk(self._generation.usage()) if job.include_usage else b""
-                self._put(last + DONE)
-                self._ended = True
+                self._finish(last + DONE)
+
+    @property
+    def _pending(self) -> bool:
+        """Something is still to come although the generation has ended."""
+        return False
+
+    def _finish(self, data: bytes) -> None:
+        """`data` follows the last chunk of all choices."""
+        self._put(data)
+        self._ended = True
 
     def _put(self, data: bytes) -> None:
         if not data:

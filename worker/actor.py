@@ -137,7 +137,7 @@ class RankActor:
         self._progress = (what, share)
 
     def _info(self, loaded: LoadedEngine) -> WorkerInfo:
-        limits = loaded.executor.limits
+        limits, scheduler = loaded.executor.limits, loaded.core.config.scheduler
         return WorkerInfo(
             worker_id=self._worker_id,
             epoch=self._epoch,
@@ -154,6 +154,8 @@ class RankActor:
             tensor_parallel_size=self._config.tensor_parallel_size,
             rank_pids=(os.getpid(),),
             memory=limits.memory,
+            tpot_slo_s=None if scheduler.tpot_slo_ms is None else scheduler.tpot_slo_ms / 1000,
+            ttft_slo_s=None if scheduler.ttft_slo_ms is None else scheduler.ttft_slo_ms / 1000,
         )
 
     def _engine_failed(self, error: BaseException) -> None:

@@ -14,6 +14,7 @@ from ellm.router.openai import fields
 from ellm.router.openai.chat_template import SPECIAL_TOKENS
 from ellm.router.openai.messages import plain_messages
 from ellm.router.openai.schema import ChatRequest, CompletionRequest, TokenizeRequest
+from ellm.router.service_level import NO_PROMISE, ServiceLevel
 from ellm.router.tokenizer import INLINE_CHARS, Tokenizer, in_text_thread
 from ellm.worker.api.errors import InvalidRequest, PromptTooLong
 from ellm.worker.api.request import DEFAULT_MAX_TOKENS, SamplingParams
@@ -38,10 +39,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class ModelBounds:
-    """What a request must fit."""
+    """What a request must fit, and what it is promised where it does not say."""
 
     max_model_len: int  # tokens, prompt and output together
     vocab_size: int
+    default_level: ServiceLevel = NO_PROMISE
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,8 @@ class Job:
     echo: bool
     score_only: bool  # the one token that is generated is dropped (max_tokens = 0 with echo)
     cache_salt: str
+    level: ServiceLevel
+    pace: bool | None  # a paced stream; None: as the router is set
 
     @property
     def num_sequences(self) -> int:
@@ -85,9 +89,9 @@ class Converter:
         logprobs = fields.checked_logprobs(body.logprobs, "logprobs", self._limits)
         raw = fields.raw_prompts(body.prompt, n, self._limits)
         base = self._sampling(body, bounds, logprobs)
+        job = self._job(body, n, bounds)
         if echo:
             base = replace(base, prompt_logprobs=logprobs)
-        job = self._job(body, n, base)
         prompts, sampling = [], []
         scores = 0
         special, chars = body.add_special_tokens is not False, sum(map(len, raw))
@@ -120,7 +124,7 @@ class Converter:
         if asked == 0:
             raise InvalidRequest(f"{field}: 0 leaves nothing to generate", param=field)
         base = self._sampling(body, bounds, (top or 0) if body.logprobs else None)
-        job = self._job(body, n, base)
+        job = self._job(body, n, bounds)
         text = await self.rendered(body)
         prompt = await self._prompt(text, bool(body.add_special_tokens), bounds, "messages")
         room = _room(prompt, bounds, "messages")
@@ -185,11 +189,28 @@ class Converter:
             ignore_eos=bool(body.ignore_eos),
         )
 
-    def _job(self, body: CompletionRequest | ChatRequest, n: int, base: SamplingParams) -> Job:
+    def _level(self, body: CompletionRequest | ChatRequest, bounds: ModelBounds) -> ServiceLevel:
+        default, limits = bounds.default_level, self._limits
+        tpot_s = fields.slo_s(body.tpot_slo_ms, "tpot_slo_ms", limits)
+        ttft_s = fields.slo_s(body.ttft_slo_ms, "ttft_slo_ms", limits)
+        return ServiceLevel(
+            default.tpot_slo_s if tpot_s is None else tpot_s,
+            default.ttft_slo_s if ttft_s is None else ttft_s,
+            fields.priority(body.priority, limits),
+        )
+
+    def _job(self, body: CompletionRequest | ChatRequest, n: int, bounds: ModelBounds) -> Job:
         """What needs no prompt."""
         options = body.stream_options
         if options is not None and not body.stream:
             raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
+        level = self._level(body, bounds)
+        if body.stream_pace and not body.stream:
+            raise InvalidRequest("stream_pace needs stream to be true", param="stream_pace")
+        if body.stream_pace and level.tpot_slo_s is None:
+            raise InvalidRequest(
+                "stream_pace needs tpot_slo_ms: a stream without it has no pace", param="stream_pace"
+            )
         return Job(
             prompts=(),
             sampling=(),
@@ -204,6 +225,8 @@ class Converter:
             echo=False,
             score_only=False,
             cache_salt=body.cache_salt or "",
+            level=level,
+            pace=body.stream_pace,
         )
 
 

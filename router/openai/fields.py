@@ -27,6 +27,27 @@ def checked_logprobs(count: int | None, field: str, limits: LimitsConfig) -> int
     return count
 
 
+def slo_s(ms: float | None, field: str, limits: LimitsConfig) -> float | None:
+    """Seconds."""
+    if ms is None:
+        return None
+    if not limits.min_slo_ms <= ms <= limits.max_slo_ms:
+        raise InvalidRequest(
+            f"{field}: milliseconds, {limits.min_slo_ms:g} to {limits.max_slo_ms:g}", param=field
+        )
+    return ms / 1000
+
+
+def priority(value: int | None, limits: LimitsConfig) -> int:
+    if value is None:
+        return 0
+    if not limits.min_priority <= value <= limits.max_priority:
+        raise InvalidRequest(
+            f"priority: {limits.min_priority} to {limits.max_priority}, lower runs first", param="priority"
+        )
+    return value
+
+
 def raw_prompts(prompt: Any, n: int, limits: LimitsConfig) -> list[str | list[int]]:
     """One text, texts, ids or lists of ids, as a list of texts or a list of lists of ids."""
     if isinstance(prompt, str) or _is_ids(prompt):

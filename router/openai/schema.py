@@ -38,7 +38,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "spaces_between_special_tokens": (True,),
-    "priority": (0,),
     "bad_words": ([],),
     "logit_processors": ([],),
     "n_probs": (0,),
@@ -82,6 +81,10 @@ class _Generation(BaseModel):
     add_special_tokens: bool | None = None  # None: yes for text, no for a rendered chat
     return_token_ids: bool | None = False
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    tpot_slo_ms: float | None = None  # these four may come as headers: `service_level`
+    ttft_slo_ms: float | None = None
+    priority: int | None = None
+    stream_pace: bool | None = None
 
 
 class CompletionRequest(_Generation):

@@ -27,6 +27,8 @@ class WorkerInfo:
     tensor_parallel_size: int = 1
     rank_pids: tuple[int, ...] = ()
     memory: tuple[tuple[str, int], ...] = ()  # (what, bytes): how the KV pool was sized
+    tpot_slo_s: float | None = None  # of requests that bring none
+    ttft_slo_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

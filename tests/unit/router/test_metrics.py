@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from support.router_server import MODEL, RouterServer, wait_until
 
-from ellm.router.metrics import FORGET_S, TTFT_BUCKETS, Histogram, RouterMetrics
+from ellm.router.histogram import TTFT_BUCKETS, Histogram
+from ellm.router.metrics import FORGET_S, RouterMetrics
 from ellm.worker.api.report import WorkerInfo, WorkerReport
 
 INFO = WorkerInfo("w0", "e0", "m", "n", 1024, 16, 64, 1000, (0,), "cpu", "float32", True)

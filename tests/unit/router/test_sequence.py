@@ -99,7 +99,7 @@ def test_every_token_is_taken_once(data: st.DataObject) -> None:
         elif what == "lost" and end < len(IDS) - 1:
             assert sequence.accept(output(sequence, end, end + 1), now) is Verdict.GAP
             sequence.attempt += 1
-            request = sequence.engine_request()
+            request = sequence.engine_request(now)
             assert request.output_ids == tuple(IDS[:have])
             assert request.prompt_ids == (5, 6, 7)
     expected = TEXT.split("🎉 jum")[0] if "lazy d" in stops else TEXT
@@ -135,10 +135,10 @@ def test_scores_come_with_the_text_that_they_score() -> None:
 def test_prompt_scores_are_asked_for_once() -> None:
     sequence = make(Heard(), prompt_logprobs=0)
     first = SequenceOutput("r-0", 0, 0, (IDS[0],), prompt_logprobs=(None, TokenLogprobs(-1.0, 1)))
-    assert sequence.engine_request().sampling.prompt_logprobs == 0
+    assert sequence.engine_request(0.0).sampling.prompt_logprobs == 0
     sequence.accept(wire.pack_output(first), 0.0)
     assert sequence.prompt_logprobs is not None
-    assert sequence.engine_request().sampling.prompt_logprobs is None
+    assert sequence.engine_request(0.0).sampling.prompt_logprobs is None
 
 
 @pytest.mark.parametrize("reason", ["error", "abort"])
