@@ -66,7 +66,11 @@ ALIASES = {
     "threads": "worker.num_threads",
     "workers": "cluster.num_workers",
     "routers": "router.num_replicas",
-    "policy": "router.policy",
+    "policy": "worker.scheduler.policy",
+    "tpot_slo_ms": "worker.scheduler.tpot_slo_ms",
+    "ttft_slo_ms": "worker.scheduler.ttft_slo_ms",
+    "routing_policy": "router.policy",
+    "pace_streams": "router.pace_streams",
     "api_keys": "router.api_keys",
     "address": "cluster.address",
     "host": "cluster.host",
@@ -83,6 +87,12 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "cluster.worker_num_cpus": (0, 1024),
     "cluster.start_timeout_s": (1, 86400),
     "router.num_replicas": (1, 1024),
+    "router.pace_max_hold_s": (0.0, 3600.0),
+    "router.pace_max_hold_tokens": (0, 1 << 20),
+    "router.limits.min_slo_ms": (0.001, 3_600_000),
+    "router.limits.max_slo_ms": (0.001, 3_600_000),
+    "router.limits.min_priority": (-(2**31 - 1), 2**31 - 1),
+    "router.limits.max_priority": (-(2**31 - 1), 2**31 - 1),
     "worker.tensor_parallel_size": (1, 64),
     "worker.num_threads": (1, 1024),
     "worker.model.max_model_len": (1, 1 << 24),
@@ -232,6 +242,14 @@ def validate(config: EllmConfig) -> None:
             raise ConfigError(f"{path}: {value} is not between {low} and {high}", param=path)
     if config.worker.tensor_parallel_size != 1:
         raise ConfigError("only one rank per worker is supported so far (--tp 1)", param="tp")
+    limits = config.router.limits
+    for what, least, most in (
+        ("slo_ms", limits.min_slo_ms, limits.max_slo_ms),
+        ("priority", limits.min_priority, limits.max_priority),
+    ):
+        if least > most:
+            name = f"router.limits.min_{what}"
+            raise ConfigError(f"{name} is above router.limits.max_{what}", param=name)
     if config.cluster.grpc_port == config.cluster.port:
         raise ConfigError("cluster.grpc_port and cluster.port are the same port", param="cluster.grpc_port")
 

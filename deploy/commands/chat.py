@@ -10,6 +10,7 @@ from typing import Any
 
 from ellm.deploy.http_client import RequestFailed, Server
 
+OPTIONAL = ("temperature", "top_p", "seed", "tpot_slo_ms", "ttft_slo_ms", "priority", "stream_pace")
 HELP = "/reset forgets the conversation, /quit leaves, Ctrl-C stops an answer."
 
 
@@ -22,6 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, help="default: the server's")
     parser.add_argument("--top-p", type=float, help="default: the server's")
     parser.add_argument("--seed", type=int, help="for answers that can be repeated")
+    parser.add_argument("--tpot-slo-ms", type=float, help="time per output token (default: the server's)")
+    parser.add_argument("--ttft-slo-ms", type=float, help="time to the first token (default: the server's)")
+    parser.add_argument("--priority", type=int, help="lower runs first (default: 0)")
+    parser.add_argument(
+        "--stream-pace",
+        action=argparse.BooleanOptionalAction,
+        help="answers that flow evenly at their SLO (default: as the server is set)",
+    )
     parser.add_argument("--api-key", help="where the server wants one")
 
 
@@ -85,7 +94,7 @@ class Conversation:
     def __init__(self, server: Server, model: str, args: argparse.Namespace) -> None:
         self._server = server
         self._body: dict[str, Any] = {"model": model, "max_tokens": args.max_tokens}
-        for name in ("temperature", "top_p", "seed"):
+        for name in OPTIONAL:
             if getattr(args, name) is not None:
                 self._body[name] = getattr(args, name)
         self._system = [{"role": "system", "content": args.system}] if args.system else []

@@ -8,7 +8,18 @@ from typing import Any
 
 from ellm.deploy.http_client import Server
 
-COLUMNS = ("id", "node", "state", "num_running", "num_waiting", "free_blocks", "num_blocks", "rank_pids")
+COLUMNS = (
+    "id",
+    "node",
+    "state",
+    "num_running",
+    "num_waiting",
+    "num_parked",
+    "uncached_token_ratio",
+    "free_blocks",
+    "num_blocks",
+    "rank_pids",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,4 +44,6 @@ def run(args: argparse.Namespace) -> int:
 def _cell(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(str(x) for x in value)
+    if isinstance(value, float):
+        return f"{value:.3g}"
     return "-" if value is None else str(value)

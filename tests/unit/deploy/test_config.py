@@ -85,6 +85,11 @@ def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str, message: str)
         ({"environ": {"ELLM_CLUSTER__PORTS": "1"}}, "environment: unknown key cluster.ports; did you mean"),
         ({"file": "missing.yaml"}, "cannot read missing.yaml: No such file"),
         ({"settings": ["worker.cache.memory_fraction=nan"]}, "is not between"),
+        ({"settings": ["tpot_slo_ms=0"]}, "worker.scheduler.tpot_slo_ms: 0.0 is not between"),
+        ({"settings": ["ttft_slo_ms=inf"]}, "worker.scheduler.ttft_slo_ms: inf is not between"),
+        ({"settings": ["router.limits.min_slo_ms=0"]}, "router.limits.min_slo_ms: 0.0 is not between"),
+        ({"settings": ["router.limits.max_priority=-200"]}, "router.limits.min_priority is above"),
+        ({"settings": ["router.pace_max_hold_s=-1"]}, "router.pace_max_hold_s: -1.0 is not between"),
     ],
 )
 def test_a_mistake_elsewhere_is_named(kwargs: dict[str, object], message: str) -> None:

@@ -21,6 +21,8 @@ WORKER = {
     "rank_pids": [7, 8],
     "num_running": 1,
     "num_waiting": 0,
+    "num_parked": 3,
+    "uncached_token_ratio": 0.12345,
     "free_blocks": 5,
     "num_blocks": 9,
 }
@@ -92,6 +94,7 @@ def test_a_piped_conversation_keeps_its_history(
     url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--max-tokens", "9", "--temperature", "0.5", "--api-key", "k", "--system", "be brief"]
+    flags += ["--tpot-slo-ms", "80", "--priority", "2", "--stream-pace"]
     assert chat(url, "hello\n\nagain\n/reset\nnew\n/quit\nnever\n", monkeypatch, *flags) == 0
     assert capsys.readouterr().out == "You said hello.\nYou said again.\nYou said new.\n"
     bodies = [body for body, _ in Handler.seen]
@@ -107,6 +110,8 @@ def test_a_piped_conversation_keeps_its_history(
     assert (bodies[0]["model"], bodies[0]["stream"], bodies[0]["max_tokens"]) == ("tiny", True, 9)
     assert bodies[0]["temperature"] == 0.5
     assert "seed" not in bodies[0]
+    assert (bodies[0]["tpot_slo_ms"], bodies[0]["priority"], bodies[0]["stream_pace"]) == (80, 2, True)
+    assert "ttft_slo_ms" not in bodies[0]
     assert Handler.seen[0][1] == "Bearer k"
 
 
@@ -131,7 +136,7 @@ def test_status_as_a_table_and_as_json(url: str, capsys: pytest.CaptureFixture[s
     assert cli.main(["status", "--url", url]) == 0
     header, row = capsys.readouterr().out.splitlines()
     assert header.split() == [*[name for name in WORKER if name != "rank_pids"], "rank_pids"]
-    assert row.split() == ["w0", "n", "ready", "1", "0", "5", "9", "7,8"]
+    assert row.split() == ["w0", "n", "ready", "1", "0", "3", "0.123", "5", "9", "7,8"]
     assert cli.main(["status", "--url", url, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"workers": [WORKER]}
 
