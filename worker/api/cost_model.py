@@ -24,7 +24,7 @@ from operator import mul
 from statistics import fmean, median
 from typing import Any, Self
 
-KNEES = (4, 16, 64, 96, 144, 216, 324)  # rows; where a device turns from memory- to compute-bound lies between two of them
+KNEES = (4, 16, 64, 96, 144, 216, 324)  # rows; between two of them a device turns compute-bound
 _ROWS, _KV, _PAIRS = 64.0, 1e4, 1e5  # scales that bring every feature near 1
 _WARM_UP = 16  # steps until the typical error means something
 _WINDOW = 32  # steps over which hiccups and drift are told apart
