@@ -8,6 +8,7 @@ from random import Random
 from ellm.worker.engine.hole import Hole
 from ellm.worker.engine.policies import Policy
 from ellm.worker.engine.sequence import Sequence
+from ellm.worker.engine.state import EngineState
 
 
 class RandomResidency(Policy):
@@ -28,12 +29,19 @@ class RandomResidency(Policy):
                 self.residency.park(seq, now)
         for seq in list(self.state.parked):
             self._treat(seq, now)
+        if self._rng.random() < 0.1:
+            self._flush()
         if self.state.host is not None:
             for seq in (*self.state.running, *self.state.parked):
                 if self._rng.random() < 0.5:
                     self.residency.save(seq, self._rng.randint(0, 3))
         if not self.state.running:
             self._wake(now)
+
+    def _flush(self) -> None:
+        """As if somebody had come, taken all the blocks there are, and gone."""
+        pool = self.state.pool
+        pool.release([pool.allocate() for _ in range(pool.num_available)])
 
     def _wake(self, now: float) -> None:
         """Somebody must run."""
@@ -76,6 +84,11 @@ class RandomResidency(Policy):
             self.residency.release_tail(seq, self._rng.randint(1, releasable))
         elif self._rng.random() < 0.3 or not self.state.running:
             self.residency.resume(seq, now)
+            if seq.gap is not None:
+                self._fill(seq)
+
+    def restore_rows(self, state: EngineState, num_decode: int, now: float) -> int:
+        return self._rng.choice([1, 5, 20, 1000])
 
     def reclaim(self, now: float, spare: Sequence | None = None) -> bool:
         for seq in self.state.parked:
