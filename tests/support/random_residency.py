@@ -31,12 +31,16 @@ class RandomResidency(Policy):
             self._treat(seq, now)
         if self._rng.random() < 0.1:
             self._flush()
-        if self.state.host is not None:
-            for seq in (*self.state.running, *self.state.parked):
-                if self._rng.random() < 0.5:
-                    self.residency.save(seq, self._rng.randint(0, 3))
+        self._save()
         if not self.state.running:
             self._wake(now)
+
+    def _save(self) -> None:
+        if self.state.host is None:
+            return
+        for seq in (*self.state.running, *self.state.parked):
+            if self._rng.random() < 0.5:
+                self.residency.save(seq, self._rng.randint(0, 3))
 
     def _flush(self) -> None:
         """As if somebody had come, taken all the blocks there are, and gone."""
