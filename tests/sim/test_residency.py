@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from random import Random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.engine_driver import EngineDriver, run_alone
+from support.engine_driver import LIMITS, EngineDriver, plain, request, run_alone
 from support.engine_scenarios import Setting, make_script, make_setting, output_length, play
 from support.random_residency import RandomResidency
 
@@ -74,3 +75,38 @@ def test_the_scripts_meet_what_they_are_for() -> None:
         for name in totals:
             totals[name] += getattr(report, name)
     assert min(*totals.values(), holes, streams) > 20, (totals, holes, streams)
+
+
+@pytest.mark.parametrize("turns", [1500, pytest.param(25_000, marks=pytest.mark.slow)])
+def test_a_long_walk_keeps_every_reference_count(turns: int) -> None:
+    """Requests come, are parked, cut, saved, loaded, given holes, aborted and lost in copies without end. Pools,
+    host and counts are checked after every half of a turn; each turn is some four operations."""
+    rng, fails = Random(7), Random(8)
+    limits = replace(LIMITS, num_blocks=30, num_host_blocks=40, block_bytes=1000, num_transient_blocks=12)
+    driver = EngineDriver(
+        limits,
+        scheduler=plain(max_step_tokens=40, max_num_seqs=6),
+        policy=RandomResidency(9),
+        link=LinkSpeed(bytes_per_s=1e6),
+        copy_fails=lambda copy: fails.random() < 0.05,
+    )
+    for turn in range(turns):
+        if driver.core.report(0.0).num_waiting < 4:
+            name = f"r{turn}"
+            salt = rng.choice(["", "", "tenant"])
+            driver.add(
+                request(name, rng.randint(1, 50), seed=turn % 9, max_tokens=rng.randint(1, 50), salt=salt)
+            )
+        driver.turn()
+        if rng.random() < 0.05:
+            driver.abort(rng.choice(list(driver.core._state.live)))
+    report = driver.core.report(0.0)
+    assert min(report.num_parks, report.num_restores, report.saved_tokens, report.loaded_tokens) > turns // 50
+    for name in list(driver.core._state.live):
+        driver.abort(name)
+    driver.run()
+    state = driver.core._state
+    assert state.pool.num_available == state.pool.num_blocks
+    assert state.host is not None
+    assert state.host.num_available == state.host.num_blocks
+    assert len(state.transient) == 12
