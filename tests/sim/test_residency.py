@@ -79,8 +79,8 @@ def test_the_scripts_meet_what_they_are_for() -> None:
 
 @pytest.mark.parametrize("turns", [1500, pytest.param(25_000, marks=pytest.mark.slow)])
 def test_a_long_walk_keeps_every_reference_count(turns: int) -> None:
-    """Requests come, are parked, cut, saved, loaded, given holes, aborted and lost in copies without end. Pools,
-    host and counts are checked after every half of a turn; each turn is some four operations."""
+    """Requests come, are parked, cut, saved, loaded, given holes, aborted and lost in copies without end.
+    Pools, host and counts are checked after every half of a turn; each turn is some four operations."""
     rng, fails = Random(7), Random(8)
     limits = replace(LIMITS, num_blocks=30, num_host_blocks=40, block_bytes=1000, num_transient_blocks=12)
     driver = EngineDriver(
