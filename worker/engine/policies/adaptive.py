@@ -75,8 +75,8 @@ class Adaptive(Policy):
 
     def restore_rows(self, state: EngineState, num_decode: int, now: float) -> int:
         most = state.config.max_step_tokens - num_decode
-        if not num_decode:
-            return most
+        if not num_decode or all(seq.tpot_slo_s is None for seq in state.running):
+            return most  # nobody who runs has a deadline that a long step could break
         tokens = sum([seq.num_planned for seq in state.running])
 
         def step_s(more: int) -> float:
@@ -132,9 +132,12 @@ class Adaptive(Policy):
         return seq is not None and not self.foresight.is_roomy(seq)
 
     def _somebody_new(self) -> bool:
-        """The front of the queue has not been refused by the sums of now."""
+        """The front of the queue is not refused by the sums of now, and needs somebody else's blocks."""
         seq = self.state.waiting.peek()
-        return seq is not None and not seq.num_outstanding and not self.foresight.is_refused(seq)
+        if seq is None or seq.num_outstanding or self.foresight.is_refused(seq):
+            return False
+        need = num_blocks_for(len(seq.tokens), self.state.block_size) + self._reserve()
+        return need > self.state.pool.num_available
 
     def _forget_plan(self) -> None:
         """The pressure is over."""
