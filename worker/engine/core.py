@@ -107,6 +107,7 @@ class EngineCore:
         self._tombstones.put(request_id, attempt, now)
         if seq is None or seq.request.attempt > attempt:
             return False
+        self._policy.aborted(seq, now)
         self._state.finish(seq)
         return True
 

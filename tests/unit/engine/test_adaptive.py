@@ -101,3 +101,17 @@ def test_blocks_of_a_later_run_are_found() -> None:
     assert driver.streams["second"] == driver.streams["first"]
     rows = sum(plan.num_rows for plan in driver.plans) - computed
     assert rows == 3 * 4 + 1 + 1  # three blocks, the last token of the prompt, one output
+
+
+def test_an_abort_counts_as_an_end_of_the_output() -> None:
+    """Stop strings are matched by the router, which aborts: lengths would else look longer than they are."""
+    driver = EngineDriver(starved(40), scheduler=adaptive())
+    policy = driver.core._policy
+    assert isinstance(policy, Adaptive)
+    before = policy.forecast.lengths.survival(40)
+    for i in range(30):
+        driver.add(request(f"r{i}", 5, seed=i, max_tokens=60))
+        while len(driver.streams[f"r{i}"]) < 10:
+            driver.turn()
+        driver.abort(f"r{i}")
+    assert policy.forecast.lengths.survival(40) < 0.5 * before

@@ -120,6 +120,10 @@ class Adaptive(Policy):
         self.forecast.finished(seq)
         self.foresight.forget()
 
+    def aborted(self, seq: Sequence, now: float) -> None:
+        self.forecast.aborted(seq)
+        self.foresight.forget()
+
     def stepped(self, plan: BatchPlan, result: StepResult, now: float) -> None:
         self.traffic.observe(result.copy_times)
         self.foresight.stepped(result.elapsed_s, plan.num_decode)

@@ -88,5 +88,8 @@ class Policy:
     def finished(self, seq: Sequence, now: float) -> None:
         """`seq` has ended by itself: by end-of-text, a stop id or its length."""
 
+    def aborted(self, seq: Sequence, now: float) -> None:
+        """`seq` has been ended from outside: its client left, or the router saw a stop string."""
+
     def stepped(self, plan: BatchPlan, result: StepResult, now: float) -> None:
         """A plan has come back; what it meant is applied."""

@@ -41,6 +41,12 @@ class Forecast:
         if seq.tpot_slo_s is not None:
             self.safety.finished(not seq.late)
 
+    def aborted(self, seq: Sequence) -> None:
+        """`seq` was ended from outside. For its memory that is an end like any other."""
+        num_output = len(seq.tokens) - seq.num_prompt
+        if seq.stop_ids and num_output > 0:
+            self.lengths.finished(num_output, censored=False, num_passed=(num_output - 1) // BIN)
+
     def survival(self, seq: Sequence) -> tuple[float, ...]:
         """Chances that `seq` is still there at each horizon, as `OutputLengths.conditional`; certain up to
         max_tokens where nothing stops it."""

@@ -62,6 +62,10 @@ class FullPredictive(Policy):
         self.forecast.finished(seq)
         self._admission = None
 
+    def aborted(self, seq: Sequence, now: float) -> None:
+        self.forecast.aborted(seq)
+        self._admission = None
+
     def _plan(self, state: EngineState, now: float) -> Admission:
         """The sums of those who run."""
         preemptions = state.totals.num_preemptions
