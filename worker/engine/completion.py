@@ -81,6 +81,8 @@ class Completion:
         first = seq.first_token_at
         if first is None:
             seq.first_token_at, seq.first_index = now, len(seq.tokens)
+            if seq.ttft_slo_s is not None and not seq.request.output_ids:
+                seq.late = now > seq.arrived_at + seq.ttft_slo_s
         elif seq.tpot_slo_s is not None and not seq.late:
             seq.late = now > first + seq.tpot_slo_s * (len(seq.tokens) - seq.first_index + 4)
 

@@ -91,14 +91,22 @@ class EngineCore:
         if not self.has_work:
             self._load.work_came(now)
         seq = Sequence(request, self._next_order, self._eos)
-        if seq.tpot_slo_s is None and self.config.scheduler.tpot_slo_ms is not None:
-            seq.tpot_slo_s = self.config.scheduler.tpot_slo_ms / 1000
+        self._promise(seq, now)
         if not state.prefix_caching:
             seq.salt = f"\0{self._next_order}"  # its blocks are for itself alone
         self._next_order += 1
         state.live[request.request_id] = seq
         state.waiting.push(seq)
         return True
+
+    def _promise(self, seq: Sequence, now: float) -> None:
+        """What the request was promised; the config's promises where it brings none of its own."""
+        seq.arrived_at = now
+        scheduler = self.config.scheduler
+        if seq.tpot_slo_s is None and scheduler.tpot_slo_ms is not None:
+            seq.tpot_slo_s = scheduler.tpot_slo_ms / 1000
+        if seq.ttft_slo_s is None and scheduler.ttft_slo_ms is not None:
+            seq.ttft_slo_s = scheduler.ttft_slo_ms / 1000
 
     def abort(self, request_id: str, attempt: int, now: float) -> bool:
         """End every attempt up to `attempt`, also one that is still to come; no output follows. Idempotent.

@@ -36,6 +36,7 @@ class Sequence:
     """Owned by EngineCore alone; nothing outside the engine holds one."""
 
     __slots__ = (
+        "arrived_at",
         "block_hashes",
         "epoch",
         "first_index",
@@ -66,6 +67,7 @@ class Sequence:
         "table",
         "tokens",
         "tpot_slo_s",
+        "ttft_slo_s",
     )
 
     def __init__(self, request: EngineRequest, order: int, eos_token_ids: frozenset[int]) -> None:
@@ -97,8 +99,10 @@ class Sequence:
         self.block_hashes: list[BlockHash] = []
         self.first_token_at: float | None = None  # the first that this engine made
         self.first_index = self.num_prompt  # its position
+        self.arrived_at = 0.0
         self.tpot_slo_s = request.tpot_slo_s
-        self.late = False  # a token came after its deadline
+        self.ttft_slo_s = request.ttft_slo_s
+        self.late = False  # a token came after its deadline, the first among them
         self.num_cached_tokens: int | None = None  # of the prompt, at the first admission
         # [None, score of token 1, score of token 2, ...] as they come in; None: not asked for. A request that
         # resumes has had its first output, and these with it.

@@ -153,3 +153,13 @@ def test_a_result_has_one_token_for_each_row_that_samples(token_ids: tuple[int, 
     assert plan is not None
     with pytest.raises(AssertionError, match="tokens"):
         core.finish_step(plan, StepResult(plan.step, token_ids, 0.01), 0.0)
+
+
+@pytest.mark.parametrize(("slo_ms", "late"), [(0.5, True), (10_000.0, False)])
+@pytest.mark.parametrize("name", ["tpot_slo_ms", "ttft_slo_ms"])
+def test_a_token_past_its_deadline_makes_a_request_late(name: str, slo_ms: float, late: bool) -> None:
+    driver = EngineDriver(scheduler=plain(**{name: slo_ms}))
+    driver.add(request("r", max_tokens=20, ignore_eos=True))
+    seq = driver.core._state.live["r"]
+    driver.run()
+    assert seq.late is late
