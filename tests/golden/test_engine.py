@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from support import golden
-from support.engine_driver import EngineDriver
+from support.engine_driver import EngineDriver, plain
 from support.golden import Checkpoint
 
 from ellm.kernels.dispatch import has_numba
@@ -59,7 +59,7 @@ def scores(driver: EngineDriver, name: str) -> list[TokenLogprobs]:
 def roomy(checkpoint: Callable[[str], Checkpoint]) -> EngineDriver:
     """Every request with room for all, whole prompts, nothing cached."""
     executor = golden.executor(checkpoint("qwen3")[0], jit=has_numba(), num_blocks=200)
-    return run(executor, scheduler=SchedulerConfig(max_num_seqs=1), prefix_caching=False)
+    return run(executor, scheduler=plain(max_num_seqs=1), prefix_caching=False)
 
 
 def test_greedy_requests_say_what_transformers_says(
@@ -88,7 +88,7 @@ def test_schedules_change_nothing(
     caching: bool,
 ) -> None:
     executor = golden.executor(checkpoint("qwen3")[0], jit=True, num_blocks=num_blocks)
-    config = SchedulerConfig(max_num_seqs=8, max_step_tokens=rows, pipeline_depth=depth)
+    config = plain(max_num_seqs=8, max_step_tokens=rows, pipeline_depth=depth)
     driver = run(executor, scheduler=config, prefix_caching=caching)
     report = driver.core.report(driver.now)
     if num_blocks == 16:

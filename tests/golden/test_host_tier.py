@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from support import golden
-from support.engine_driver import EngineDriver
+from support.engine_driver import EngineDriver, plain
 from support.golden import Checkpoint
 
 from ellm.worker.api.config import SchedulerConfig
@@ -55,7 +55,7 @@ def scores(driver: EngineDriver, name: str) -> list[TokenLogprobs]:
 @pytest.fixture(scope="module")
 def roomy(checkpoint: Callable[[str], Checkpoint]) -> EngineDriver:
     """Each alone, with room for all."""
-    return run(load(checkpoint("qwen3"), 200, 0), SchedulerConfig(max_num_seqs=1))
+    return run(load(checkpoint("qwen3"), 200, 0), plain(max_num_seqs=1))
 
 
 def assert_same(driver: EngineDriver, roomy: EngineDriver) -> None:
