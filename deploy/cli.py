@@ -17,6 +17,7 @@ COMMANDS = {
     "serve": "start a cluster that serves a model over HTTP",
     "chat": "talk to a running server in the terminal",
     "generate": "complete prompts with the engine alone, without a cluster",
+    "plan": "say what a GPU can hold and serve of a model, and what pays there",
     "simulate": "compare scheduling policies on a modelled GPU, without one",
     "status": "show the workers of a running server",
     "version": "print the versions of eLLM and what it runs on",

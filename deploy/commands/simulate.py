@@ -19,7 +19,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     add = parser.add_argument
-    add("--model", default="llama2-13b", help="a preset; a wrong name lists them (default: %(default)s)")
+    add("--model", default="llama2-13b", help="a preset, or a folder with config.json (default: %(default)s)")
     add("--gpu", default="a100-80g", help="a preset (default: %(default)s)")
     add("--tp", type=int, default=1, metavar="N", help="GPUs that serve the model together (default: 1)")
     add(
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     setting = _setting(args)
     study = prepare(setting, policies, seeds)
     for path in (args.json, args.plot):
-        _check_folder(path)
+        check_folder(path)
     if args.plot:
         check_plot(args.plot)
     progress = Progress()
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     for line in (*headline(result), "", *table(result["policies"])):
         print(line)
     if args.json:
-        _write(args.json, result)
+        write_json(args.json, result)
     if args.plot:
         plot(result, args.plot)
     return 0
@@ -122,7 +122,7 @@ def _seeds(text: str) -> list[int]:
     return list(dict.fromkeys(seeds))
 
 
-def _check_folder(path: str | None) -> None:
+def check_folder(path: str | None) -> None:
     """Before minutes of work, not after."""
     from ellm.worker.api.errors import ConfigError
 
@@ -130,7 +130,7 @@ def _check_folder(path: str | None) -> None:
         raise ConfigError(f"cannot write {path}: there is no folder {Path(path).parent}")
 
 
-def _write(path: str, result: dict[str, Any]) -> None:
+def write_json(path: str, result: dict[str, Any]) -> None:
     import json
 
     from ellm.worker.api.errors import ConfigError

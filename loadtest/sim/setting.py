@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from math import isfinite
 from statistics import fmean
 
+from ellm.loadtest.sim.checkpoint import find_model
 from ellm.loadtest.sim.device import Device
 from ellm.loadtest.sim.metrics import bound_tok_s, capacity_tok_s, realised_load
-from ellm.loadtest.sim.presets import find_gpu, find_model
+from ellm.loadtest.sim.presets import find_gpu
 from ellm.loadtest.sim.workload import LENGTHS, SimRequest, at_rate, make_requests, with_arrivals
 from ellm.worker.api.config import SchedulerConfig
 from ellm.worker.api.errors import ConfigError
@@ -25,7 +26,7 @@ HOLES = ("literal",)  # policies that are nothing without transient blocks
 class Setting:
     """Everything but the policy and the seed."""
 
-    model: str = "llama2-13b"
+    model: str = "llama2-13b"  # or a folder with a config.json
     gpu: str = "a100-80g"
     workload: str = "sharegpt"  # or a trace file
     num_requests: int = 600
@@ -58,6 +59,11 @@ class Setting:
 
     def check(self) -> None:
         """Raise ConfigError for what cannot be simulated, naming the value."""
+        self.check_values()
+        self.device.check()
+
+    def check_values(self) -> None:
+        """The same but for whether the model fits."""
         positive = {
             "rate": self.rate,
             "load": self.load,
@@ -79,7 +85,6 @@ class Setting:
             raise ConfigError("--rate and --load are two ways to say the same: give one")
         if self.rate is None and self.load is None and self.workload in LENGTHS:
             raise ConfigError("give --rate (requests per second) or --load (share of capacity)")
-        self.device.check()
 
     def limits(self, policy: str) -> ModelLimits:
         """Raises ConfigError for a policy that cannot be read."""

@@ -46,6 +46,14 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def in_bytes(count: float) -> str:
+    """Memory as people say it: decimal units."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
+
+
 def headline(result: dict[str, Any]) -> list[str]:
     """What was simulated, and the numbers that every result must stand beside."""
     s = result["setting"]

@@ -1,0 +1,227 @@
+"""What to do with a model on a GPU: which layout, and whether partial caching, a host tier or neither pays.
+
+Arithmetic (`sizing`) proposes, short simulations (`trials`) decide: a way that arithmetic rules out is named
+with the numbers that do so, one that it allows counts as paying only if the simulated engine gains by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any
+
+from ellm.loadtest.sim.layouts import Sized
+from ellm.loadtest.sim.table import in_bytes
+from ellm.loadtest.sim.trials import BASELINE, OURS, Trial, run_trials
+
+PAYS, PAYS_NOT = "pays", "does not pay"
+GAIN = 1.02  # in goodput: less is noise
+_QUICKER, _QUICKER_S = 0.9, 0.05  # TTFT counts as lower below this share of the other, and by this much
+_COMFORTABLE = 0.9  # of capacity
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """One sentence or two on one question."""
+
+    topic: str  # "layout", "warning", "what pays here", "partial caching", "host tier", "adaptive policy"
+    verdict: str  # in a few words
+    text: str
+
+
+def advise(
+    sized: Sized,
+    at: Sequence[float],
+    host: float,
+    *,
+    rate: float | None = None,
+    jobs: int = 1,
+    on_progress: Callable[[float], None] | None = None,
+) -> tuple[list[Trial], list[Advice]]:
+    """Simulate at the rates `at`, with and without `host` GB, and say what pays. `rate` is what will come, if
+    somebody knows."""
+    literal = _literal_policy(sized, host)
+    trials = run_trials(
+        sized.setting,
+        at,
+        sized.chosen.capacity_requests_s,
+        host,
+        literal,
+        jobs=jobs,
+        on_progress=on_progress,
+    )
+    ways = [_on_partial_caching(sized, trials, literal), _on_host(sized, trials, host), _on_pausing(trials)]
+    paying = [one.topic for one in ways if one.verdict == PAYS]
+    short = any(trial.preemptions for trial in trials if trial.policy == BASELINE)
+    if paying:
+        text = "The figures below say how much, and why."
+    elif short:
+        text = f"{BASELINE} does as well here."
+    else:
+        text = f"Memory never ran short: {BASELINE} preempted nobody."
+    summary = Advice("what pays here", " and ".join(paying) or "neither", text)
+    return trials, [_on_layout(sized, rate), *_warnings(sized), summary, *ways]
+
+
+def as_result(sized: Sized, trials: Sequence[Trial], advice: Sequence[Advice]) -> dict[str, Any]:
+    """The content of the file that `ellm plan --json` writes."""
+    return {
+        "version": 1,
+        "setting": asdict(sized.setting),
+        "model": asdict(sized.setting.device.model),
+        "gpu": asdict(sized.setting.device.gpu),
+        "workload": asdict(sized.demand),
+        "layouts": [asdict(layout) for layout in sized.layouts],
+        "chosen": asdict(sized.chosen),
+        "share_too_long": sized.share_too_long,
+        "prices": asdict(sized.prices),
+        "literal_ratio": sized.literal_ratio,
+        "literal_ratio_with_link": sized.literal_ratio_with_link,
+        "first_token_s": sized.first_token_s,
+        "trials": [asdict(trial) for trial in trials],
+        "advice": [asdict(one) for one in advice],
+    }
+
+
+def gains(ours: Trial, other: Trial) -> bool:
+    """More goodput; or as much, and first tokens that come sooner by a tenth and 50 ms."""
+    if ours.goodput_tok_s > GAIN * other.goodput_tok_s:
+        return True
+    sooner = other.ttft_mean_s - ours.ttft_mean_s
+    quicker = ours.ttft_mean_s < _QUICKER * other.ttft_mean_s and sooner > _QUICKER_S
+    return quicker and ours.goodput_tok_s * GAIN > other.goodput_tok_s
+
+
+def _literal_policy(sized: Sized, host: float) -> str | None:
+    """What to simulate if per-step recompute may pay."""
+    price = sized.prices
+    if price.literal_may_pay and sized.literal_ratio:
+        return f"literal({sized.literal_ratio:.2f})"
+    if price.literal_with_link_may_pay and sized.literal_ratio_with_link and host:
+        return f"literal({sized.literal_ratio_with_link:.2f}, stream={price.stream_share:.2f})"
+    return None
+
+
+def _on_layout(sized: Sized, rate: float | None) -> Advice:
+    chosen = sized.chosen
+    others = [
+        f"TP {layout.tp} {layout.sizing.capacity_tok_s_per_gpu:.0f}"
+        for layout in sized.layouts
+        if layout.sizing is not None and layout.tp != chosen.tp and layout.serves
+    ]
+    text = f"{chosen.capacity_tok_s_per_gpu:.0f} tok/s per GPU at capacity"
+    if others:
+        text += f", against {', '.join(others)}"
+    text += (
+        f". Weights take {in_bytes(chosen.weight_bytes)} and leave {in_bytes(chosen.pool_bytes)}: M/w "
+        f"{chosen.pool_over_weights:.2f}, so no trick with KV memory alone could gain more than "
+        f"{chosen.capacity_gain_limit:.2f}x."
+    )
+    if rate is not None:
+        count = ceil(rate / (_COMFORTABLE * chosen.capacity_requests_s))
+        text += (
+            f" {rate:g} requests per second are {rate / chosen.capacity_requests_s:.2f} of its capacity: "
+            f"{count} replica{'s' if count > 1 else ''} at a load of {_COMFORTABLE} or less."
+        )
+    return Advice("layout", f"TP {chosen.tp}", text)
+
+
+def _warnings(sized: Sized) -> list[Advice]:
+    chosen, setting = sized.chosen, sized.setting
+    found = []
+    if sized.share_too_long:
+        found.append(
+            f"{100 * sized.share_too_long:.1f} % of the requests alone are longer than the KV pool of "
+            f"{chosen.capacity_tokens:,} tokens: they would be refused, and the trials cut or leave them out"
+        )
+    if setting.ttft_slo_ms is not None and sized.first_token_s > setting.ttft_slo_ms / 1000:
+        found.append(
+            f"the mean prompt alone takes {1e3 * sized.first_token_s:.0f} ms to its first token: a TTFT of "
+            f"{setting.ttft_slo_ms:g} ms is out of reach for it"
+        )
+    if chosen.limited_by == "max_num_seqs":
+        found.append(
+            f"max_num_seqs {setting.max_num_seqs} is what limits a step, not memory, which holds "
+            f"{chosen.requests_held:.0f} requests: nothing that saves memory can gain"
+        )
+    if chosen.limited_by == "slo":
+        found.append(
+            f"the SLO is what limits a step, at {chosen.running:.0f} requests, not memory, which holds "
+            f"{chosen.requests_held:.0f}"
+        )
+    return [Advice("warning", "note", text[0].upper() + text[1:] + ".") for text in found]
+
+
+def _on_partial_caching(sized: Sized, trials: Sequence[Trial], policy: str | None) -> Advice:
+    chosen, price = sized.chosen, sized.prices
+    count, step_ms = chosen.capacity_tokens, 1e3 * chosen.full_step_s
+    sums = (
+        f"recomputing the {count:,} tokens of memory takes {1e3 * count * price.recompute_s:,.1f} ms against "
+        f"a step of {step_ms:.1f} ms; it pays below {price.literal_limit_tokens:,.0f} tokens, with the host "
+        f"link beside it below {price.literal_limit_with_link_tokens:,.0f}"
+    )
+    if policy is None:
+        ratio = max(sized.literal_ratio, sized.literal_ratio_with_link)
+        if price.literal_with_link_may_pay and not ratio:
+            sums += "; yet no share of the context beats none by 2 % by the cost model"
+        verdict = "not without a host tier" if price.literal_with_link_may_pay and ratio else PAYS_NOT
+        return Advice("partial caching", verdict, f"Per-step recompute: {sums}.")
+    pairs = _pairs(trials, policy, None, BASELINE, 0.0)
+    best = max((ours.throughput_tok_s / other.throughput_tok_s for ours, other in pairs), default=0.0)
+    won = best > GAIN and any(gains(ours, other) for ours, other in pairs)
+    text = f"Per-step recompute: {sums}. Simulated, {policy} puts out {best:.2f}x the tokens of {BASELINE}."
+    return Advice("partial caching", PAYS if won else PAYS_NOT, text)
+
+
+def _on_host(sized: Sized, trials: Sequence[Trial], host: float) -> Advice:
+    chosen, price = sized.chosen, sized.prices
+    useful = chosen.phi_tokens * chosen.kv_token_bytes
+    if chosen.phi > 1.0:
+        why = f"steps are short enough for {chosen.phi:.2f}x the requests to take turns (phi); " + (
+            f"the paused ones would hold {in_bytes(useful)} more than the pool"
+            if useful
+            else "the pool has room for all of them"
+        )
+    else:
+        why = (
+            f"SLO/T is {chosen.slo_over_full_step:.2f}, less pausing costs: nobody can pause (phi 1), so the "
+            "host only takes what is preempted"
+        )
+    why += (
+        f". A token comes back in {1e6 * price.link_s:.3g} us by the link, {1e6 * price.recompute_s:.3g} us "
+        "by computing"
+    )
+    if not host:
+        return Advice("host tier", "not tried", f"{why[0].upper()}{why[1:]}. --host-gb is 0.")
+    pairs = _pairs(trials, OURS, host, OURS, 0.0)
+    won = any(gains(ours, other) for ours, other in pairs)
+    text = f"{why[0].upper()}{why[1:]}. {host:g} GB: {_compare(pairs)}."
+    return Advice("host tier", PAYS if won else PAYS_NOT, text)
+
+
+def _on_pausing(trials: Sequence[Trial]) -> Advice:
+    pairs = _pairs(trials, OURS, 0.0, BASELINE, 0.0)
+    won = any(gains(ours, other) for ours, other in pairs)
+    lost = any(gains(other, ours) for ours, other in pairs)
+    verdict = "mixed" if won and lost else PAYS if won else PAYS_NOT
+    return Advice("adaptive policy", verdict, f"Against {BASELINE}, without a host tier: {_compare(pairs)}.")
+
+
+def _pairs(
+    trials: Sequence[Trial], policy: str, host: float | None, other: str, other_host: float
+) -> list[tuple[Trial, Trial]]:
+    """The two at each rate; `host` None: whatever it has."""
+    mine = [t for t in trials if t.policy == policy and host in (None, t.host_gb)]
+    theirs = {t.rate: t for t in trials if t.policy == other and t.host_gb == other_host}
+    return [(t, theirs[t.rate]) for t in mine]
+
+
+def _compare(pairs: Sequence[tuple[Trial, Trial]]) -> str:
+    """At each load, the second of a pair and then the first."""
+    return "; ".join(
+        f"at load {a.load:.2f} goodput {b.goodput_tok_s:.0f} -> {a.goodput_tok_s:.0f} tok/s, SLO "
+        f"{b.slo_attainment:.2f} -> {a.slo_attainment:.2f}, mean TTFT {b.ttft_mean_s:.3g} -> "
+        f"{a.ttft_mean_s:.3g} s"
+        for a, b in pairs
+    )
