@@ -62,8 +62,17 @@ def load(folder: Checkpoint, dtype: str, num_blocks: int) -> LocalExecutor:
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", ["llama", "mistral-window", "opt"])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        ("llama", "bfloat16"),
+        ("mistral-window", "float32"),
+        pytest.param("llama", "float32", marks=pytest.mark.slow),
+        pytest.param("mistral-window", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("opt", "float32", marks=pytest.mark.slow),
+        pytest.param("opt", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_no_token_depends_on_residency(
     checkpoint: Callable[[str], Checkpoint], case: str, dtype: str
 ) -> None:
