@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from ellm.loadtest.sim.device import EOS
 from ellm.worker.api.cost_model import CostModel
-from ellm.worker.engine.plan import BatchPlan, CopyTimes, ModelLimits, NewSequence, StepResult, step_features
+from ellm.worker.engine.plan import BatchPlan, ModelLimits, NewSequence, StepResult, step_features
 from ellm.worker.executor.simulated_link import LinkSpeed, SimulatedLink
 
 TOKEN = 1  # what the model says until it ends
@@ -18,7 +18,8 @@ assert TOKEN != EOS
 
 
 class TimedExecutor:
-    """`output_length(new)` tokens after its prompt a sequence ends; copies run beside the steps at `link`."""
+    """`output_length(new)` tokens after its prompt a sequence ends; copies run beside the steps at `link`,
+    and each block that was loaded costs `load_block_s` of computing in the step in which it comes."""
 
     def __init__(
         self,
@@ -26,12 +27,15 @@ class TimedExecutor:
         cost: CostModel,
         output_length: Callable[[NewSequence], int],
         link: LinkSpeed,
+        *,
+        load_block_s: float = 0.0,
     ) -> None:
         self._limits = limits
         self._cost = cost
         self._output_length = output_length
         self._last_index: dict[int, int] = {}  # sequence -> output index of its end
         self._link = SimulatedLink(link, limits.block_bytes)
+        self._load_block_s = load_block_s
         self._clock = 0.0  # in steps
 
     @property
@@ -56,8 +60,13 @@ class TimedExecutor:
         if plan.streams:  # layer by layer, beside the layers before
             elapsed_s = max(elapsed_s, self._link.seconds(len(plan.streams)))
         self._clock += elapsed_s
-        done, times = self._end_copies()
-        return StepResult(plan.step, tuple(tokens), elapsed_s, copies_done=done, copy_times=times)
+        saves, loads, times = self._link.ended(self._clock)
+        computing_s = len(loads) * self._load_block_s
+        self._clock += computing_s
+        done = tuple(copy.copy_id for copy in (*saves, *loads))
+        return StepResult(
+            plan.step, tuple(tokens), elapsed_s + computing_s, copies_done=done, copy_times=times
+        )
 
     def close(self) -> None:
         self._last_index.clear()
@@ -75,7 +84,3 @@ class TimedExecutor:
             return 0.0
         assert link.next_end is not None, "a plan without entries, and no copy to wait for"
         return max(0.0, link.next_end - clock)
-
-    def _end_copies(self) -> tuple[tuple[int, ...], CopyTimes | None]:
-        saves, loads, times = self._link.ended(self._clock)
-        return tuple(copy.copy_id for copy in (*saves, *loads)), times

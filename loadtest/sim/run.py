@@ -16,6 +16,7 @@ from typing import Any
 
 from ellm.loadtest.sim.device import profile
 from ellm.loadtest.sim.executor import TimedExecutor
+from ellm.loadtest.sim.literature import load_block_s, make_policy
 from ellm.loadtest.sim.metrics import summarise
 from ellm.loadtest.sim.replica import Replica
 from ellm.loadtest.sim.setting import Offered, Setting, offer
@@ -23,6 +24,7 @@ from ellm.loadtest.sim.workload import SimRequest
 from ellm.worker.api.config import CacheConfig, WorkerConfig
 from ellm.worker.api.cost_model import CostModel
 from ellm.worker.engine.core import EngineCore
+from ellm.worker.engine.policies.spec import parse_spec
 from ellm.worker.executor.simulated_link import LinkSpeed
 
 _PROGRESS_S = 0.2  # between two words about how far a run is
@@ -55,8 +57,9 @@ def make_core(
     `cost_model`. `shares`: prompts have stretches in common."""
     device = setting.device
     caching = setting.prefix_caching if setting.prefix_caching is not None else shares
+    scheduler, policy_object = make_policy(setting.scheduler(policy))
     config = WorkerConfig(
-        scheduler=setting.scheduler(policy),
+        scheduler=scheduler,
         cache=CacheConfig(
             block_size=setting.block_size, prefix_caching=caching, host_bytes=int(device.host_bytes)
         ),
@@ -65,15 +68,21 @@ def make_core(
         cost_model = profile(
             device.cost(), max_rows=setting.max_step_tokens, max_kv_tokens=device.capacity_tokens
         )
-    return EngineCore(setting.limits(policy), config, cost_model=cost_model)
+    return EngineCore(setting.limits(policy), config, cost_model=cost_model, policy=policy_object)
 
 
-def make_executor(setting: Setting, requests: list[SimRequest]) -> TimedExecutor:
+def make_executor(setting: Setting, requests: list[SimRequest], policy: str = "adaptive") -> TimedExecutor:
     """It finds a request's true length by its sampling seed, which is the request's number."""
     device = setting.device
     lengths = [request.output_tokens for request in requests]
     link = LinkSpeed(bytes_per_s=device.tp * device.gpu.link_bytes_per_s)
-    return TimedExecutor(device.limits(), device.cost(), lambda new: lengths[new.sampling.seed], link)
+    return TimedExecutor(
+        setting.limits(policy),
+        device.cost(),
+        lambda new: lengths[new.sampling.seed],
+        link,
+        load_block_s=load_block_s(parse_spec(policy).name, device),
+    )
 
 
 def simulate(setting: Setting, policy: str, seed: int, on_tokens: OnTokens | None = None) -> dict[str, Any]:
@@ -84,7 +93,7 @@ def simulate(setting: Setting, policy: str, seed: int, on_tokens: OnTokens | Non
     ttft_slo_s = None if setting.ttft_slo_ms is None else setting.ttft_slo_ms / 1000
     replica = Replica(
         make_core(setting, policy, shares=any(request.hash_ids for request in requests)),
-        make_executor(setting, requests),
+        make_executor(setting, requests, policy),
         requests,
         tpot_slo_s=tpot_slo_s,
         ttft_slo_s=ttft_slo_s,

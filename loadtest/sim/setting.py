@@ -11,6 +11,7 @@ from statistics import fmean
 
 from ellm.loadtest.sim.checkpoint import find_model
 from ellm.loadtest.sim.device import Device
+from ellm.loadtest.sim.literature import host_limits
 from ellm.loadtest.sim.metrics import bound_tok_s, capacity_tok_s, realised_load
 from ellm.loadtest.sim.presets import find_gpu
 from ellm.loadtest.sim.workload import LENGTHS, SimRequest, at_rate, make_requests, with_arrivals
@@ -88,10 +89,10 @@ class Setting:
 
     def limits(self, policy: str) -> ModelLimits:
         """Raises ConfigError for a policy that cannot be read."""
-        count = self.transient_blocks
+        name, count, device = parse_spec(policy).name, self.transient_blocks, self.device
         if count is None:
-            count = self.step_blocks if parse_spec(policy).name in HOLES else 0
-        return self.device.limits(count)
+            count = self.step_blocks if name in HOLES else 0
+        return host_limits(device.limits(count), name, device)
 
     @property
     def step_blocks(self) -> int:
