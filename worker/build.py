@@ -40,8 +40,9 @@ def load_engine(config: WorkerConfig, progress: Progress) -> LoadedEngine:
     from ellm.worker.executor.local import LocalExecutor
 
     executor = LocalExecutor.load(config, progress)
+    cost_model = executor.profile(config, progress) if config.profile else None
     return LoadedEngine(
-        EngineCore(executor.limits, config),
+        EngineCore(executor.limits, config, cost_model=cost_model),
         executor,
         served_name(config.model),
         executor.device,

@@ -76,3 +76,4 @@ class WorkerConfig:
     stall_s: float = 30.0  # work without a finished step for so long: unhealthy
     drain_timeout_s: float = 60.0
     outbox_items: int = 256  # stream items a router may lag behind before its stream is cut
+    profile: bool = True  # measure a few steps at start, unless this machine has done so before

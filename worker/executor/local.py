@@ -8,31 +8,35 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
+import platform
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from ellm.kernels.ops import Ops
 from ellm.worker.api.config import WorkerConfig
+from ellm.worker.api.cost_model import CostModel
 from ellm.worker.engine.plan import BatchPlan, ModelLimits, StepResult
 from ellm.worker.executor.copies import Copier, EndedCopies
 from ellm.worker.executor.host_tier import HostTier, make_host_tier
 from ellm.worker.executor.loaded_model import LoadedModel, load_model, weight_bytes
 from ellm.worker.executor.memory import PeakMemory, available_bytes
 from ellm.worker.executor.pool_size import MemoryBudget, PoolSize, check_transient, size_pool
+from ellm.worker.executor.profile import cache_key, profiled_cost_model
 from ellm.worker.executor.resolve import resolve_device, select_ops
 from ellm.worker.executor.warm_up import largest_plans, step_kinds
 from ellm.worker.model.architecture import Architecture
 from ellm.worker.model.cuda_host_pool import NUM_BUFFERS
+from ellm.worker.model.hub import local_folder
 from ellm.worker.model.kv_cache import KVCache, block_bytes, transient_bytes
 from ellm.worker.model.loader import Progress, no_progress
 from ellm.worker.model.runner import ModelRunner
 
 log = logging.getLogger(__name__)
-
-_NONE_ENDED = EndedCopies()
 
 _NONE_ENDED = EndedCopies()
 
@@ -58,6 +62,7 @@ class LocalExecutor:
         self.device = str(loaded.device)
         self.dtype = str(loaded.dtype).removeprefix("torch.")
         self.deterministic = ops.deterministic
+        self._body = f"{type(ops).__module__}.{type(ops).__qualname__}, deterministic {ops.deterministic}"
 
     @staticmethod
     def load(config: WorkerConfig, progress: Progress | None = None) -> LocalExecutor:
@@ -117,6 +122,20 @@ class LocalExecutor:
             ended.times,
         )
 
+    def profile(self, config: WorkerConfig, progress: Progress) -> CostModel:
+        """How long steps take here, from a short profile or from the one of an earlier start. Call it before
+        the first request: it writes to the pool."""
+        device = torch.device(self.device)
+        about = {
+            "device": _device_name(device),
+            "dtype": self.dtype,
+            "threads": torch.get_num_threads() if device.type == "cpu" else 0,
+            "body": self._body,
+        }
+        folder = local_folder(config.model.path, config.model.revision)
+        key = cache_key(folder, self._limits, config.scheduler, about)
+        return profiled_cost_model(self, config.scheduler, key, progress)
+
     def close(self) -> None:
         """Free weights and pool; copies under way end first."""
         if self._tier is not None:
@@ -142,6 +161,21 @@ def adopt_threads(num_threads: int | None) -> None:
     """Let the calling thread compute on `num_threads` CPU threads; None leaves the default."""
     if num_threads is not None:
         torch.set_num_threads(num_threads)
+
+
+def _device_name(device: torch.device) -> str:
+    """Of the GPU, or of the processor with the cores that this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        model = next(
+            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model
+        )
+    return f"{model}, {cores} cores"
 
 
 def _limits(config: WorkerConfig, arch: Architecture, size: PoolSize, budget: MemoryBudget) -> ModelLimits:
