@@ -82,6 +82,10 @@ def run(args: argparse.Namespace) -> int:
         phase.note("")
     for line in (*headline(result), "", *table(result["policies"])):
         print(line)
+    for name, figures in result["policies"].items():
+        if "solver_mean_ms" in figures:
+            mean, worst = figures["solver_mean_ms"], figures["solver_worst_ms"]
+            print(f"{name}: the solver took {mean:.2f} ms per step on this machine, {worst:.1f} at worst")
     if args.json:
         write_json(args.json, result)
     if args.plot:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ellm.loadtest.sim.layouts import Sized
 from ellm.loadtest.sim.table import in_bytes
-from ellm.loadtest.sim.trials import BASELINE, OURS, Trial, run_trials
+from ellm.loadtest.sim.trials import BASELINE, OURS, Partial, Trial, run_trials
 
 PAYS, PAYS_NOT = "pays", "does not pay"
 GAIN = 1.02  # in goodput: less is noise
@@ -41,17 +41,17 @@ def advise(
 ) -> tuple[list[Trial], list[Advice]]:
     """Simulate at the rates `at`, with and without `host` GB, and say what pays. `rate` is what will come, if
     somebody knows."""
-    literal = _literal_policy(sized, host)
+    partial = _partial(sized, host)
     trials = run_trials(
         sized.setting,
         at,
         sized.chosen.capacity_requests_s,
         host,
-        literal,
+        partial,
         jobs=jobs,
         on_progress=on_progress,
     )
-    ways = [_on_partial_caching(sized, trials, literal), _on_host(sized, trials, host), _on_pausing(trials)]
+    ways = [_on_partial_caching(sized, trials, partial), _on_host(sized, trials, host), _on_pausing(trials)]
     paying = [one.topic for one in ways if one.verdict == PAYS]
     short = any(trial.preemptions for trial in trials if trial.policy == BASELINE)
     if paying:
@@ -93,14 +93,16 @@ def gains(ours: Trial, other: Trial) -> bool:
     return quicker and ours.goodput_tok_s * GAIN > other.goodput_tok_s
 
 
-def _literal_policy(sized: Sized, host: float) -> str | None:
-    """What to simulate if per-step recompute may pay."""
-    price = sized.prices
-    if price.literal_may_pay and sized.literal_ratio:
-        return f"literal({sized.literal_ratio:.2f})"
-    if price.literal_with_link_may_pay and sized.literal_ratio_with_link and host:
-        return f"literal({sized.literal_ratio_with_link:.2f}, stream={price.stream_share:.2f})"
-    return None
+def _partial(sized: Sized, host: float) -> Partial | None:
+    """What to simulate if a share of every request may better be left out."""
+    stream, ratio = sized.prices.stream_share, sized.literal_ratio_with_link
+    if not host or ratio < sized.literal_ratio:
+        stream, ratio = 0.0, sized.literal_ratio
+    if not ratio:
+        return None
+    blocks = sized.chosen.capacity_tokens / sized.setting.block_size * ratio / (1.0 - ratio)
+    policy = f"literal({ratio:.2f}, stream={stream:.2f})" if stream else f"literal({ratio:.2f})"
+    return Partial(policy, ceil(1.1 * blocks) + 4, stream > 0.0)
 
 
 def _on_layout(sized: Sized, rate: float | None) -> Advice:
@@ -153,25 +155,29 @@ def _warnings(sized: Sized) -> list[Advice]:
     return [Advice("warning", "note", text[0].upper() + text[1:] + ".") for text in found]
 
 
-def _on_partial_caching(sized: Sized, trials: Sequence[Trial], policy: str | None) -> Advice:
+def _on_partial_caching(sized: Sized, trials: Sequence[Trial], partial: Partial | None) -> Advice:
     chosen, price = sized.chosen, sized.prices
     count, step_ms = chosen.capacity_tokens, 1e3 * chosen.full_step_s
-    sums = (
-        f"recomputing the {count:,} tokens of memory takes {1e3 * count * price.recompute_s:,.1f} ms against "
-        f"a step of {step_ms:.1f} ms; it pays below {price.literal_limit_tokens:,.0f} tokens, with the host "
-        f"link beside it below {price.literal_limit_with_link_tokens:,.0f}"
+    alone, both = price.literal_limit_tokens, price.literal_limit_with_link_tokens
+    text = (
+        f"Recomputing the {count:,} tokens of memory in a step takes "
+        f"{1e3 * count * price.recompute_s:,.1f} ms, the step itself {step_ms:.1f} ms; it pays below "
+        f"{alone:,.0f} tokens, with the host link beside it below {both:,.0f}."
     )
-    if policy is None:
-        ratio = max(sized.literal_ratio, sized.literal_ratio_with_link)
-        if price.literal_with_link_may_pay and not ratio:
-            sums += "; yet no share of the context beats none by 2 % by the cost model"
-        verdict = "not without a host tier" if price.literal_with_link_may_pay and ratio else PAYS_NOT
-        return Advice("partial caching", verdict, f"Per-step recompute: {sums}.")
-    pairs = _pairs(trials, policy, None, BASELINE, 0.0)
-    best = max((ours.throughput_tok_s / other.throughput_tok_s for ours, other in pairs), default=0.0)
-    won = best > GAIN and any(gains(ours, other) for ours, other in pairs)
-    text = f"Per-step recompute: {sums}. Simulated, {policy} puts out {best:.2f}x the tokens of {BASELINE}."
-    return Advice("partial caching", PAYS if won else PAYS_NOT, text)
+    no = PAYS_NOT
+    if sized.literal_ratio_with_link > sized.literal_ratio and (partial is None or not partial.streams):
+        no = "not without a host tier"
+    if partial is None:
+        if price.literal_with_link_may_pay and not sized.literal_ratio_with_link:
+            text += " Yet by the cost model no share of the context beats none by 2 %."
+        return Advice("partial caching", no, text)
+    pairs = _pairs(trials, partial.policy, None, BASELINE, 0.0)
+    won = any(gains(ours, other) for ours, other in pairs)
+    text += (
+        f" By the cost model, spare rows of a step included, {partial.policy} would be best. Simulated, "
+        f"against {BASELINE}: {_compare(pairs)}."
+    )
+    return Advice("partial caching", PAYS if won else no, text)
 
 
 def _on_host(sized: Sized, trials: Sequence[Trial], host: float) -> Advice:

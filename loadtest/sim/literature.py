@@ -3,7 +3,8 @@
 `hcache` keeps hidden states on the host instead of KV (Gao et al., HCache, EuroSys 2025): a layer's input of
 `hidden` numbers per token, from which keys and values are projected anew at restore. Against KV that is half
 the bytes with multi-head attention, and 2 to 4 times as many with grouped-query attention. Otherwise it does
-what `full-offload` does: writes through while the link is idle, restores beside the steps.
+what `full-offload` does: writes through while the link is idle, restores beside the steps. `slsqp` is in a
+file of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import replace
 
 from ellm.loadtest.sim.device import Device
 from ellm.loadtest.sim.presets import BYTES, ModelPreset
+from ellm.loadtest.sim.slsqp import Slsqp
 from ellm.worker.api.config import SchedulerConfig
 from ellm.worker.api.errors import ConfigError
 from ellm.worker.engine.plan import ModelLimits
@@ -27,7 +29,7 @@ class HCache(FullOffload):
     """Decides as `full-offload`; what the host holds, and what a restore costs, is the device's to say."""
 
 
-LITERATURE: dict[str, Callable[..., Policy]] = {"hcache": HCache}
+LITERATURE: dict[str, Callable[..., Policy]] = {"hcache": HCache, "slsqp": Slsqp}
 
 
 def make_policy(config: SchedulerConfig) -> tuple[SchedulerConfig, Policy | None]:

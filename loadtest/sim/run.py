@@ -20,10 +20,12 @@ from ellm.loadtest.sim.literature import load_block_s, make_policy
 from ellm.loadtest.sim.metrics import summarise
 from ellm.loadtest.sim.replica import Replica
 from ellm.loadtest.sim.setting import Offered, Setting, offer
+from ellm.loadtest.sim.slsqp import Slsqp
 from ellm.loadtest.sim.workload import SimRequest
 from ellm.worker.api.config import CacheConfig, WorkerConfig
 from ellm.worker.api.cost_model import CostModel
 from ellm.worker.engine.core import EngineCore
+from ellm.worker.engine.policies import Policy
 from ellm.worker.engine.policies.spec import parse_spec
 from ellm.worker.executor.simulated_link import LinkSpeed
 
@@ -55,6 +57,13 @@ def make_core(
 ) -> EngineCore:
     """The real engine's core, as a worker would make it; its cost model has learnt from a profile, or is
     `cost_model`. `shares`: prompts have stretches in common."""
+    return _make_core(setting, policy, shares=shares, cost_model=cost_model)[0]
+
+
+def _make_core(
+    setting: Setting, policy: str, *, shares: bool = False, cost_model: CostModel | None = None
+) -> tuple[EngineCore, Policy | None]:
+    """The policy, too, where it is one of the simulator's own."""
     device = setting.device
     caching = setting.prefix_caching if setting.prefix_caching is not None else shares
     scheduler, policy_object = make_policy(setting.scheduler(policy))
@@ -68,7 +77,8 @@ def make_core(
         cost_model = profile(
             device.cost(), max_rows=setting.max_step_tokens, max_kv_tokens=device.capacity_tokens
         )
-    return EngineCore(setting.limits(policy), config, cost_model=cost_model, policy=policy_object)
+    limits = setting.limits(policy)
+    return EngineCore(limits, config, cost_model=cost_model, policy=policy_object), policy_object
 
 
 def make_executor(setting: Setting, requests: list[SimRequest], policy: str = "adaptive") -> TimedExecutor:
@@ -91,8 +101,10 @@ def simulate(setting: Setting, policy: str, seed: int, on_tokens: OnTokens | Non
     requests = offered.requests
     tpot_slo_s = setting.tpot_slo_ms / 1000
     ttft_slo_s = None if setting.ttft_slo_ms is None else setting.ttft_slo_ms / 1000
+    shares = any(request.hash_ids for request in requests)
+    core, policy_object = _make_core(setting, policy, shares=shares)
     replica = Replica(
-        make_core(setting, policy, shares=any(request.hash_ids for request in requests)),
+        core,
         make_executor(setting, requests, policy),
         requests,
         tpot_slo_s=tpot_slo_s,
@@ -105,6 +117,8 @@ def simulate(setting: Setting, policy: str, seed: int, on_tokens: OnTokens | Non
         error.add_note(f"simulating {policy}, seed {seed}, {setting}")
         raise
     figures = summarise(requests, trajectory, tpot_slo_s, ttft_slo_s)
+    if isinstance(policy_object, Slsqp):
+        figures |= policy_object.figures()
     return {
         **figures,
         "goodput_of_bound": figures["goodput_tok_s"] / offered.bound_tok_s,

@@ -20,7 +20,7 @@ from ellm.worker.api.errors import ConfigError
 from ellm.worker.engine.plan import ModelLimits
 from ellm.worker.engine.policies.spec import parse_spec
 
-HOLES = ("literal",)  # policies that are nothing without transient blocks
+HOLES = ("literal", "slsqp")  # policies that are nothing without transient blocks
 
 
 @dataclass(frozen=True, slots=True)

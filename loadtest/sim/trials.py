@@ -17,6 +17,15 @@ BASELINE, OURS = "full-chunked", "adaptive"
 
 
 @dataclass(frozen=True, slots=True)
+class Partial:
+    """Partial caching as it is tried."""
+
+    policy: str
+    transient_blocks: int  # for the holes of all that fit
+    streams: bool  # part of every hole comes from the host
+
+
+@dataclass(frozen=True, slots=True)
 class Trial:
     """One policy at one rate. Names are those of the result file."""
 
@@ -40,13 +49,13 @@ def run_trials(
     rates: Sequence[float],
     requests_s: float,
     host_gb: float,
-    literal: str | None = None,
+    partial: Partial | None = None,
     *,
     jobs: int = 1,
     on_progress: Callable[[float], None] | None = None,
 ) -> list[Trial]:
     """At each of `rates`: the baseline and the elastic policy without a host tier, the elastic one with
-    `host_gb` where that is above 0, and `literal` where it is given. `requests_s` is the capacity. Raises
+    `host_gb` where that is above 0, and `partial` where it is given. `requests_s` is the capacity. Raises
     ConfigError for what cannot be simulated."""
     tasks, loads = [], []
     for rate in rates:
@@ -54,8 +63,10 @@ def run_trials(
         variants = [(bare, BASELINE), (bare, OURS)]
         if host_gb:
             variants.append((replace(bare, host_gb=host_gb), OURS))
-        if literal is not None:
-            variants.append((replace(bare, host_gb=host_gb if "stream" in literal else 0.0), literal))
+        if partial is not None:
+            gb = host_gb if partial.streams else 0.0
+            holed = replace(bare, host_gb=gb, transient_blocks=partial.transient_blocks)
+            variants.append((holed, partial.policy))
         for variant, policy in variants:
             prepare(variant, [policy], [SEED])
             tasks.append((variant, policy, SEED))

@@ -73,8 +73,10 @@ def test_the_file_holds_all_figures(capsys: pytest.CaptureFixture[str], tmp_path
     trials = result["trials"]
     assert all(trial.keys() == TRIAL for trial in trials)
     three = [("full-chunked", 0.0), ("adaptive", 0.0), ("adaptive", 4.0)]
-    assert [(trial["policy"], trial["host_gb"]) for trial in trials] == [*three, *three]
-    assert trials[3]["rate"] == pytest.approx(trials[0]["rate"] * 1.2 / 0.9)
+    # Little memory leaves a step rows to spare: what they recompute for free is tried, too.
+    partial = (f"literal({result['literal_ratio_with_link']:.2f}, stream=0.76)", 4.0)
+    assert [(trial["policy"], trial["host_gb"]) for trial in trials] == [*three, partial, *three, partial]
+    assert trials[4]["rate"] == pytest.approx(trials[0]["rate"] * 1.2 / 0.9)
     assert trials[0]["load"] == pytest.approx(trials[0]["rate"] / result["chosen"]["capacity_requests_s"])
     assert {one["topic"] for one in result["advice"]} >= {
         "layout",

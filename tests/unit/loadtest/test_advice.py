@@ -115,8 +115,8 @@ def test_partial_caching_pays_only_if_the_simulation_says_so(monkeypatch: pytest
     more = replace(HOSTED, policy=name, throughput_tok_s=1_200.0, goodput_tok_s=1_100.0)
     found = conclude(monkeypatch, starved, [PLAIN, ADAPTIVE, HOSTED, more])
     assert found["partial caching"].verdict == PAYS
-    assert "1.20x" in found["partial caching"].text
-    less = replace(more, throughput_tok_s=800.0)
+    assert "goodput 900 -> 1100 tok/s" in found["partial caching"].text
+    less = replace(more, goodput_tok_s=800.0)
     assert (
         conclude(monkeypatch, starved, [PLAIN, ADAPTIVE, HOSTED, less])["partial caching"].verdict == PAYS_NOT
     )
