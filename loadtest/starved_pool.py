@@ -1,0 +1,290 @@
+"""The scheduling policies beside each other on the real CPU engine, with a KV pool that is too small.
+
+    python -m ellm.loadtest.starved_pool [--requests 120] [--load 1.0] [--slo-ratio 2.0] [--policies ...]
+
+Requests come by the clock (gamma gaps), the same at the same times for every policy, through EngineLoop and
+LocalExecutor, with the host tier off and on.
+
+**The engine does not know how long an output will be.** A first run with a roomy pool says what each prompt
+continues with; a request's stop token is the token of that continuation which first appears nearest to the
+place where it shall end. Every request asks for the same large `max_tokens`, the stop token ends it, and no
+policy can see when. So the tokens of every policy must also be those of the roomy run up to that place,
+which is checked: a policy that changed a single one ends elsewhere.
+
+The simulator runs beside it: a cost model fitted on the first half of one policy's steps says how long the
+steps of the rest take, and the same arrivals through the same policies in simulated time say what goodput and
+TTFT should have been. Nothing is fitted anew for another policy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ellm.loadtest.bench_checkpoint import SHAPE, make_checkpoint
+from ellm.loadtest.open_loop import OpenLoopRun, run_open_loop
+from ellm.loadtest.result import Result, Row, command_line
+from ellm.loadtest.sim.device import EOS, VOCAB_SIZE
+from ellm.loadtest.sim.executor import TimedExecutor
+from ellm.loadtest.sim.metrics import Metrics, measure
+from ellm.loadtest.sim.replica import Replica
+from ellm.loadtest.sim.workload import SimRequest, with_arrivals
+from ellm.loadtest.step_fit import fit_periods, fit_steps, link_speed, notes_of, step_errors
+from ellm.loadtest.unforeseen import Offered, check_tokens, lengths, peak_context, stop_index
+from ellm.worker.api.config import CacheConfig, ModelConfig, SchedulerConfig, WorkerConfig
+from ellm.worker.api.cost_model import CostModel, StepFeatures
+from ellm.worker.api.request import EngineRequest, SamplingParams
+from ellm.worker.build import LoadedEngine, load_engine
+from ellm.worker.engine.core import EngineCore
+from ellm.worker.engine.plan import ModelLimits
+from ellm.worker.executor.simulated_link import LinkSpeed
+
+BASELINE, OURS = "full-recompute", "adaptive"
+POLICIES = (BASELINE, "full-swap", "full-chunked", "full-offload", "full-predictive", OURS)
+BLOCK = 16
+
+ABOUT = """\
+{model} in {dtype} on {threads} threads; {requests} requests at {rate:.2f}/s (gamma gaps, cv {cv:g}), mean
+{prompt:.0f} prompt and {output:.0f} output tokens, ended by a stop token that the engine cannot foresee under
+`max_tokens` {cap}. The pool holds {pool:,} tokens; the same arrivals hold {offered:,.0f} tokens of context at
+their peak where the pool is roomy. SLO {slo:.3g} ms per token, {ratio:g} times a step with the pool full as
+the profile at start predicts it. All policies give the same tokens. `sim` columns: the simulator's figures
+for the same arrivals by a cost model fitted on the first half of the steps of `full-recompute` alone.
+`ratio`: goodput by the one of `full-recompute`, `ratio TTFT`: its mean TTFT by this one's."""
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=Path(".cache/bench-28m"), help="made if missing")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--requests", type=int, default=120)
+    parser.add_argument("--prompt", type=int, default=64, help="mean prompt tokens")
+    parser.add_argument("--output", type=int, default=128, help="mean output tokens")
+    parser.add_argument("--cap", type=int, default=384, help="max_tokens of every request")
+    parser.add_argument("--pool-blocks", type=int, default=128)
+    parser.add_argument("--host-mib", type=int, default=64)
+    parser.add_argument("--load", type=float, default=1.0, help="share of what the starved pool can serve")
+    parser.add_argument("--cv", type=float, default=1.7)
+    parser.add_argument("--slo-ratio", type=float, default=2.0, help="SLO over a step with a full pool")
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=POLICIES, metavar="POLICY")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", default="starved-pool", help="slug of the result file")
+    return parser.parse_args()
+
+
+def config_of(arguments: argparse.Namespace, policy: str, blocks: int, host_mib: int) -> WorkerConfig:
+    return WorkerConfig(
+        model=ModelConfig(path=str(arguments.model), device="cpu", dtype=arguments.dtype),
+        cache=CacheConfig(num_blocks=blocks, block_size=BLOCK, host_bytes=host_mib << 20),
+        scheduler=SchedulerConfig(policy=policy, max_num_seqs=64, max_step_tokens=256),
+        num_threads=arguments.threads,
+    )
+
+
+def load(config: WorkerConfig) -> LoadedEngine:
+    return load_engine(config, lambda what, share: None)
+
+
+def continuations(
+    arguments: argparse.Namespace, prompts: list[tuple[int, ...]], wanted: list[int]
+) -> list[list[int]]:
+    """What each prompt continues with, cut after a token of its own near the wanted length."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=arguments.cap, ignore_eos=True)
+    room = 64 * -(-(max(map(len, prompts)) + arguments.cap) // BLOCK)
+    requests = [
+        EngineRequest(str(i), prompt, replace(sampling, max_tokens=min(arguments.cap, wanted[i] + 64)))
+        for i, prompt in enumerate(prompts)
+    ]
+    run = run_open_loop(
+        load(config_of(arguments, "full-chunked", room, 0)), requests, [0.0] * len(prompts), 600.0
+    )
+    return [tokens[: stop_index(tokens, n - 1) + 1] for tokens, n in zip(run.tokens, wanted, strict=True)]
+
+
+def full_step(cost: CostModel, pool_tokens: int, context: float) -> tuple[float, float]:
+    """Requests that fit, and seconds of a decode step of all of them."""
+    batch = max(1, int(pool_tokens / context))
+    return batch, cost.predict(StepFeatures(batch, batch, pool_tokens, 0, batch))
+
+
+def simulated(
+    offered: Offered,
+    limits: ModelLimits,
+    config: WorkerConfig,
+    cost: CostModel,
+    link: LinkSpeed,
+    slo_s: float,
+) -> Metrics:
+    """The same arrivals in simulated time, by `cost`."""
+    limits = replace(limits, eos_token_ids=(EOS,), vocab_size=VOCAB_SIZE)
+    own = CostModel.from_dict(cost.to_dict())  # the engine's learns on
+    requests = offered.sim_requests()
+    ends = [request.output_tokens for request in requests]
+    executor = TimedExecutor(limits, cost, lambda new: ends[new.sampling.seed], link)
+    replica = Replica(EngineCore(limits, config, cost_model=own), executor, requests, tpot_slo_s=slo_s)
+    trajectory = replica.run()
+    return measure(offered.arrivals, trajectory.token_times, slo_s)
+
+
+def row_of(name: str, host: str, real: Metrics, run: OpenLoopRun, sim: Metrics) -> Row:
+    report, tokens = run.report, sum(map(len, run.tokens))
+    return {
+        "policy": name,
+        "host tier": host,
+        "tok/s": real.throughput_tok_s,
+        "goodput": real.goodput_tok_s,
+        "attainment": real.slo_attainment,
+        "goodput strict": real.goodput_strict_tok_s,
+        "attainment strict": real.slo_attainment_strict,
+        "TTFT mean, s": real.ttft_mean_s,
+        "TTFT p50, s": real.ttft_p50_s,
+        "TTFT p99, s": real.ttft_p99_s,
+        "TPOT mean, s": real.tpot_mean_s,
+        "TPOT p99, s": real.tpot_p99_s,
+        "preempted": float(report.num_preemptions),
+        "parked": float(report.num_parks),
+        "recomputed per output": report.recomputed_tokens / tokens,
+        "same tokens": "yes",  # check_tokens raised otherwise
+        "sim goodput error": sim.goodput_tok_s / max(real.goodput_tok_s, 1e-9) - 1.0,
+        "sim TTFT error": sim.ttft_mean_s / real.ttft_mean_s - 1.0,
+    }
+
+
+def with_ratios(rows: list[Row]) -> list[Row]:
+    """Ours beside the baseline of the same host setting."""
+    for host in dict.fromkeys(row["host tier"] for row in rows):
+        of_host = {row["policy"]: row for row in rows if row["host tier"] == host}
+        if BASELINE in of_host and OURS in of_host:
+            base, ours = of_host[BASELINE], of_host[OURS]
+            ours["ratio"] = ours["goodput"] / max(base["goodput"], 1e-9)
+            ours["ratio TTFT"] = base["TTFT mean, s"] / ours["TTFT mean, s"]
+            ours["against"] = BASELINE
+    return rows
+
+
+def offer(arguments: argparse.Namespace) -> tuple[Offered, float, float, float]:
+    """What comes; the rate, the SLO and a full step, both in seconds."""
+    rng = random.Random(arguments.seed)
+    count = arguments.requests
+    sizes = lengths(rng, arguments.prompt, 4 * arguments.prompt, count)
+    prompts = [tuple(rng.randrange(3, SHAPE["vocab_size"]) for _ in range(size)) for size in sizes]
+    wanted = lengths(rng, arguments.output, arguments.cap - 64, count)
+    expected = continuations(arguments, prompts, wanted)
+    output = fmean(map(len, expected))
+    engine = load(config_of(arguments, BASELINE, arguments.pool_blocks, 0))
+    cost = engine.core.cost_model
+    read = sum(len(o) * (len(p) + len(o) / 2) for p, o in zip(prompts, expected, strict=True))
+    context = read / sum(map(len, expected)) + BLOCK / 2
+    batch, step_s = full_step(cost, BLOCK * arguments.pool_blocks, context)
+    engine.executor.close()
+    rate = arguments.load * batch / step_s / output
+    arrivals = with_arrivals([SimRequest(0.0, 1, 1, 1)] * count, rate, arguments.cv, arguments.seed)
+    first = arrivals[0].arrival_s
+    offered = Offered([one.arrival_s - first for one in arrivals], prompts, expected, arguments.cap)
+    return offered, rate, arguments.slo_ratio * step_s, step_s
+
+
+def run_all(
+    arguments: argparse.Namespace, offered: Offered, slo_s: float
+) -> tuple[list[Row], dict[str, Any]]:
+    rows: list[Row] = []
+    raw: dict[str, Any] = {"runs": [], "load_average": []}
+    fitted: tuple[CostModel, CostModel] | None = None
+    for host, mib in (("off", 0), ("on", arguments.host_mib)):
+        for policy in arguments.policies:
+            config = config_of(arguments, policy, arguments.pool_blocks, mib)
+            engine = load(config)
+            limits = engine.executor.limits
+            raw["load_average"].append(os.getloadavg()[0])
+            run = run_open_loop(engine, offered.requests(slo_s), offered.arrivals)
+            check_tokens(run, offered, policy)
+            half = len(run.steps) // 2
+            held_out = run.steps
+            if fitted is None:  # of the first policy alone
+                fitted = fit_steps(run.steps[:half]), fit_periods(run.steps[:half])
+                held_out = run.steps[half:]
+            real = measure(offered.arrivals, run.token_times, slo_s)
+            sim = simulated(offered, limits, config, fitted[1], link_speed(run.steps), slo_s)
+            rows.append(row_of(policy, host, real, run, sim))
+            raw["runs"].append(
+                {
+                    "policy": policy,
+                    "host_mib": mib,
+                    "measured": asdict(real),
+                    "simulated": asdict(sim),
+                    "steps": len(run.steps),
+                    "step_errors": step_errors(fitted[0], held_out),
+                    "cost_model_error": engine.core.cost_model.error_median,
+                    "report": {k: v for k, v in asdict(run.report).items() if isinstance(v, int | float)},
+                }
+            )
+            print(
+                f"{policy:16} host {host:3} {real.goodput_tok_s:7.0f} goodput, attains "
+                f"{real.slo_attainment:.3f}, TTFT {real.ttft_mean_s:6.3f} s, {real.duration_s:.1f} s; sim "
+                f"{sim.goodput_tok_s:7.0f}, {sim.ttft_mean_s:.3f} s",
+                flush=True,
+            )
+    return with_ratios(rows), raw
+
+
+def main() -> int:
+    arguments = parse()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
+    if arguments.model == Path(".cache/bench-28m"):
+        make_checkpoint(arguments.model, 0)
+    offered, rate, slo_s, step_s = offer(arguments)
+    print(f"{rate:.2f} requests/s, SLO {1e3 * slo_s:.1f} ms, a full step {1e3 * step_s:.1f} ms", flush=True)
+    roomy_config = config_of(arguments, "full-chunked", 64 * 40, 0)
+    roomy = run_open_loop(load(roomy_config), offered.requests(slo_s), offered.arrivals)
+    check_tokens(roomy, offered, "roomy")
+    peak = peak_context(roomy, offered)
+    pool = BLOCK * arguments.pool_blocks
+    print(f"pool {pool} tokens of {peak:.0f} offered", flush=True)
+    rows, raw = run_all(arguments, offered, slo_s)
+    raw |= {
+        "offered_context_peak_tokens": peak,
+        "full_step_s": step_s,
+        "tpot_slo_s": slo_s,
+        "rate": rate,
+        "arrival_s": offered.arrivals,
+        "prompt_tokens": list(map(len, offered.prompts)),
+        "output_tokens": list(map(len, offered.expected)),
+        "roomy": asdict(measure(offered.arrivals, roomy.token_times, slo_s)),
+    }
+    about = ABOUT.format(
+        model=arguments.model.name,
+        dtype=arguments.dtype,
+        threads=arguments.threads,
+        requests=arguments.requests,
+        rate=rate,
+        cv=arguments.cv,
+        prompt=fmean(map(len, offered.prompts)),
+        output=fmean(map(len, offered.expected)),
+        cap=arguments.cap,
+        pool=pool,
+        offered=peak,
+        slo=1e3 * slo_s,
+        ratio=arguments.slo_ratio,
+    )
+    result = Result(
+        name=arguments.name,
+        title="Scheduling policies on a starved pool, real CPU engine",
+        about=about,
+        command=command_line("ellm.loadtest.starved_pool"),
+        rows=rows,
+        seed=arguments.seed,
+        notes=notes_of(raw),
+        raw=raw,
+    )
+    print(f"wrote {result.write()}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

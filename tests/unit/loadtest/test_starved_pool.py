@@ -1,0 +1,94 @@
+"""The starved-pool benchmark's own arithmetic: stop tokens, the peak of the context, the check of tokens."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import replace
+
+import pytest
+
+from ellm.loadtest.open_loop import MeasuredStep, OpenLoopRun
+from ellm.loadtest.starved_pool import with_ratios
+from ellm.loadtest.step_fit import fit_periods, fit_steps, link_speed, step_errors
+from ellm.loadtest.unforeseen import Offered, check_tokens, peak_context, stop_index
+from ellm.worker.api.cost_model import CostModel, StepFeatures
+from ellm.worker.api.report import WorkerReport
+
+OFFERED = Offered([0.0, 0.1], [(5, 6), (7,)], [[1, 2, 3], [4, 9]], 50)
+
+
+def run_of(tokens: list[list[int]], reasons: list[str | None]) -> OpenLoopRun:
+    times = [array("d", [1.0 + 0.1 * k for k in range(len(one))]) for one in tokens]
+    return OpenLoopRun(times, tokens, reasons, [], WorkerReport(0))
+
+
+def test_a_stop_token_appears_for_the_first_time_where_it_ends_the_request() -> None:
+    tokens = [8, 8, 3, 8, 3, 5, 5, 3]
+    assert [stop_index(tokens, wanted) for wanted in (0, 1, 2, 4, 5, 7)] == [0, 0, 2, 5, 5, 5]
+    for wanted in range(len(tokens)):
+        at = stop_index(tokens, wanted)
+        assert tokens.index(tokens[at]) == at
+
+
+def test_lengths_are_not_to_be_seen_in_a_request() -> None:
+    first, second = OFFERED.requests(0.1)
+    assert first.sampling.max_tokens == second.sampling.max_tokens == 50
+    assert first.sampling.stop_token_ids == (3,)
+    assert (first.tpot_slo_s, first.sampling.temperature) == (0.1, 0.0)
+
+
+def test_another_token_or_another_end_is_refused() -> None:
+    check_tokens(run_of([[1, 2, 3], [4, 9]], ["stop", "stop"]), OFFERED, "x")
+    with pytest.raises(AssertionError, match="request 1 says something else"):
+        check_tokens(run_of([[1, 2, 3], [4, 8]], ["stop", "stop"]), OFFERED, "x")
+    with pytest.raises(AssertionError, match="ended by length"):
+        check_tokens(run_of([[1, 2, 3], [4, 9]], ["stop", "length"]), OFFERED, "x")
+
+
+def test_the_peak_of_the_context_counts_prompts_and_what_was_said() -> None:
+    run = run_of([[1, 2, 3], [4, 9]], ["stop", "stop"])
+    assert peak_context(run, OFFERED) == (2 + 1) + (1 + 1)  # both have said one token
+    later = replace(run, token_times=[run.token_times[0], array("d", [5.0, 6.0])])
+    assert peak_context(later, OFFERED) == 2 + 2  # the last token is never held
+
+
+def test_ours_is_compared_within_one_host_setting() -> None:
+    rows = [
+        {"policy": policy, "host tier": host, "goodput": goodput, "TTFT mean, s": ttft}
+        for policy, host, goodput, ttft in (
+            ("full-recompute", "off", 10.0, 4.0),
+            ("adaptive", "off", 30.0, 1.0),
+            ("full-recompute", "on", 10.0, 1.0),
+            ("adaptive", "on", 5.0, 2.0),
+        )
+    ]
+    _, off, _, on = with_ratios(rows)
+    assert (off["ratio"], off["ratio TTFT"]) == (3.0, 4.0)
+    assert (on["ratio"], on["ratio TTFT"]) == (0.5, 0.5)
+
+
+def steps_of(count: int, truth: CostModel, gap_s: float) -> list[MeasuredStep]:
+    steps, now = [], 0.0
+    for i in range(count):
+        rows = 1 + i % 8
+        chunk = 16 if i % 3 == 0 else 0
+        features = StepFeatures(rows + chunk, rows, 100 * rows + chunk, chunk * chunk // 2, rows)
+        elapsed_s = truth.predict(features)
+        steps.append(MeasuredStep(features, now, elapsed_s, 1000, 1e-3))
+        now += elapsed_s + gap_s
+    return steps
+
+
+def test_a_fit_on_one_half_says_the_other_by_kind_of_step() -> None:
+    truth = CostModel.known(overhead_s=5e-3, every_row_s=1e-4, kv_token_s=1e-6)
+    steps = steps_of(400, truth, 1e-3)
+    errors = step_errors(fit_steps(steps[:200]), steps[200:])
+    assert set(errors) == {"decode only", "mixed"}
+    for figures in errors.values():
+        assert abs(figures["p50_error"]) < 0.02
+        assert abs(figures["p95_error"]) < 0.02
+    wrong = step_errors(CostModel.known(overhead_s=1.0), steps[200:])
+    assert wrong["mixed"]["p50_error"] > 10
+    features = steps[7].features
+    assert fit_periods(steps).predict(features) == pytest.approx(truth.predict(features) + 1e-3, rel=0.02)
+    assert link_speed(steps).bytes_per_s == pytest.approx(1e6)
