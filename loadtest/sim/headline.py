@@ -80,7 +80,7 @@ def overload_cases() -> list[Case]:
     pairs = [(replace(few, host_gb=HOST_GB), policy) for policy in (OURS, *WITH_HOST)]
     pairs += [(few, policy) for policy in (OURS, *UNTUNED, *TUNED)]
     pairs += [(replace(many, host_gb=HOST_GB), OURS)]
-    pairs += [(many, policy) for policy in ("full-recompute", TUNED[1], OURS, "full-chunked")]
+    pairs += [(many, policy) for policy in ("full-recompute", TUNED[1])]
     return [Case(setting, policy, OVERLOAD_SEEDS) for setting, policy in pairs]
 
 

@@ -148,7 +148,7 @@ def name(row: Row) -> str:
 
 
 def _over(ours: float, theirs: float) -> float:
-    return ours / theirs if theirs > 0.0 else 1.0
+    return round(ours / theirs, 3) if theirs > 0.0 else 1.0  # what is nearer is equal
 
 
 if __name__ == "__main__":
