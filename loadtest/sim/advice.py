@@ -19,6 +19,7 @@ PAYS, PAYS_NOT = "pays", "does not pay"
 GAIN = 1.02  # in goodput: less is noise
 _QUICKER, _QUICKER_S = 0.9, 0.05  # TTFT counts as lower below this share of the other, and by this much
 _COMFORTABLE = 0.9  # of capacity
+_FILLING = 4  # times the requests that run at once: fewer say little
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +152,11 @@ def _warnings(sized: Sized) -> list[Advice]:
         found.append(
             f"the SLO is what limits a step, at {chosen.running:.0f} requests, not memory, which holds "
             f"{chosen.requests_held:.0f}"
+        )
+    if setting.num_requests < _FILLING * chosen.running:
+        found.append(
+            f"trials of {setting.num_requests} requests hardly fill a memory in which {chosen.running:.0f} "
+            f"run: --num-requests {ceil(2 * _FILLING * chosen.running)} would"
         )
     return [Advice("warning", "note", text[0].upper() + text[1:] + ".") for text in found]
 

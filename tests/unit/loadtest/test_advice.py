@@ -139,6 +139,7 @@ def test_the_layout_says_how_many_replicas(monkeypatch: pytest.MonkeyPatch, plan
     [
         ({"max_num_seqs": 8}, "Max_num_seqs 8 is what limits a step"),
         ({"tpot_slo_ms": 30.0}, "The SLO is what limits a step"),
+        ({"num_requests": 100}, "Trials of 100 requests hardly fill a memory in which 46 run"),
         ({"ttft_slo_ms": 5.0}, "a TTFT of 5 ms is out of reach"),
         ({"workload": "leval"}, "longer than the KV pool of 56,112 tokens"),
     ],
