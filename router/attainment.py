@@ -28,6 +28,8 @@ RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25,
 def verdicts(sequence: Sequence, failed: bool) -> dict[str, bool]:
     """What it was promised, and whether it got it. Empty without a promise."""
     level, count = sequence.level, len(sequence.output_ids)
+    if not failed and not count:
+        return {}  # asked for no token: a prompt was scored
     failed = failed or not sequence.first_token_at
     found: dict[str, bool] = {}
     if level.tpot_slo_s is not None:

@@ -77,6 +77,13 @@ class Copies:
         self._pool.release([entry.copy.block])
         self._host.release([entry.copy.host_block])
 
+    def abandon(self) -> None:
+        """No result will come any more: let go of everything."""
+        for copy_id in list(self.under_way):
+            self.release(self.done(copy_id))
+        self._new_saves.clear()
+        self._new_loads.clear()
+
     def count(self) -> tuple[Counter[int], Counter[int]]:
         """References held on blocks of the pool and of the host."""
         copies = [entry.copy for entry in self.under_way.values()]

@@ -139,7 +139,10 @@ class EngineCore:
         if plan.entries and not plan.waits:
             self.cost_model.update(step_features(plan), result.elapsed_s)
         self._policy.stepped(plan, result, now)
-        self._load.step_finished(result.elapsed_s, outputs, now)
+        if plan.entries:
+            self._load.step_finished(result.elapsed_s, outputs, now)
+        else:
+            self._load.waited(now)
         return outputs
 
     def fail_all(self, code: str, message: str) -> list[SequenceOutput]:
@@ -156,6 +159,8 @@ class EngineCore:
             for seq in dict.fromkeys(self._outstanding.popleft().sequences):
                 seq.num_outstanding -= 1
                 self._state.plan_returned(seq)
+        if self._state.copies is not None:
+            self._state.copies.abandon()
         return outputs
 
     def report(self, now: float) -> WorkerReport:

@@ -30,6 +30,7 @@ class Load:
         self._last_progress = now
 
     def step_finished(self, elapsed_s: float, outputs: List[SequenceOutput], now: float) -> None:
+        """A step that computed something; one that waited for copies is `waited`."""
         self._last_progress = now
         totals = self._state.totals
         share = _SMOOTHING if totals.num_steps else 1.0
@@ -37,6 +38,10 @@ class Load:
         totals.busy_s += elapsed_s
         self._step_time_s += share * (elapsed_s - self._step_time_s)
         self._finishes.extend(now for output in outputs if output.finish_reason is not None)
+
+    def waited(self, now: float) -> None:
+        """A plan without rows has come back."""
+        self._last_progress = now
 
     def retry_after_s(self) -> float:
         """Time in which a tenth of the queue is worked off at the recent rate: soon enough to find a place,

@@ -99,7 +99,8 @@ class EngineState:
             if seq.hole is not None:
                 missing += (seq.hole.end - seq.hole.first) * size
             elif seq.num_computed < seq.high_water:
-                missing += seq.high_water - seq.num_computed
+                later = (seq.gap.end - seq.gap.ready) * size if seq.gap is not None else 0
+                missing += max(0, seq.high_water - seq.num_computed - later)
         return missing, known
 
     @property

@@ -206,7 +206,9 @@ def profiled_cost_model(
     measured = read_profile(key, folder)
     if not measured:
         measured = measure_steps(executor, scheduler, progress)
-        write_profile(key, measured, folder)
+        wanted = len(list(profile_grid(executor.limits, scheduler)))
+        if 2 * len(measured) >= wanted:  # a machine that is busy now need not be so at the next start
+            write_profile(key, measured, folder)
     return fit(measured)
 
 

@@ -32,7 +32,10 @@ def standing(index: int, **fields: object) -> Standing:
         ({"slack_s": GUARD_S - 0.1}, Rank.URGENT),
         ({"slack_s": GUARD_S + 0.1}, Rank.RESIDENT),
         ({"slack_s": GUARD_S + 0.1, "resident": False}, Rank.AHEAD),
-        ({"slack_s": -9.0, "hopeless": True}, Rank.HOPELESS),
+        ({"slack_s": -9.0, "hopeless": True, "since_s": 9.0}, Rank.HOPELESS),
+        ({"slack_s": -9.0, "hopeless": True, "since_s": 1.0}, Rank.URGENT),  # its turn
+        ({"slack_s": -9.0, "hopeless": True, "since_s": 9.0, "resident": False}, Rank.HOPELESS),
+        ({"slack_s": -9.0, "hopeless": True, "since_s": 31.0, "resident": False}, Rank.URGENT),
         ({"slack_s": None}, Rank.RESIDENT),
     ],
 )

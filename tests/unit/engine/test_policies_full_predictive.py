@@ -80,14 +80,17 @@ def test_nothing_hangs_where_nothing_fits() -> None:
 
 
 def test_late_requests_make_it_careful() -> None:
-    driver = driver_of(length=20, tpot_slo_ms=0.01)
-    policy = driver.core._scheduler._policy
-    assert isinstance(policy, FullPredictive)
-    for i in range(32):
-        driver.add(request(f"r{i}", 4, seed=i, max_tokens=40))
-    driver.run()
-    assert policy.forecast.safety.z == 2.0
-    assert policy.forecast.safety.attainment == 0.0
+    """Late they are; a deadline that a lone request could not keep would say nothing."""
+    for slo_ms, careful in ((0.01, False), (10.2, True)):
+        driver = driver_of(length=20, tpot_slo_ms=slo_ms)
+        policy = driver.core._scheduler._policy
+        assert isinstance(policy, FullPredictive)
+        for seq in range(32):
+            driver.add(request(f"r{seq}", 4, seed=seq, max_tokens=40))
+        for live in driver.core._state.live.values():
+            live.late = True
+        driver.run()
+        assert (policy.forecast.safety.z > 1.0) is careful
 
 
 def test_what_it_learns_is_what_happened() -> None:

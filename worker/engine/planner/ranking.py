@@ -3,7 +3,7 @@
     urgent    no token yet, or little slack: least slack first; who is resident has a second's advantage
     resident  ahead of their deadlines and resident: least slack first, and those that are costly to pause
     ahead     ahead and parked: nobody is brought back before its slack nears the guard, for each swap costs
-    hopeless  late even at full speed: what is left over
+    hopeless  late even at full speed: what is left over, and a turn of 5 s for each that has waited 30 s
 
 Better priorities go first within each class but the last. It does not know blocks or how they move.
 """
@@ -16,6 +16,7 @@ from enum import IntEnum
 
 from ellm.worker.engine.planner.slack import GUARD_S
 
+PATIENCE_S, TURN_S = 30.0, 5.0  # of the hopeless: nobody waits for ever
 _ADVANTAGE_S = 1.0  # of a resident among the urgent
 
 
@@ -38,15 +39,18 @@ class Standing:
     hopeless: bool
     slack_s: float | None
     num_blocks: int  # that it would hold
+    since_s: float = 0.0  # how long it has been resident, or parked
     saved: float = 1.0  # share of it that the host has, so that pausing it costs nothing; 1 without a host
 
 
 def rank(standing: Standing) -> Rank:
     if standing.hopeless:
-        return Rank.HOPELESS
+        turn = standing.since_s < TURN_S if standing.resident else standing.since_s > PATIENCE_S
+        return Rank.URGENT if turn else Rank.HOPELESS
     if not standing.started or (standing.slack_s is not None and standing.slack_s < GUARD_S):
         return Rank.URGENT
-    return Rank.RESIDENT if standing.resident else Rank.AHEAD
+    # One without a deadline is never ahead of it: parked or not, it keeps its place in the order of arrival.
+    return Rank.RESIDENT if standing.resident or standing.slack_s is None else Rank.AHEAD
 
 
 def in_order(standings: Iterable[Standing]) -> list[tuple[Rank, Standing]]:

@@ -20,10 +20,12 @@ from ellm.worker.engine.policies.base import Policy
 from ellm.worker.engine.policies.forecast import Forecast
 from ellm.worker.engine.policies.foresight import Foresight
 from ellm.worker.engine.policies.host_traffic import HostTraffic
+from ellm.worker.engine.policies.sharing import found_tokens, shared_tokens
 from ellm.worker.engine.residency import Residency
 from ellm.worker.engine.sequence import Sequence, SequenceState
 from ellm.worker.engine.state import EngineState
 
+_BEFORE_ALL = -(2**40)  # a priority
 _REPLAN_S = 0.1
 _URGENT_S = 0.3  # with less slack than this somewhere, prompts take spare rows only
 _MIN_ROWS = 16  # for prompts and restores whatever happens: they must get on
@@ -47,7 +49,7 @@ class Adaptive(Policy):
     def attach(self, state: EngineState, residency: Residency, cost_model: CostModel) -> None:
         super().attach(state, residency, cost_model)
         self.forecast = Forecast(cost_model)
-        self.foresight = Foresight(state, self.forecast)
+        self.foresight = Foresight(state, residency, self.forecast)
         self.traffic = HostTraffic(state, residency)
 
     # What the scheduler asks.
@@ -147,7 +149,7 @@ class Adaptive(Policy):
         """The pressure is over."""
         self._next_plan = 0.0
         self._order, self._save_order, self._wanted = [], [], []
-        self._newcomer, self._least_slack = None, float("inf")
+        self._newcomer, self._least_slack, self._blocked = None, float("inf"), False
 
     def _replan(self, now: float) -> None:
         """Rank everybody, and the front of the queue if it may start; park who should give way."""
@@ -179,9 +181,11 @@ class Adaptive(Policy):
     def _standing(self, index: int, seq: Sequence, resident: bool, now: float) -> Standing:
         state = self.state
         blocks = num_blocks_for(len(seq.tokens) + state.block_size, state.block_size)
-        held = max(blocks, len(seq.table))
-        if resident and not _can_pause(seq):  # before everybody else
-            return Standing(index, -1, seq.order, resident, False, False, None, held)
+        held = max(blocks, len(seq.table)) - shared_tokens(state.pool, seq) // state.block_size
+        if not resident and seq.state is not SequenceState.PARKED:
+            held -= found_tokens(state, self.residency, seq) // state.block_size
+        if resident and not _can_pause(seq):
+            return Standing(index, _BEFORE_ALL, seq.order, resident, False, False, None, held)
         slack_s = self.foresight.slack(seq, now)
         return Standing(
             index,
@@ -192,6 +196,7 @@ class Adaptive(Policy):
             self.foresight.is_hopeless(seq, slack_s),
             slack_s,
             held,
+            now - seq.since,
             1.0 if state.host is None else min(1.0, (seq.num_saved + 1) / blocks),
         )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from ellm.worker.engine.planner.admission import TIMELY, Admission, Room
 from ellm.worker.engine.planner.slack import PAUSING, FullSpeed, duty, is_hopeless, seconds_per_token, slack
 from ellm.worker.engine.policies.forecast import Forecast
+from ellm.worker.engine.policies.sharing import found_tokens, shared_tokens, tightest
+from ellm.worker.engine.residency import Residency
 from ellm.worker.engine.sequence import Sequence
 from ellm.worker.engine.state import EngineState
 
@@ -15,13 +17,15 @@ class Foresight:
     """Sums over the admitted set, kept for 0.1 s and made anew after an end; who was refused by them stays
     refused."""
 
-    def __init__(self, state: EngineState, forecast: Forecast) -> None:
+    def __init__(self, state: EngineState, residency: Residency, forecast: Forecast) -> None:
         self._state = state
+        self._residency = residency
         self._forecast = forecast
         self._speed = FullSpeed()
         self._admission: Admission | None = None
         self._until = 0.0
         self._full_step_s = 0.0
+        self._seats = 0.0  # sum of duties
         self._refused: Sequence | None = None
 
     @property
@@ -47,9 +51,12 @@ class Foresight:
         """`seq` has started."""
         self._refused = None
         if self._admission is not None:
+            shared = shared_tokens(self._state.pool, seq)
+            duty = self._new_duty(seq)
             self._admission.add(
-                len(seq.tokens), seq.max_total, self._new_duty(seq), self._forecast.survival(seq)
+                len(seq.tokens) - shared, seq.max_total - shared, duty, self._forecast.survival(seq)
             )
+            self._seats += duty
 
     def admits(self, seq: Sequence, now: float) -> bool:
         """Whether `seq`, which has not started, would find room as everybody grows. An empty engine takes
@@ -65,10 +72,15 @@ class Foresight:
             self._refused = None
         if self._refused is seq:
             return False
-        per_token_s = seconds_per_token(seq.tpot_slo_s)
-        survival = self._forecast.survival(seq)
-        admitted = self._admission.admits(
-            len(seq.tokens), seq.max_total, self._new_duty(seq), survival, per_token_s
+        duty = self._new_duty(seq)
+        found = found_tokens(state, self._residency, seq)
+        # Not more than there are seats in a step: else one would have to leave for each that comes.
+        admitted = self._seats + duty <= state.max_num_seqs and self._admission.admits(
+            len(seq.tokens) - found,
+            seq.max_total - found,
+            duty,
+            self._forecast.survival(seq),
+            tightest((seq,), self._forecast),
         )
         self._refused = None if admitted else seq
         return admitted
@@ -80,10 +92,9 @@ class Foresight:
         if state.parked:
             return False
         most = sum([other.max_total for other in running]) + seq.max_total + size * (len(running) + 1)
-        if most > state.pool.num_blocks * size:
+        if most > state.pool.num_blocks * size or len(running) >= state.max_num_seqs:
             return False
-        slos = [other.tpot_slo_s for other in (*running, seq) if other.tpot_slo_s is not None]
-        limit_s = seconds_per_token(min(slos, default=None))
+        limit_s = tightest((*running, seq), self._forecast)
         return limit_s is None or self._forecast.step_cost(len(running) + 1, most) <= TIMELY * limit_s
 
     def slack(self, seq: Sequence, now: float) -> float | None:
@@ -105,16 +116,20 @@ class Foresight:
         state, size = self._state, self._state.block_size
         admitted = [*state.running, *state.parked]
         host = state.host.num_blocks * size if state.host is not None else 0
-        room = Room(state.pool.num_blocks * size, host, self._forecast.step_cost)
-        slos = [seq.tpot_slo_s for seq in admitted if seq.tpot_slo_s is not None]
-        per_token_s = seconds_per_token(min(slos, default=None))
+        shared = [shared_tokens(state.pool, seq) for seq in admitted]
+        twice = sum(shared)  # read by each, held once
+        cost = self._forecast.step_cost
+        room = Room(state.pool.num_blocks * size, host, lambda rows, tokens: cost(rows, tokens + twice))
+        per_token_s = tightest(admitted, self._forecast)
         admission = Admission(room, z=self._forecast.safety.z, per_token_s=per_token_s)
         rows = min(len(admitted), state.max_num_seqs)
         self._full_step_s = self._speed.seconds(self._forecast.step_cost(rows, room.num_tokens))
+        duties = [self._duty(seq, now) for seq in admitted]
+        self._seats = sum(duties)
         admission.add_all(
-            [len(seq.tokens) for seq in admitted],
-            [seq.max_total for seq in admitted],
-            [self._duty(seq, now) for seq in admitted],
+            [len(seq.tokens) - n for seq, n in zip(admitted, shared, strict=True)],
+            [seq.max_total - n for seq, n in zip(admitted, shared, strict=True)],
+            duties,
             [self._forecast.survival(seq) for seq in admitted],
         )
         return admission
@@ -123,9 +138,8 @@ class Foresight:
         per_token_s, slack_s = seconds_per_token(seq.tpot_slo_s), self.slack(seq, now)
         if slack_s is None or per_token_s is None:
             return self._new_duty(seq)
+        # The hopeless count in full: were they left out, newcomers would take their places till all are late.
         remaining = self._forecast.remaining(seq)
-        if slack_s < 0.0 and is_hopeless(slack_s, remaining, per_token_s, self._full_step_s):
-            return 0.0
         return duty(slack_s, remaining, per_token_s, self._full_step_s)
 
     def _new_duty(self, seq: Sequence) -> float:

@@ -40,4 +40,5 @@ class FullOffload(Policy):
 
     def stepped(self, plan: BatchPlan, result: StepResult, now: float) -> None:
         self.traffic.observe(result.copy_times)
-        self._step_s += _SMOOTHING * (result.elapsed_s - self._step_s)
+        if plan.entries:
+            self._step_s += _SMOOTHING * (result.elapsed_s - self._step_s)

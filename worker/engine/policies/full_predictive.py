@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from ellm.worker.api.cost_model import CostModel
 from ellm.worker.engine.planner.admission import TIMELY, Admission, Room
-from ellm.worker.engine.planner.slack import seconds_per_token
 from ellm.worker.engine.policies.base import Policy
 from ellm.worker.engine.policies.forecast import Forecast
+from ellm.worker.engine.policies.sharing import found_tokens, shared_tokens, tightest
 from ellm.worker.engine.residency import Residency
 from ellm.worker.engine.sequence import Sequence
 from ellm.worker.engine.state import EngineState
@@ -44,16 +44,22 @@ class FullPredictive(Policy):
         admission = self._plan(state, now)
         if self._refused is seq:
             return False
-        per_token_s = seconds_per_token(seq.tpot_slo_s)
+        found = found_tokens(state, self.residency, seq)
         admitted = admission.admits(
-            len(seq.tokens), seq.max_total, 1.0, self.forecast.survival(seq), per_token_s
+            len(seq.tokens) - found,
+            seq.max_total - found,
+            1.0,
+            self.forecast.survival(seq),
+            tightest((seq,), self.forecast),
         )
         self._refused = None if admitted else seq
         return admitted
 
     def admitted(self, seq: Sequence, now: float) -> None:
         if self._admission is not None:
-            self._admission.add(len(seq.tokens), seq.max_total, 1.0, self.forecast.survival(seq))
+            shared = shared_tokens(self.state.pool, seq)
+            survival = self.forecast.survival(seq)
+            self._admission.add(len(seq.tokens) - shared, seq.max_total - shared, 1.0, survival)
 
     def emitted(self, seq: Sequence, now: float) -> None:
         self.forecast.emitted(seq)
@@ -73,15 +79,18 @@ class FullPredictive(Policy):
         if self._admission is not None and fresh:
             return self._admission
         running = state.running
-        slos = [seq.tpot_slo_s for seq in running if seq.tpot_slo_s is not None and not seq.late]
+        shared = [shared_tokens(state.pool, seq) for seq in running]
+        twice, cost = sum(shared), self.forecast.step_cost  # read by each, held once
         self._admission = admission = Admission(
-            Room(state.pool.num_blocks * state.block_size, 0, self.forecast.step_cost),
+            Room(
+                state.pool.num_blocks * state.block_size, 0, lambda rows, tokens: cost(rows, tokens + twice)
+            ),
             z=self.forecast.safety.z,
-            per_token_s=seconds_per_token(min(slos, default=None)),
+            per_token_s=tightest([seq for seq in running if not seq.late], self.forecast),
         )
         admission.add_all(
-            [len(seq.tokens) for seq in running],
-            [seq.max_total for seq in running],
+            [len(seq.tokens) - n for seq, n in zip(running, shared, strict=True)],
+            [seq.max_total - n for seq, n in zip(running, shared, strict=True)],
             [1.0] * len(running),
             [self.forecast.survival(seq) for seq in running],
         )
@@ -94,8 +103,5 @@ class FullPredictive(Policy):
         most = sum([other.max_total for other in running]) + seq.max_total + size * (len(running) + 1)
         if most > state.pool.num_blocks * size:
             return False
-        slos = [other.tpot_slo_s for other in (*running, seq) if other.tpot_slo_s is not None]
-        if not slos:
-            return True
-        limit_s = TIMELY * (seconds_per_token(min(slos)) or 0.0)
-        return self.forecast.step_cost(len(running) + 1, most) <= limit_s
+        limit_s = tightest((*running, seq), self.forecast)
+        return limit_s is None or self.forecast.step_cost(len(running) + 1, most) <= TIMELY * limit_s

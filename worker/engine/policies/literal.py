@@ -57,11 +57,13 @@ class Literal(Policy):
         if split < end and seq.num_saved < end:
             seq.rests = False
             return  # not yet on the host
-        if seq.num_outstanding:
-            seq.rests = True
-            return
-        seq.rests = False
-        self.holes.open(seq, Hole(0, split, end))
+        hole = Hole(0, split, end)
+        if end > len(self.state.transient) + held or hole.num_rows(size) >= self.state.config.max_step_tokens:
+            seq.rests = False
+            return  # it stays as wide as it is
+        seq.rests = bool(seq.num_outstanding)
+        if not seq.rests:
+            self.holes.open(seq, hole)
 
     def _save(self) -> None:
         copies = self.state.copies
