@@ -28,7 +28,6 @@ class BlockPool:
         self.block_size = block_size
         self.index = PrefixIndex(num_blocks)
         self._references = [0] * num_blocks
-        self._generations = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: the lowest numbers leave first
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently released first
 
@@ -52,11 +51,6 @@ class BlockPool:
     def references(self, block: int) -> int:
         return self._references[block]
 
-    def generation(self, block: int) -> int:
-        """Counts how often the block was handed out. (block, generation) names one content for ever: who has
-        let go of a block may take it back while its generation stands."""
-        return self._generations[block]
-
     def num_cached_of(self, blocks: Iterable[int]) -> int:
         """How many of `blocks` are cached, so that `reference` would take them out of `num_available`."""
         return sum(1 for block in blocks if block in self._cached)
@@ -70,7 +64,6 @@ class BlockPool:
             block, _ = self._cached.popitem(last=False)
             self.index.forget(block)
         self._references[block] = 1
-        self._generations[block] += 1
         return block
 
     def reference(self, block: int) -> None:

@@ -166,19 +166,6 @@ def test_a_hit_saves_a_block_from_eviction() -> None:
     assert pool.index.find([b"a"]) == [first]
 
 
-def test_a_generation_names_one_content() -> None:
-    pool = BlockPool(1, 16)
-    block = pool.allocate()
-    pool.index.insert(b"a", block)
-    generation = pool.generation(block)
-    pool.release([block])
-    pool.reference(block)  # revived: the same content
-    assert pool.generation(block) == generation
-    pool.release([block])
-    pool.allocate()
-    assert pool.generation(block) != generation
-
-
 def test_hits_end_at_the_first_block_that_is_missing() -> None:
     pool = BlockPool(4, 2)
     hashes = block_hashes(range(8), 2)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ellm.worker.engine.planner.admission import TIMELY, Admission, Room
+from ellm.worker.engine.planner.admission import Admission, Room
 from ellm.worker.engine.planner.slack import PAUSING, FullSpeed, duty, is_hopeless, seconds_per_token, slack
 from ellm.worker.engine.policies.forecast import Forecast
-from ellm.worker.engine.policies.sharing import found_tokens, shared_tokens, tightest
+from ellm.worker.engine.policies.sharing import fits_at_full_length, found_tokens, shared_tokens, tightest
 from ellm.worker.engine.residency import Residency
 from ellm.worker.engine.sequence import Sequence
 from ellm.worker.engine.state import EngineState
@@ -87,15 +87,7 @@ class Foresight:
 
     def is_roomy(self, seq: Sequence) -> bool:
         """Everybody at full length, `seq` too, would be in the pool, blocks rounded up, and in time."""
-        state, size = self._state, self._state.block_size
-        running = state.running
-        if state.parked:
-            return False
-        most = sum([other.max_total for other in running]) + seq.max_total + size * (len(running) + 1)
-        if most > state.pool.num_blocks * size or len(running) >= state.max_num_seqs:
-            return False
-        limit_s = tightest((*running, seq), self._forecast)
-        return limit_s is None or self._forecast.step_cost(len(running) + 1, most) <= TIMELY * limit_s
+        return not self._state.parked and fits_at_full_length(self._state, seq, self._forecast)
 
     def slack(self, seq: Sequence, now: float) -> float | None:
         """Seconds until its next token is due; None for one that has no deadline, or no token yet."""

@@ -8,10 +8,10 @@ attain their SLO. Everything else is `full-chunked`: it shows what admission alo
 from __future__ import annotations
 
 from ellm.worker.api.cost_model import CostModel
-from ellm.worker.engine.planner.admission import TIMELY, Admission, Room
+from ellm.worker.engine.planner.admission import Admission, Room
 from ellm.worker.engine.policies.base import Policy
 from ellm.worker.engine.policies.forecast import Forecast
-from ellm.worker.engine.policies.sharing import found_tokens, shared_tokens, tightest
+from ellm.worker.engine.policies.sharing import fits_at_full_length, found_tokens, shared_tokens, tightest
 from ellm.worker.engine.residency import Residency
 from ellm.worker.engine.sequence import Sequence
 from ellm.worker.engine.state import EngineState
@@ -39,7 +39,7 @@ class FullPredictive(Policy):
         """An empty engine takes anyone who fits."""
         if not state.running:
             return True
-        if self._fits_whatever_comes(state, seq):
+        if fits_at_full_length(state, seq, self.forecast):
             return True
         admission = self._plan(state, now)
         if self._refused is seq:
@@ -96,12 +96,3 @@ class FullPredictive(Policy):
         )
         self._planned_at, self._planned_for, self._refused = now, preemptions, None
         return admission
-
-    def _fits_whatever_comes(self, state: EngineState, seq: Sequence) -> bool:
-        """Everybody at full length is in time and in the pool, blocks rounded up."""
-        running, size = state.running, state.block_size
-        most = sum([other.max_total for other in running]) + seq.max_total + size * (len(running) + 1)
-        if most > state.pool.num_blocks * size:
-            return False
-        limit_s = tightest((*running, seq), self.forecast)
-        return limit_s is None or self.forecast.step_cost(len(running) + 1, most) <= TIMELY * limit_s
