@@ -69,7 +69,7 @@ class WorkerReport:
     saved_tokens: int = 0  # KV copied to the host
     loaded_tokens: int = 0  # KV copied back
     # Of this moment, again: what a router and the controller predict with.
-    prefill_rate_tok_s: float = 0.0  # rows of prompts computed per second while there were any; moving average
+    prefill_rate_tok_s: float = 0.0  # prompt rows per second of steps with any; average
     parked_tokens: int = 0  # context of parked requests, cached or not
     host_tokens: int = 0  # of the uncached: they have a copy in the host tier
     dropped_now_tokens: int = 0  # of the uncached: they must be computed again
@@ -77,7 +77,7 @@ class WorkerReport:
     streaming_tokens: int = 0  # of the uncached: streamed from the host within each step
     host_blocks_used: int = 0
     num_host_blocks: int = 0
-    slack_s: tuple[float, float, float] = (0.0, 0.0, 0.0)  # least, median, most of running requests with an SLO
+    slack_s: tuple[float, float, float] = (0.0, 0.0, 0.0)  # least, median, most of the running
     slo_attainment: float = 1.0  # share of recently ended requests that kept theirs
     max_running: int = 0  # sequences the scheduler would run at most
     prefix_digest: bytes = b""  # of the prefix index; see worker/api/prefix_digest.py
