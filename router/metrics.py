@@ -39,6 +39,8 @@ TOTALS = {
     "dropped_tokens": ("ellm_dropped_tokens", "Tokens whose KV was given up without a copy on the host."),
     "saved_tokens": ("ellm_saved_tokens", "Tokens whose KV was copied to the host."),
     "loaded_tokens": ("ellm_loaded_tokens", "Tokens whose KV was copied back from the host."),
+    "streamed_tokens": ("ellm_streamed_tokens", "Tokens whose KV was streamed from the host within a step."),
+    "hole_tokens": ("ellm_hole_tokens", "Tokens recomputed within a step, for holes of running requests."),
 }
 GAUGES: dict[str, tuple[str, str, Callable[[WorkerReport], float]]] = {
     "running": ("ellm_num_requests_running", "Sequences in the batch.", lambda r: r.num_running),
@@ -55,6 +57,35 @@ GAUGES: dict[str, tuple[str, str, Callable[[WorkerReport], float]]] = {
     "ratio": (
         "ellm_uncached_token_ratio", "Share of admitted context without KV.", lambda r: r.uncached_token_ratio
     ),
+    "recomputing": (
+        "ellm_recomputing_tokens", "Uncached: recomputed in each step.", lambda r: r.recomputing_tokens
+    ),
+    "streaming": (
+        "ellm_streaming_tokens", "Uncached: streamed from the host in each step.",
+        lambda r: r.streaming_tokens,
+    ),
+    "host": ("ellm_host_tokens", "Uncached: to be brought back from the host.", lambda r: r.host_tokens),
+    "dropped": ("ellm_dropped_now_tokens", "Uncached: to be computed again.", lambda r: r.dropped_now_tokens),
+    "host_usage": (
+        "ellm_host_kv_usage_perc",
+        "Share of the host tier's blocks in use, 0 to 1.",
+        lambda r: r.host_blocks_used / r.num_host_blocks if r.num_host_blocks else 0.0,
+    ),
+    "debt": (
+        "ellm_recompute_debt_seconds",
+        "Predicted extra time of a step for holes, and to bring back what waits for it.",
+        lambda r: r.recompute_debt_s,
+    ),
+    "prefill": (
+        "ellm_prefill_rate_tokens_per_second", "Prompt tokens per second of steps with any.",
+        lambda r: r.prefill_rate_tok_s,
+    ),
+    "kept": (
+        "ellm_worker_slo_attainment_ratio",
+        "Share of requests that ended within the last minute and kept what they were promised.",
+        lambda r: r.slo_attainment,
+    ),
+    "parked_tokens": ("ellm_parked_tokens", "Context of parked sequences.", lambda r: r.parked_tokens),
     "parked": ("ellm_parked_requests", "Sequences set aside for a while.", lambda r: r.num_parked),
     "step": ("ellm_step_time_seconds", "Moving average of a step's time.", lambda r: r.step_time_s),
     "error": (

@@ -13,6 +13,7 @@ tokens of all its requests, a report every heartbeat. The front keeps who asked 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
@@ -66,7 +67,7 @@ class WorkerFront:
         """Start the engine, heartbeats and leases."""
         self._loop = asyncio.get_running_loop()
         self._ticker = self._loop.create_task(self._tick_forever())
-        self._engine.start(self.publish)
+        self._engine.start(self.publish, self.hurry)
 
     async def close(self) -> None:
         """End every stream and stop the engine."""
@@ -162,9 +163,18 @@ class WorkerFront:
         except RuntimeError:  # the loop is closed: no one is left to read
             log.debug("outputs after the end")
 
+    def hurry(self) -> None:
+        """Called by the engine's thread when every router should have its newest report at once."""
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._report_to_all)
+
     def begin_drain(self) -> None:
         """Take no new request from now on, and say so to every router at once."""
         self.state = "draining"
+        self._report_to_all()
+
+    def _report_to_all(self) -> None:
         for box in self._boxes.values():
             box.make_report_due()
 
@@ -246,7 +256,7 @@ class WorkerFront:
 
     async def _tick_forever(self) -> None:
         while True:
-            await asyncio.sleep(self._config.heartbeat_s / 2)
+            await asyncio.sleep(self._config.heartbeat_s / 3)
             self._tick()
 
     def _tick(self) -> None:

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 LoopState = Literal["new", "running", "stopped", "failed"]
 Publish = Callable[[list[SequenceOutput]], None]
+HURRY_S = 0.02  # a report made for a change of pressure is at least so much younger than the one before
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,19 +115,23 @@ class EngineLoop:
         self._clock = clock
         self._mailbox: SimpleQueue[_Mail] = SimpleQueue()
         self._publish: Publish = lambda outputs: None
+        self._hurry: Callable[[], None] = lambda: None
         self._outstanding: deque[BatchPlan] = deque()
         self._submit_seqs: dict[str, int] = {}
         self._stopping = False
         self._busy = False
         self._progress_at = self._report_at = clock()
+        self._pressure = core.pressure
         self._thread = threading.Thread(target=self._guarded_run, name="ellm-engine", daemon=True)
         self.state: LoopState = "new"
         self.failure: BaseException | None = None
         self.report: WorkerReport = core.report(self._progress_at)  # at most report_s old while the loop runs
 
-    def start(self, publish: Publish) -> None:
-        """Begin. The loop's thread calls `publish` with each step's outputs, and with refusals at once."""
+    def start(self, publish: Publish, hurry: Callable[[], None] | None = None) -> None:
+        """Begin. The loop's thread calls `publish` with each step's outputs, and with refusals at once; it
+        calls `hurry` when `report` says something that should be passed on at once."""
         self._publish = publish
+        self._hurry = hurry or self._hurry
         self.state = "running"
         self._thread.start()
 
@@ -190,8 +195,13 @@ class EngineLoop:
         self._busy = self._core.has_work
         if not self._busy:
             self._progress_at = now
-        if now - self._report_at >= self._report_s:
+        pressure, age_s = self._core.pressure, now - self._report_at
+        changed = pressure != self._pressure and age_s >= HURRY_S
+        if changed or age_s >= self._report_s:
+            self._pressure = pressure
             self._renew_report(now)
+        if changed:
+            self._hurry()
 
     def _read(self) -> Iterator[_Mail]:
         """All mail there is; waits for the first, and not longer than a report may age."""

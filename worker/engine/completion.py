@@ -35,7 +35,8 @@ class Completion:
         running, finished = SequenceState.RUNNING, SequenceState.FINISHED
         for entry, seq in zip(step.plan.entries, step.sequences, strict=True):
             if entry.recompute:  # it left nothing behind; the sequence's other entry stands for both
-                self._state.totals.recomputed_tokens += entry.num_tokens
+                state.totals.recomputed_tokens += entry.num_tokens
+                state.totals.hole_tokens += entry.num_tokens
                 continue
             token = next(tokens) if entry.samples else -1
             before = seq.state
@@ -52,7 +53,7 @@ class Completion:
                 if token >= 0:
                     outputs.append(self._accept(seq, entry, token, result, now))
                 elif seq.prefill_only and end == seq.num_prompt:
-                    outputs.append(self._end_scored(seq))
+                    outputs.append(self._end_scored(seq, now))
             if before is not running:
                 state.plan_returned(seq)
         return outputs
@@ -107,6 +108,8 @@ class Completion:
             logprobs = (result.logprobs[entry.seq_id],)
         self._policy.emitted(seq, now)
         if reason is not None:
+            if seq.tpot_slo_s is not None or seq.ttft_slo_s is not None:
+                self._state.kept.append((now, not seq.late))
             self._policy.finished(seq, now)
             self._state.finish(seq)
         return SequenceOutput(
@@ -121,8 +124,9 @@ class Completion:
             seq.num_cached_tokens or 0,
         )
 
-    def _end_scored(self, seq: Sequence) -> SequenceOutput:
+    def _end_scored(self, seq: Sequence, now: float) -> SequenceOutput:
         """The end of a request that wanted its prompt scored and no token."""
+        self._policy.aborted(seq, now)  # an end from which no output's length can be learnt
         self._state.finish(seq)
         return SequenceOutput(
             seq.request.request_id,

@@ -82,6 +82,7 @@ class EngineCore:
         if self._tombstones.covers(request.request_id, request.attempt, now):
             return False
         if former is not None:
+            self._policy.aborted(former, now)
             state.finish(former)  # whatever becomes of the newer attempt, nobody listens to this one
         check_request(request, self.limits.vocab_size, state.max_total_tokens)
         if state.waiting.full:
@@ -140,9 +141,9 @@ class EngineCore:
             self.cost_model.update(step_features(plan), result.elapsed_s)
         self._policy.stepped(plan, result, now)
         if plan.entries:
-            self._load.step_finished(result.elapsed_s, outputs, now)
+            self._load.step_finished(plan, result, outputs, now)
         else:
-            self._load.waited(now)
+            self._load.waited(result, now)
         return outputs
 
     def fail_all(self, code: str, message: str) -> list[SequenceOutput]:
@@ -166,6 +167,11 @@ class EngineCore:
     def report(self, now: float) -> WorkerReport:
         """Load and totals; `state`, memory and submit numbers are the caller's to fill in."""
         return self._load.report(self.cost_model, self.has_work, now)
+
+    @property
+    def pressure(self) -> tuple[int, ...]:
+        """Something that stays equal until others should hear of this engine's load at once. O(1)."""
+        return self._load.pressure()
 
     def check(self) -> None:
         """Raise AssertionError unless every invariant of sequences, blocks and plans holds."""

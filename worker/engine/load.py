@@ -1,18 +1,28 @@
-"""How busy the engine is, for those who send it work."""
+"""How busy the engine is, for those who send it work.
+
+Per step it adds to a few sums; what takes a look at every sequence is done when a report is asked for.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as List
 from dataclasses import asdict
+from statistics import median
 
-from ellm.worker.api.cost_model import CostModel
+from ellm.worker.api.cost_model import CostModel, StepFeatures
 from ellm.worker.api.output import SequenceOutput
 from ellm.worker.api.report import WorkerReport
+from ellm.worker.engine.plan import BatchPlan, CopyTimes, StepResult
+from ellm.worker.engine.planner.link import LinkCost
+from ellm.worker.engine.planner.slack import seconds_per_token, slack
 from ellm.worker.engine.state import EngineState
+from ellm.worker.engine.uncached import debt_s, uncached
 
-_SMOOTHING = 0.05  # of a new step in the moving average
+_SMOOTHING = 0.05  # of a new step in the moving averages
 _MIN_RETRY_S, _MAX_RETRY_S = 1.0, 60.0
+_RECENT_S = 60.0  # an end longer ago says nothing of attainment now
+_LEVELS = 8  # of headroom and uncached tokens: crossing one is a change worth telling
 
 
 class Load:
@@ -24,24 +34,38 @@ class Load:
         self._step_time_s = 0.0
         self._last_progress = 0.0
         self._finishes: deque[float] = deque(maxlen=64)  # when the last requests ended
+        self._hole_tokens = 0  # as of the last step
+        self._prefill = (0.0, 0.0)  # rows * rows, rows * seconds of steps with any, forgetting
+        self._load_cost = LinkCost(state.limits.block_bytes)
 
     def work_came(self, now: float) -> None:
         """The engine had nothing to do until now."""
         self._last_progress = now
 
-    def step_finished(self, elapsed_s: float, outputs: List[SequenceOutput], now: float) -> None:
+    def step_finished(
+        self, plan: BatchPlan, result: StepResult, outputs: List[SequenceOutput], now: float
+    ) -> None:
         """A step that computed something; one that waited for copies is `waited`."""
         self._last_progress = now
-        totals = self._state.totals
+        totals, elapsed_s = self._state.totals, result.elapsed_s
         share = _SMOOTHING if totals.num_steps else 1.0
         totals.num_steps += 1
         totals.busy_s += elapsed_s
+        totals.streamed_tokens += len(plan.streams) * self._state.block_size
         self._step_time_s += share * (elapsed_s - self._step_time_s)
+        rows = plan.num_rows - plan.num_decode - (totals.hole_tokens - self._hole_tokens)
+        self._hole_tokens = totals.hole_tokens
+        if rows > 0:
+            keep = 1.0 - _SMOOTHING
+            squares, times = self._prefill
+            self._prefill = (keep * squares + rows * rows, keep * times + rows * elapsed_s)
+        self._note_copies(result.copy_times)
         self._finishes.extend(now for output in outputs if output.finish_reason is not None)
 
-    def waited(self, now: float) -> None:
+    def waited(self, result: StepResult, now: float) -> None:
         """A plan without rows has come back."""
         self._last_progress = now
+        self._note_copies(result.copy_times)
 
     def retry_after_s(self) -> float:
         """Time in which a tenth of the queue is worked off at the recent rate: soon enough to find a place,
@@ -53,13 +77,21 @@ class Load:
         rate = (len(finishes) - 1) / span
         return min(_MAX_RETRY_S, max(_MIN_RETRY_S, 0.1 * len(self._state.waiting) / rate))
 
+    def pressure(self) -> tuple[int, bool, bool]:
+        """Equal as long as nothing has changed that others should hear of before the next report is due:
+        memory in eighths, whether somebody waits, whether somebody is parked. O(1)."""
+        state = self._state
+        level = -(-_LEVELS * state.pool.num_available // state.pool.num_blocks)
+        return level, bool(len(state.waiting)), bool(state.parked)
+
     def report(self, cost_model: CostModel, has_work: bool, now: float) -> WorkerReport:
-        """Headroom keeps back one block for each running sequence and the watermark: what they grow into."""
+        """Headroom keeps back one block for each running sequence and the watermark: what they grow into.
+        O(sequences)."""
         self._seq += 1
         state = self._state
-        pool = state.pool
+        pool, host = state.pool, state.host
         reserve = len(state.running) + state.watermark_blocks
-        missing, known = state.uncached_tokens()
+        found = uncached(state)
         return WorkerReport(
             seq=self._seq,
             num_running=len(state.running),
@@ -68,13 +100,55 @@ class Load:
             cached_blocks=pool.num_cached,
             num_blocks=pool.num_blocks,
             headroom_tokens=state.block_size * max(0, pool.num_available - reserve),
-            running_tokens=sum(len(seq.tokens) for seq in state.running),
-            uncached_tokens=missing,
-            uncached_token_ratio=missing / known if known else 0.0,
-            num_parked=len(state.parked),
+            running_tokens=found.known - found.parked,
             waiting_tokens=state.waiting.num_tokens,
+            uncached_tokens=found.total,
+            uncached_token_ratio=found.ratio,
+            num_parked=len(state.parked),
+            recompute_debt_s=debt_s(found, state, cost_model, self._load_cost.block_s),
             step_time_s=self._step_time_s,
             cost_model_error=cost_model.error_median,
             since_last_step_s=max(0.0, now - self._last_progress) if has_work else 0.0,
+            prefill_rate_tok_s=self._prefill_rate(cost_model),
+            parked_tokens=found.parked,
+            host_tokens=found.host,
+            dropped_now_tokens=found.dropped,
+            recomputing_tokens=found.recomputing,
+            streaming_tokens=found.streaming,
+            host_blocks_used=0 if host is None else host.num_blocks - host.num_free,
+            num_host_blocks=0 if host is None else host.num_blocks,
+            slack_s=self._slack(now),
+            slo_attainment=self._attainment(now),
+            max_running=state.max_num_seqs,
             **asdict(state.totals),
         )
+
+    def _note_copies(self, times: CopyTimes | None) -> None:
+        if times is not None:
+            self._load_cost.observe(times.loaded_bytes, times.loaded_s)
+
+    def _prefill_rate(self, cost_model: CostModel) -> float:
+        """Rows per second, each step weighing by its rows: a few short prompts say nothing of a long one.
+        Before the first prompt what the cost model predicts of a full step; 0 where it knows nothing."""
+        squares, times = self._prefill
+        if times > 0.0:
+            return squares / times
+        rows = self._state.config.max_step_tokens
+        seconds = cost_model.predict(StepFeatures(rows, 0, rows, rows * (rows + 1) // 2, 1))
+        return rows / seconds if seconds > 0.0 else 0.0
+
+    def _slack(self, now: float) -> tuple[float, float, float]:
+        """Least, median and most of those who run and have a deadline; zeros where nobody has."""
+        found = []
+        for seq in self._state.running:
+            per_token_s = seconds_per_token(seq.tpot_slo_s)
+            if per_token_s is not None and seq.first_token_at is not None:
+                found.append(slack(seq.first_token_at, per_token_s, len(seq.tokens) - seq.first_index, now))
+        return (min(found), median(found), max(found)) if found else (0.0, 0.0, 0.0)
+
+    def _attainment(self, now: float) -> float:
+        """1 where nobody with a promise has ended of late."""
+        kept = self._state.kept
+        while kept and now - kept[0][0] > _RECENT_S:
+            kept.popleft()
+        return sum(ok for _, ok in kept) / len(kept) if kept else 1.0

@@ -6,7 +6,7 @@ EngineCore's parts share one of these and are its only writers; policies read it
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from collections.abc import Sequence as List
 from dataclasses import dataclass
@@ -37,6 +37,8 @@ class Totals:
     dropped_tokens: int = 0
     saved_tokens: int = 0
     loaded_tokens: int = 0
+    streamed_tokens: int = 0
+    hole_tokens: int = 0
 
 
 def _check_config(config: SchedulerConfig) -> None:
@@ -81,27 +83,13 @@ class EngineState:
         self.new: list[NewSequence] = []  # residences that the executor has not been told of
         self.released: list[int] = []  # seq_ids that the executor has not been told of
         self.totals = Totals()
+        # When those ended that had a promise, and whether it was kept; the last of them.
+        self.kept: deque[tuple[float, bool]] = deque(maxlen=256)
 
     @property
     def max_total_tokens(self) -> int:
         """Prompt and output together that one sequence may reach: the model's context or the whole pool."""
         return min(self.limits.max_model_len, self.limits.num_blocks * self.block_size)
-
-    def uncached_tokens(self) -> tuple[int, int]:
-        """Known tokens of admitted sequences whose KV was there and is not; known tokens in all."""
-        missing = known = 0
-        size = self.block_size
-        for seq in self.parked:
-            known += len(seq.tokens)
-            missing += max(0, min(seq.high_water, len(seq.tokens)) - seq.num_computed)
-        for seq in self.running:
-            known += len(seq.tokens)
-            if seq.hole is not None:
-                missing += (seq.hole.end - seq.hole.first) * size
-            elif seq.num_computed < seq.high_water:
-                later = (seq.gap.end - seq.gap.ready) * size if seq.gap is not None else 0
-                missing += max(0, seq.high_water - seq.num_computed - later)
-        return missing, known
 
     @property
     def blocks_return(self) -> bool:

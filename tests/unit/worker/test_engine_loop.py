@@ -181,6 +181,21 @@ def test_the_report_echoes_the_newest_submit_that_it_knows(running: list[EngineL
     executor.gate.set()
 
 
+def test_a_change_of_pressure_is_told_before_a_report_is_due(running: list[EngineLoop]) -> None:
+    executor, sink, hurried = HeldExecutor(), Sink(), list[tuple[int, int]]()
+    _, loop = make_engine(executor, worker_config(heartbeat_s=60.0))
+    running.append(loop)
+    loop.start(sink, lambda: hurried.append((loop.report.num_waiting, loop.report.headroom_tokens)))
+    time.sleep(0.05)
+    loop.submit("router", 0, [request(f"r{i}", 60, prompt_len=200) for i in range(8)])
+    wait_until(lambda: len(sink.finished()) == 8)
+    assert len(hurried) >= 2
+    assert min(headroom for _, headroom in hurried) < loop.report.num_blocks * 16
+    seen = len(hurried)
+    time.sleep(0.1)
+    assert len(hurried) <= seen + 1  # nothing changes any more
+
+
 def test_stop_ends_both_threads_and_closes_the_executor() -> None:
     others = set(threading.enumerate())
     executor, sink = HeldExecutor(0.01), Sink()
