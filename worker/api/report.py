@@ -84,3 +84,5 @@ class WorkerReport:
     # Totals.
     streamed_tokens: int = 0  # KV streamed from the host within steps
     hole_tokens: int = 0  # KV recomputed within steps for holes of running requests
+    # Of this moment.
+    prefill_tokens: int = 0  # prompt tokens of running requests that no step has covered yet

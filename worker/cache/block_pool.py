@@ -72,6 +72,7 @@ class BlockPool:
         if count == 0:
             del self._cached[block]
         self._references[block] = count + 1
+        self.index.hit(block)
 
     def release(self, blocks: Sequence[int]) -> None:
         """One user fewer of each of `blocks`, a sequence's table in position order.

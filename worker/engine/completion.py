@@ -63,7 +63,7 @@ class Completion:
         index, block_ids = self._state.pool.index, seq.table.block_ids
         hashes = seq.hashes(num_full, self._state.block_size)
         for i in range(seq.num_committed, num_full):
-            index.insert(hashes[i], block_ids[i])
+            index.insert(hashes[i], block_ids[i], i + 1)
         seq.num_committed = num_full
 
     def _count(self, seq: Sequence, entry: PlanEntry, end: int, result: StepResult) -> None:

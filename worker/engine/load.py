@@ -120,6 +120,8 @@ class Load:
             slack_s=self._slack(now),
             slo_attainment=self._attainment(now),
             max_running=state.max_num_seqs,
+            prefix_digest=pool.index.digest.packed(now) if state.prefix_caching else b"",
+            prefill_tokens=sum(max(0, seq.num_prompt - seq.num_planned) for seq in state.running),
             **asdict(state.totals),
         )
 

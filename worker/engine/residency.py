@@ -203,7 +203,7 @@ class Residency:
             gap.loaded(number, failed=failed)
             if not gap.failed:
                 state.totals.loaded_tokens += state.block_size
-                state.pool.index.insert(seq.block_hashes[number], copy.block)
+                state.pool.index.insert(seq.block_hashes[number], copy.block, number + 1)
             if failed:
                 state.forget_saved(seq, number)
             self.close_gap(seq)
