@@ -44,12 +44,14 @@ class WorkerGate:
             if not waiter.done():
                 waiter.set_result(None)
 
-    async def wait(self, waited_s: float = 0.0) -> None:
-        """Until `open`; raises Unavailable when that takes too long. `waited_s` was spent here before."""
+    async def wait(self, waited_s: float = 0.0, timeout_s: float | None = None) -> None:
+        """Until `open`; raises Unavailable when that takes too long, longer than `timeout_s` where given.
+        `waited_s` was spent here before."""
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
         waiter = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
         try:
-            await asyncio.wait_for(waiter, max(0.0, self._timeout_s - waited_s))
+            await asyncio.wait_for(waiter, max(0.0, timeout_s - waited_s))
         except TimeoutError:
             raise Unavailable("no worker is ready to serve this model", retry_after_s=5.0) from None
         finally:

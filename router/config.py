@@ -31,6 +31,7 @@ class FailoverConfig:
     suspect_s: float = 1.0
     fail_s: float = 3.0
     max_failovers: int = 2  # after worker deaths; drains are free
+    hold_s: float = 300.0  # a request that a worker had taken waits so long for another one to come up
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,20 +11,20 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any, Protocol
 
 from ellm.router.admission import Admission, WorkerGate
 from ellm.router.config import RouterConfig
-from ellm.router.errors import typed_error
-from ellm.router.failover import Hearing, PoisonList, SilenceWatch
+from ellm.router.failover import Hearing, SilenceWatch
 from ellm.router.link import WorkerLink
 from ellm.router.policies import RoutedRequest, RoutingPolicy, make_policy
+from ellm.router.rescue import Rescue
 from ellm.router.sequence import Sequence as LiveSequence
 from ellm.router.sequence import Verdict
 from ellm.router.subset import subset
 from ellm.worker.api.channel import WorkerChannel, WorkerDirectory
-from ellm.worker.api.errors import EllmError, QueueFull, Unavailable, WorkerFailed
+from ellm.worker.api.errors import EllmError
 from ellm.worker.api.output import FinishReason
 from ellm.worker.api.report import WorkerInfo, WorkerReport
 
@@ -32,9 +32,6 @@ log = logging.getLogger(__name__)
 
 WATCH_PERIOD_S = 0.1
 LAG_MEMORY_S = 10.0  # a stream lost so soon after our loop stood still was not lost by the worker
-MOVE_PAUSE_S = 0.02
-MAX_MOVES = 16  # free ones included: a request that every worker gives back must end
-HANDED_BACK = "unavailable"  # the error code with which a draining worker gives a request back
 
 
 class DispatchObserver(Protocol):
@@ -68,7 +65,7 @@ class Dispatcher:
         self._observer = observer
         self.clock = clock
         self._policy: RoutingPolicy = make_policy(config.policy)
-        self._poison = PoisonList()
+        self._rescue = Rescue(self, config.failover, self._place_one)
         self._home: dict[str, WorkerLink] = {}  # request id -> where it lives
         self._tasks: set[asyncio.Task[None]] = set()
         self._watched_at = clock()
@@ -79,8 +76,8 @@ class Dispatcher:
         with contextlib.suppress(Exception):
             await self._refresh()
         self._watched_at = self.clock()
-        self._spawn(self._forever(self._refresh, self._config.refresh_s))
-        self._spawn(self._forever(self._watch, WATCH_PERIOD_S))
+        self.spawn(self._forever(self._refresh, self._config.refresh_s))
+        self.spawn(self._forever(self._watch, WATCH_PERIOD_S))
 
     async def close(self) -> None:
         for task in list(self._tasks):
@@ -108,7 +105,7 @@ class Dispatcher:
     async def submit(self, sequences: Sequence[LiveSequence], request: RoutedRequest) -> None:
         """Send sequences that share a prompt to one worker, waiting for one to be up. Raises Unavailable,
         WorkerFailed (a prompt that is held back)."""
-        self._poison.check(request.prompt_ids, self.clock())
+        self._rescue.poison.check(request.prompt_ids, self.clock())
         await self._place(sequences, request)
 
     def cancel(self, sequence: LiveSequence) -> None:
@@ -125,9 +122,9 @@ class Dispatcher:
     def sequence_moved(self, link: WorkerLink, sequence: LiveSequence, verdict: Verdict) -> None:
         self._home.pop(sequence.request_id, None)
         if verdict is Verdict.GAP:
-            self._move([sequence], "gap", death=False)
+            self._rescue.move([sequence], "gap", death=False)
         elif verdict is Verdict.REFUSED:
-            self._refused(sequence)
+            self._rescue.refused(sequence, link.info.epoch)
         else:
             assert sequence.finished is not None
             self._observer.sequence_ended(sequence, sequence.finished)
@@ -150,9 +147,9 @@ class Dispatcher:
         sequences = link.take_all()
         for sequence in sequences:
             self._home.pop(sequence.request_id, None)
-        self._spawn(self._bury(link, [(s.request_id, s.attempt) for s in sequences]))
+        self.spawn(self._bury(link, [(s.request_id, s.attempt) for s in sequences]))
         reason = self._loss_reason(link)
-        self._move(sequences, reason, death=reason == "death")
+        self._rescue.move(sequences, reason, death=reason == "death")
 
     def _loss_reason(self, link: WorkerLink) -> str:
         """A worker ends our stream too when it drains, and when it did not hear from us for a lease."""
@@ -167,63 +164,53 @@ class Dispatcher:
         if now - self._watched_at > self._config.failover.fail_s:
             self._lagged_at = now
 
-    # Failover
+    # Rescuer
 
-    def _refused(self, sequence: LiveSequence) -> None:
-        error = sequence.error
-        if error is None or (isinstance(error, tuple) and error[0] == HANDED_BACK):
-            self._move([sequence], "drain", death=False)
-        elif isinstance(error, tuple) and error[0] == QueueFull.code and sequence.num_moves:
-            # It was taken once, and perhaps half answered: a full worker is no reason to lose it.
-            self._move([sequence], "full", death=False)
-        else:
-            self._fail(sequence, typed_error(error))
+    def count_move(self, reason: str) -> None:
+        self._observer.failover(reason)
 
-    def _move(self, sequences: Sequence[LiveSequence], reason: str, *, death: bool) -> None:
-        for sequence in sequences:
-            if sequence.finished is not None:
-                continue
-            sequence.attempt += 1
-            sequence.num_moves += 1
-            sequence.num_deaths += death
-            self._observer.failover(reason)
-            if sequence.num_deaths > self._config.failover.max_failovers:
-                self._poison.add(sequence.prompt_ids, self.clock())
-                self._fail(sequence, WorkerFailed("the workers that ran this request have failed"))
-            elif sequence.num_moves > MAX_MOVES:
-                self._fail(sequence, Unavailable("no worker keeps this request", retry_after_s=5.0))
-            else:
-                self._spawn(self._place_again(sequence))
+    def has_room_elsewhere(self, avoid: set[str]) -> bool:
+        return any(link.info.epoch not in avoid for link in self.ready_links)
 
-    async def _place_again(self, sequence: LiveSequence) -> None:
-        try:
-            # The first move is made at once; a request that nobody keeps is not sent round in circles.
-            await asyncio.sleep(MOVE_PAUSE_S * (sequence.num_moves - 1))
-            await self._place([sequence], RoutedRequest(sequence.prompt_ids, salt=sequence.salt))
-        except EllmError as error:
-            self._fail(sequence, error)
-        except Exception:  # a task of its own: nobody else would end the request
-            log.exception("%s cannot be placed", sequence.request_id)
-            self._fail(sequence, EllmError("internal error"))
-
-    def _fail(self, sequence: LiveSequence, error: EllmError) -> None:
+    def end(self, sequence: LiveSequence, error: EllmError) -> None:
         if sequence.finished is None:
             sequence.finished = "error"
             sequence.error = error
             self._observer.sequence_ended(sequence, "error")
             sequence.sink.fail(sequence, error)
 
-    async def _place(self, sequences: Sequence[LiveSequence], request: RoutedRequest) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # Choice
+
+    async def _place_one(self, sequence: LiveSequence) -> None:
+        """One that a worker had taken, or had no room for."""
+        request = RoutedRequest(sequence.prompt_ids, salt=sequence.salt)
+        hold_s = self._config.failover.hold_s if sequence.kept else None
+        await self._place([sequence], request, hold_s, sequence.avoid)
+
+    async def _place(
+        self,
+        sequences: Sequence[LiveSequence],
+        request: RoutedRequest,
+        hold_s: float | None = None,
+        avoid: Collection[str] = (),
+    ) -> None:
         since = self.clock()
-        while (link := self._choose(request)) is None:
-            await self.gate.wait(self.clock() - since)
+        while (link := self._choose(request, avoid)) is None:
+            await self.gate.wait(self.clock() - since, hold_s)
         sequences = [s for s in sequences if s.finished is None]
         for sequence in sequences:
             self._home[sequence.request_id] = link
         link.submit(sequences)
 
-    def _choose(self, request: RoutedRequest) -> WorkerLink | None:
+    def _choose(self, request: RoutedRequest, avoid: Collection[str]) -> WorkerLink | None:
         ready = self.ready_links
+        if avoid:
+            ready = [link for link in ready if link.info.epoch not in avoid] or ready
         heard = [link for link in ready if link.watch.hearing is Hearing.HEARD]
         now = self.clock()
         replicas = [link.replica(now) for link in heard or ready]
@@ -251,7 +238,7 @@ class Dispatcher:
     def _release(self, link: WorkerLink) -> None:
         """Leave a worker that is well and that this router needs no more."""
         self._observer.worker_gone(link.info)
-        self._spawn(link.close())
+        self.spawn(link.close())
 
     async def _watch(self) -> None:
         now = self.clock()
@@ -276,8 +263,3 @@ class Dispatcher:
                 await work()
             except Exception:  # the router outlives whatever the directory's transport raises
                 log.exception("%s failed", work.__name__)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

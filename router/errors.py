@@ -53,12 +53,15 @@ def _by_code(root: type[EllmError]) -> dict[str, type[EllmError]]:
     return found
 
 
-def typed_error(error: EllmError | tuple[str, str] | None) -> EllmError:
-    """The error of a worker's (code, message). One without a known code says nothing of its cause."""
+def typed_error(error: EllmError | tuple[str, str] | None, retry_after_s: float | None = None) -> EllmError:
+    """The error of a worker's (code, message), and when it may be worth another try. One without a known
+    code says nothing of its cause."""
     if isinstance(error, EllmError):
         return error
     kinds = _by_code(EllmError)
     if error is None or error[0] not in kinds or error[0] == EllmError.code:
         return EllmError("internal error")
     kind = kinds[error[0]]
-    return kind(error[1], retry_after_s=RETRY_AFTER_S if kind.status in (429, 503) else None)
+    if kind.status in (429, 503):
+        return kind(error[1], retry_after_s=RETRY_AFTER_S if retry_after_s is None else retry_after_s)
+    return kind(error[1])

@@ -62,7 +62,7 @@ def workers(dispatcher: Dispatcher) -> list[dict[str, Any]]:
 def _entry(link: WorkerLink) -> dict[str, Any]:
     info = asdict(link.info)
     report = {} if link.report is None else asdict(link.report)
-    for name in ("seq", "last_submit_seq", "state"):
+    for name in ("seq", "last_submit_seq", "state", "prefix_digest"):
         report.pop(name, None)
     return {
         "id": info.pop("worker_id"),

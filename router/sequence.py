@@ -74,12 +74,14 @@ class Sequence:
         "_tpot_slo_s",
         "arrived_at",
         "attempt",
+        "avoid",
         "choice_index",
         "detokenizer",
         "error",
         "finished",
         "first_token_at",
         "index",
+        "kept",
         "late",
         "level",
         "num_cached_tokens",
@@ -89,6 +91,8 @@ class Sequence:
         "prompt_ids",
         "prompt_logprobs",
         "request_id",
+        "retry_after_s",
+        "room_in_s",
         "salt",
         "sampling",
         "sink",
@@ -116,6 +120,10 @@ class Sequence:
         self.attempt = 0
         self.num_deaths = 0  # workers that died with it
         self.num_moves = 0  # times it was moved, deaths included
+        self.kept = False  # a worker had taken it: it is not refused any more for want of room
+        self.avoid: set[str] = set()  # workers that have no room for it now
+        self.room_in_s = inf  # the shortest time that one of them named
+        self.retry_after_s: float | None = None  # of the last error
         self.output_ids: list[int] = []
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
         self.num_cached_tokens = 0
@@ -185,7 +193,7 @@ class Sequence:
 
     def _accept(self, output: SequenceOutput, now: float) -> Verdict:
         if output.finish_reason in ("error", "abort"):  # an abort that we did not ask for has no error
-            self.error = output.error
+            self.error, self.retry_after_s = output.error, output.retry_after_s
             return Verdict.REFUSED
         if output.prompt_logprobs is not None and self.prompt_logprobs is None:
             self.prompt_logprobs = output.prompt_logprobs

@@ -106,6 +106,7 @@ class RankActor:
         if self._front is None or self._server is None:
             return True
         done = await self._front.drain(timeout_s)
+        self._front.end_streams()
         await self._server.close()
         return done
 

@@ -7,7 +7,8 @@ tokens of all its requests, a report every heartbeat. The front keeps who asked 
 - a router that leaves, comes again, is silent for a lease, or lags a whole lease behind is dropped: its
   stream ends, its requests are aborted and their blocks are free. What comes over the line of a dropped
   router is not taken: it would be computed for nobody;
-- while the worker drains, new requests are refused and running ones go to their end.
+- while the worker drains, new requests are refused, those that do not run are handed back, and running ones
+  go to their end.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from ellm.worker.loop import EngineLoop, refusal
 from ellm.worker.outbox import Outbox
 
 log = logging.getLogger(__name__)
+
+LAST_CALL_S = 1.0  # for routers to take what they are owed
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +76,7 @@ class WorkerFront:
         """End every stream and stop the engine."""
         if self._ticker is not None:
             self._ticker.cancel()
-        for box in list(self._boxes.values()):
-            self._drop(box)
+        self.end_streams()
         await asyncio.to_thread(self._engine.stop)
 
     @property
@@ -179,19 +181,28 @@ class WorkerFront:
             box.make_report_due()
 
     async def drain(self, timeout_s: float) -> bool:
-        """Wait for running requests and for their last tokens to be taken, then end the streams, on which
-        routers move what is left. True if nothing was."""
+        """Hand back at once what waits or is parked, let the rest run for `timeout_s`, then hand that back,
+        too. Returns when routers have taken it all; True if nothing had to be cut short. Streams stay open
+        and say "draining"."""
         self.begin_drain()
-        deadline = self._clock() + timeout_s
-        while self._owners and self._clock() < deadline:
-            await asyncio.sleep(0.02)
-        taken_by = self._clock() + 1.0
-        while any(box.num_items and box.stream for box in self._boxes.values()) and self._clock() < taken_by:
-            await asyncio.sleep(0.02)
-        done = not self._owners
+        self._engine.hand_back(everybody=False)
+        done = await self._wait(lambda: not self._owners, timeout_s)
+        if not done:
+            self._engine.hand_back(everybody=True)
+            await self._wait(lambda: not self._owners, LAST_CALL_S)
+        await self._wait(lambda: not any(b.num_items and b.stream for b in self._boxes.values()), LAST_CALL_S)
+        return done
+
+    def end_streams(self) -> None:
+        """Routers move what is left, and look for this worker no more once it is gone."""
         for box in list(self._boxes.values()):
             self._drop(box)
-        return done
+
+    async def _wait(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        deadline = self._clock() + timeout_s
+        while not condition() and self._clock() < deadline:
+            await asyncio.sleep(0.02)
+        return condition()
 
     def _message(self, box: Outbox, outputs: list[SequenceOutput]) -> wire.Message:
         report = self.report() if box.report_due else None

@@ -50,6 +50,11 @@ class _Forget:
 
 
 @dataclass(frozen=True, slots=True)
+class _HandBack:
+    everybody: bool
+
+
+@dataclass(frozen=True, slots=True)
 class _Done:
     result: StepResult
 
@@ -64,7 +69,7 @@ class _Stop:
     pass
 
 
-_Mail = _Submit | _Abort | _Forget | _Done | _Crash | _Stop
+_Mail = _Submit | _Abort | _Forget | _HandBack | _Done | _Crash | _Stop
 
 
 class _StepThread:
@@ -119,6 +124,7 @@ class EngineLoop:
         self._outstanding: deque[BatchPlan] = deque()
         self._submit_seqs: dict[str, int] = {}
         self._stopping = False
+        self._draining = False
         self._busy = False
         self._progress_at = self._report_at = clock()
         self._pressure = core.pressure
@@ -142,6 +148,11 @@ class EngineLoop:
     def abort(self, ids: Sequence[tuple[str, int]]) -> None:
         """End (request id, attempt) pairs; no output of theirs follows once the loop has read this."""
         self._mailbox.put(_Abort(ids))
+
+    def hand_back(self, *, everybody: bool) -> None:
+        """End those who wait or are parked, now and from now on, with an output that says so: their routers
+        move them. With `everybody` those who run, too."""
+        self._mailbox.put(_HandBack(everybody))
 
     def forget_router(self, router_id: str) -> None:
         """Echo no submit number of this router any more."""
@@ -189,6 +200,8 @@ class EngineLoop:
         for mail in self._read():
             self._act(mail)
         now = self._clock()
+        if self._draining:
+            self._give_back(now, everybody=False)
         while not self._stopping and (plan := self._core.begin_step(now)) is not None:
             self._outstanding.append(plan)
             steps.start(plan)
@@ -224,6 +237,9 @@ class EngineLoop:
                 now = self._clock()
                 for request_id, attempt in ids:
                     self._core.abort(request_id, attempt, now)
+            case _HandBack(everybody):
+                self._draining = True
+                self._give_back(self._clock(), everybody=everybody)
             case _Forget(router_id):
                 self._submit_seqs.pop(router_id, None)
             case _Crash(error):
@@ -249,6 +265,11 @@ class EngineLoop:
         if refused:
             self._publish(refused)
 
+    def _give_back(self, now: float, *, everybody: bool) -> None:
+        outputs = self._core.hand_back(now, everybody=everybody)
+        if outputs:
+            self._publish(outputs)
+
     def _renew_report(self, now: float) -> None:
         self._report_at = now
         self.report = replace(self._core.report(now), last_submit_seq=tuple(self._submit_seqs.items()))
@@ -263,4 +284,5 @@ def refusal(request: EngineRequest, error: EllmError) -> SequenceOutput:
         (),
         "error",
         error=(error.code, error.message),
+        retry_after_s=error.retry_after_s,
     )

@@ -35,3 +35,4 @@ class SequenceOutput:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # once, with the first output
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
     error: tuple[str, str] | None = None  # (code of the error tree, message), with finish_reason "error"
+    retry_after_s: float | None = None  # of an error that passes

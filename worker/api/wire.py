@@ -66,6 +66,7 @@ def pack_output(output: SequenceOutput) -> Message:
         else tuple(None if x is None else _values(x) for x in output.prompt_logprobs),
         output.num_cached_tokens,
         output.error,
+        output.retry_after_s,
     )
 
 

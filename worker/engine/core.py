@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from ellm.worker.api.config import WorkerConfig
 from ellm.worker.api.cost_model import CostModel
-from ellm.worker.api.errors import QueueFull
+from ellm.worker.api.errors import QueueFull, Unavailable
 from ellm.worker.api.output import SequenceOutput
 from ellm.worker.api.report import WorkerReport
 from ellm.worker.api.request import EngineRequest
@@ -146,16 +146,17 @@ class EngineCore:
             self._load.waited(result, now)
         return outputs
 
-    def fail_all(self, code: str, message: str) -> list[SequenceOutput]:
+    def hand_back(self, now: float, *, everybody: bool) -> list[SequenceOutput]:
+        """End those who wait or are parked, and with `everybody` those who run: an output tells their routers
+        to go on elsewhere with the tokens they have."""
+        state = self._state
+        leaving = list(state.live.values()) if everybody else [*state.waiting, *state.parked]
+        error = (Unavailable.code, "the worker goes and gives the request back")
+        return [self._fail(seq, error, now) for seq in leaving]
+
+    def fail_all(self, code: str, message: str, now: float) -> list[SequenceOutput]:
         """End everything, plans included, with an error output for each request."""
-        outputs = []
-        for seq in list(self._state.live.values()):
-            request, index = seq.request, len(seq.tokens) - seq.num_prompt
-            self._state.finish(seq)
-            error = (code, message)
-            outputs.append(
-                SequenceOutput(request.request_id, request.attempt, index, (), "error", error=error)
-            )
+        outputs = [self._fail(seq, (code, message), now) for seq in list(self._state.live.values())]
         while self._outstanding:
             for seq in dict.fromkeys(self._outstanding.popleft().sequences):
                 seq.num_outstanding -= 1
@@ -163,6 +164,12 @@ class EngineCore:
         if self._state.copies is not None:
             self._state.copies.abandon()
         return outputs
+
+    def _fail(self, seq: Sequence, error: tuple[str, str], now: float) -> SequenceOutput:
+        request, index = seq.request, len(seq.tokens) - seq.num_prompt
+        self._policy.aborted(seq, now)
+        self._state.finish(seq)
+        return SequenceOutput(request.request_id, request.attempt, index, (), "error", error=error)
 
     def report(self, now: float) -> WorkerReport:
         """Load and totals; `state`, memory and submit numbers are the caller's to fill in."""

@@ -121,12 +121,14 @@ def test_a_failure_ends_everything_once() -> None:
     for _ in range(3):
         driver.turn()
     driver.begin()
-    outputs = {output.request_id: output for output in driver.core.fail_all("internal_error", "it broke")}
+    outputs = {
+        output.request_id: output for output in driver.core.fail_all("internal_error", "it broke", driver.now)
+    }
     assert sorted(outputs) == ["r0", "r1", "r2", "r3"]
     for name, output in outputs.items():
         assert (output.finish_reason, output.error) == ("error", ("internal_error", "it broke"))
         assert output.output_index == len(driver.streams[name])
-    assert driver.core.fail_all("internal_error", "again") == []
+    assert driver.core.fail_all("internal_error", "again", driver.now) == []
     driver.core.check()
     report = driver.core.report(driver.now)
     assert not driver.core.has_work

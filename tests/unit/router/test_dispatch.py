@@ -15,6 +15,8 @@ from ellm.router.errors import typed_error
 from ellm.router.subset import ALL_UP_TO, CHOSEN, subset
 from ellm.worker.api.errors import EllmError, PromptTooLong, QueueFull, WorkerFailed
 from ellm.worker.api.output import SequenceOutput
+from ellm.worker.api.request import EngineRequest
+from ellm.worker.loop import refusal
 
 
 @pytest.fixture
@@ -92,6 +94,58 @@ def test_a_workers_own_errors_keep_their_type(three: RouterServer) -> None:
             assert response.status_code == 429
             assert response.json()["error"]["message"] == "full here"
             assert response.headers["retry-after"] == "1"
+
+
+def refuse(worker: EchoWorker, retry_after_s: float, times: int) -> list[str]:
+    """Let a worker say to its next `times` requests that it is full; returns what it refuses as it does."""
+    front, refused = worker.front, list[str]()
+    submit = front._engine.submit
+
+    def maybe(router_id: str, seq: int, requests: list[EngineRequest]) -> None:
+        full = requests if len(refused) < times else []
+        refused.extend(r.request_id for r in full)
+        front.publish([refusal(r, QueueFull("full here", retry_after_s=retry_after_s)) for r in full])
+        submit(router_id, seq, [r for r in requests if r not in full])
+
+    front._engine.submit = maybe  # type: ignore[method-assign, assignment]
+    return refused
+
+
+def test_a_full_worker_is_no_reason_to_refuse_while_another_has_room(three: RouterServer) -> None:
+    refused = [refuse(worker, 7.0, 1000) for worker in three.workers[:2]]
+    with three.client() as client:
+        for number in range(12):
+            body = {"prompt": [5 + number, 6], "max_tokens": 2}
+            assert client.post("/v1/completions", json=body).status_code == 200
+    assert any(refused)
+    assert three.service.metrics.failovers["full"] >= sum(map(len, refused))
+
+
+def test_when_all_are_full_the_answer_names_the_shortest_time(three: RouterServer) -> None:
+    for worker, retry_after_s in zip(three.workers, (40.0, 7.0, 23.0), strict=True):
+        refuse(worker, retry_after_s, 1000)
+    with three.client() as client:
+        response = client.post("/v1/completions", json={"prompt": [5, 6], "max_tokens": 2})
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "7"
+
+
+def test_a_request_that_was_taken_once_waits_for_room(three: RouterServer) -> None:
+    """Its worker goes, and the others are full for a while."""
+    for worker in three.workers:
+        worker.executor.gate.clear()
+    with three.client() as client, ThreadPoolExecutor(1) as pool:
+        body = {"prompt": [5, 6], "max_tokens": 40, "ignore_eos": True}
+        future = pool.submit(client.post, "/v1/completions", json=body)
+        wait_until(lambda: sum(w.front.num_live for w in three.workers) == 1)
+        home = next(w for w in three.workers if w.front.num_live)
+        refused = [refuse(w, 0.05, 2) for w in three.workers if w is not home]
+        three.wait_for(home.front.drain(0.0))
+        for worker in three.workers:
+            worker.executor.gate.set()
+        assert future.result().status_code == 200
+    assert [len(found) for found in refused] == [2, 2]
+    assert three.service.metrics.failovers == {"drain": 1, "full": 4}
 
 
 def test_errors_by_their_code() -> None:

@@ -10,6 +10,7 @@ import contextlib
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from support.lines import LINE, LINES, Router, all_blocks_free, exhaust, over, run, until, worker
@@ -17,6 +18,7 @@ from support.workers import bulky, expected_tokens, request, worker_config
 
 from ellm.worker.api import wire
 from ellm.worker.api.channel import ChannelClosed
+from ellm.worker.api.config import SchedulerConfig
 from ellm.worker.api.request import EngineRequest
 
 
@@ -129,8 +131,10 @@ def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
             assert late.error is not None
             assert late.error[0] == "unavailable"
             assert await draining
-            await until(lambda: router.closed)
             assert router.tokens("a") == expected_tokens(request("a", 100))
+            assert not router.closed
+            w.front.end_streams()
+            await until(lambda: router.closed)
 
     run(test)
 
@@ -144,8 +148,32 @@ def test_draining_hands_back_what_does_not_end_in_time() -> None:
             start = time.monotonic()
             assert not await w.front.drain(0.2)
             assert time.monotonic() - start < 2
-            await until(lambda: router.closed)
-            assert router.reasons() == {}
+            last = router.outputs[-1]
+            assert (last.finish_reason, last.token_ids) == ("error", ())
+            assert last.error is not None
+            assert last.error[0] == "unavailable"
+            assert last.output_index == len(router.tokens("a"))  # it can go on from there
+            await until(lambda: all_blocks_free(w))
+            w.core.check()
+
+    run(test)
+
+
+def test_draining_hands_back_at_once_what_does_not_run() -> None:
+    async def test() -> None:
+        async with worker(replace(worker_config(), scheduler=SchedulerConfig(max_num_seqs=2))) as w:
+            router = Router(w).read()
+            await router.submit(*(request(f"r{i}", 200) for i in range(6)))
+            await until(lambda: len({o.request_id for o in router.outputs}) == 2)
+            ran = {o.request_id for o in router.outputs}
+            draining = asyncio.create_task(w.front.drain(10))
+            await until(lambda: len(router.reasons()) == 4, 0.3)  # those who run need 0.4 s
+            assert set(router.reasons()) == {f"r{i}" for i in range(6)} - ran
+            assert {o.error[0] for o in router.outputs if o.error is not None} == {"unavailable"}
+            assert router.reports[-1].state == "draining"
+            assert await draining
+            for name in ran:
+                assert router.tokens(name) == expected_tokens(request(name, 200))
             await until(lambda: all_blocks_free(w))
 
     run(test)
