@@ -12,13 +12,15 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Collection, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from ellm.router.admission import Admission, WorkerGate
 from ellm.router.config import RouterConfig
 from ellm.router.failover import Hearing, SilenceWatch
 from ellm.router.link import WorkerLink
-from ellm.router.policies import RoutedRequest, RoutingPolicy, make_policy
+from ellm.router.policies import Choice, RoutedRequest, RoutingPolicy, make_policy
+from ellm.router.policies.base import OUTPUT_TOKENS
 from ellm.router.rescue import Rescue
 from ellm.router.sequence import Sequence as LiveSequence
 from ellm.router.sequence import Verdict
@@ -31,6 +33,7 @@ from ellm.worker.api.report import WorkerInfo, WorkerReport
 log = logging.getLogger(__name__)
 
 WATCH_PERIOD_S = 0.1
+LENGTH_SMOOTHING = 0.02  # of one sequence in the mean length
 LAG_MEMORY_S = 10.0  # a stream lost so soon after our loop stood still was not lost by the worker
 
 
@@ -40,7 +43,7 @@ class DispatchObserver(Protocol):
     def token_interval(self, interval_s: float) -> None: ...
     def sequence_ended(self, sequence: LiveSequence, reason: FinishReason) -> None: ...
     def failover(self, reason: str) -> None: ...
-    def decision(self, policy: str) -> None: ...
+    def decision(self, reason: str) -> None: ...
     def worker_report(self, info: WorkerInfo, report: WorkerReport) -> None: ...
     def worker_gone(self, info: WorkerInfo) -> None: ...
 
@@ -65,6 +68,7 @@ class Dispatcher:
         self._observer = observer
         self.clock = clock
         self._policy: RoutingPolicy = make_policy(config.policy)
+        self._output_tokens: float = OUTPUT_TOKENS  # of a sequence, moving average
         self._rescue = Rescue(self, config.failover, self._place_one)
         self._home: dict[str, WorkerLink] = {}  # request id -> where it lives
         self._tasks: set[asyncio.Task[None]] = set()
@@ -127,6 +131,7 @@ class Dispatcher:
             self._rescue.refused(sequence, link.info.epoch)
         else:
             assert sequence.finished is not None
+            self._note_length(sequence)
             self._observer.sequence_ended(sequence, sequence.finished)
 
     def token_interval(self, interval_s: float) -> None:
@@ -200,25 +205,31 @@ class Dispatcher:
         avoid: Collection[str] = (),
     ) -> None:
         since = self.clock()
-        while (link := self._choose(request, avoid)) is None:
+        if sequences:
+            most = sequences[0].sampling.max_tokens
+            request = replace(request, output_tokens=min(self._output_tokens, most))
+        while (choice := self._choose(request, avoid)) is None:
             await self.gate.wait(self.clock() - since, hold_s)
+        link = self.links[choice.replica_id]
         sequences = [s for s in sequences if s.finished is None]
         for sequence in sequences:
             self._home[sequence.request_id] = link
-        link.submit(sequences)
+        link.submit(sequences, choice.cached_tokens)
 
-    def _choose(self, request: RoutedRequest, avoid: Collection[str]) -> WorkerLink | None:
+    def _choose(self, request: RoutedRequest, avoid: Collection[str]) -> Choice | None:
         ready = self.ready_links
         if avoid:
             ready = [link for link in ready if link.info.epoch not in avoid] or ready
         heard = [link for link in ready if link.watch.hearing is Hearing.HEARD]
         now = self.clock()
-        replicas = [link.replica(now) for link in heard or ready]
-        chosen = self._policy.choose(request, replicas, now)
-        if chosen is None:
-            return None
-        self._observer.decision(self._config.policy)
-        return self.links[chosen]
+        choice = self._policy.choose(request, [link.replica for link in heard or ready], now)
+        if choice is not None:
+            self._observer.decision(choice.reason)
+        return choice
+
+    def _note_length(self, sequence: LiveSequence) -> None:
+        """What a policy expects of the next request."""
+        self._output_tokens += LENGTH_SMOOTHING * (len(sequence.output_ids) - self._output_tokens)
 
     # Workers
 

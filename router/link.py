@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -72,9 +71,8 @@ class WorkerLink:
         self._heartbeat_s = heartbeat_s
         self._clock = clock
         self._seq = 0
-        self._unseen: deque[tuple[int, int]] = deque()  # (submit seq, sequences), oldest first
-        self._num_unseen = 0
-        self._submits: list[LiveSequence] = []
+        self.replica = Replica(self.info.epoch, self.info.block_size)  # what policies see
+        self._submits: list[tuple[LiveSequence, int, int]] = []  # with its prompt's rows and tokens
         self._aborts: list[tuple[str, int]] = []
         self._wake = asyncio.Event()
         self._tasks = [
@@ -98,25 +96,15 @@ class WorkerLink:
     def draining(self) -> bool:
         return self.report is not None and self.report.state == "draining"
 
-    def replica(self, now: float) -> Replica:
-        """What a policy sees of this worker."""
-        report = self.report
-        assert report is not None
-        return Replica(
-            replica_id=self.info.epoch,
-            num_running=report.num_running,
-            num_waiting=report.num_waiting,
-            num_unseen=self._num_unseen,
-            headroom_tokens=report.headroom_tokens,
-            report_age_s=now - self.reported_at,
-        )
-
-    def submit(self, sequences: Sequence[LiveSequence]) -> None:
-        """Send sequences as they stand now; they live here until they end or are taken away."""
+    def submit(self, sequences: Sequence[LiveSequence], cached_tokens: int = 0) -> None:
+        """Send sequences as they stand now; they live here until they end or are taken away. `cached_tokens`
+        of their prompt the worker is thought to have."""
         for sequence in sequences:
             self.live[sequence.request_id] = sequence
-        self._submits.extend(sequences)
-        self._num_unseen += len(sequences)
+            tokens = len(sequence.prompt_ids) + len(sequence.output_ids)
+            rows = max(1, tokens - cached_tokens)
+            self._submits.append((sequence, rows, tokens))
+            self.replica.place(1, rows, tokens)
         self._wake.set()
 
     def abort(self, sequence: LiveSequence) -> None:
@@ -195,9 +183,7 @@ class WorkerLink:
     def _reported(self, report: WorkerReport, now: float) -> None:
         self.report = report
         self.reported_at = now
-        seen = next((seq for router, seq in report.last_submit_seq if router == self._router_id), -1)
-        while self._unseen and self._unseen[0][0] <= seen:
-            self._num_unseen -= self._unseen.popleft()[1]
+        self.replica.heard(report, self._router_id, now)
         self._owner.link_report(self)
 
     async def _write(self) -> None:
@@ -216,14 +202,20 @@ class WorkerLink:
     async def _send(self) -> None:
         """All that is due in one message of each kind; an abort without ids when there is nothing, so that
         the worker knows we live."""
-        submits = [s for s in self._submits if self.live.get(s.request_id) is s]
-        self._num_unseen -= len(self._submits) - len(submits)
+        now = self._clock()
+        submits, rows, tokens = [], 0, 0
+        for sequence, its_rows, its_tokens in self._submits:
+            if self.live.get(sequence.request_id) is sequence:
+                submits.append(sequence)
+                rows += its_rows
+                tokens += its_tokens
+            else:
+                self.replica.withdraw(1, its_rows, its_tokens)
         aborts = self._aborts
         self._submits, self._aborts = [], []
         if submits:
             self._seq += 1
-            self._unseen.append((self._seq, len(submits)))
-            now = self._clock()
+            self.replica.sent(self._seq, len(submits), rows, tokens, now)
             requests = [sequence.engine_request(now) for sequence in submits]
             await self.channel.submit(wire.submit(self._router_id, self._seq, requests))
         if aborts or not submits:

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from ellm.router.attainment import Attainment
 from ellm.router.histogram import E2E_BUCKETS, ITL_BUCKETS, TTFT_BUCKETS, Histogram
+from ellm.router.policies.candidates import FALLBACKS
 from ellm.router.sequence import Sequence as LiveSequence
 from ellm.worker.api.errors import EllmError
 from ellm.worker.api.output import FinishReason
@@ -153,8 +154,8 @@ class RouterMetrics(Collector):
     def failover(self, reason: str) -> None:
         self.failovers[reason] += 1
 
-    def decision(self, policy: str) -> None:
-        self.decisions[policy] += 1
+    def decision(self, reason: str) -> None:
+        self.decisions[reason] += 1
 
     def worker_report(self, info: WorkerInfo, report: WorkerReport) -> None:
         self._reports[info.epoch] = (info, report, self._clock())
@@ -190,6 +191,9 @@ class RouterMetrics(Collector):
             "ellm_router_failovers", "Sequences moved to another worker.", "reason", self.failovers
         )
         yield self._counter("ellm_router_decisions", "Choices of a worker.", "reason", self.decisions)
+        fallbacks = Counter({reason: self.decisions[reason] for reason in FALLBACKS})
+        what = "Choices that could not go by reports, or by the controller's advice."
+        yield self._counter("ellm_router_fallbacks", what, "reason", fallbacks)
         yield from self._attainment.families(self._model)
         yield from self._of_workers()
 

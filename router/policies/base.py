@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-ReplicaId = str  # a worker's epoch
+from ellm.router.policies.replica import Replica, ReplicaId
+
+OUTPUT_TOKENS = 256  # expected, where nothing has ended yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,28 +19,22 @@ class RoutedRequest:
     num_sequences: int = 1
     session_id: str | None = None
     salt: str = ""
+    output_tokens: float = OUTPUT_TOKENS  # that each sequence is expected to make
 
 
 @dataclass(frozen=True, slots=True)
-class Replica:
-    """One worker as this router knows it: its last report, corrected for what was sent since."""
+class Choice:
+    """Where a request goes, and why."""
 
     replica_id: ReplicaId
-    num_running: int
-    num_waiting: int
-    num_unseen: int  # sequences sent that the last report does not count yet
-    headroom_tokens: int
-    report_age_s: float
-
-    @property
-    def num_requests(self) -> int:
-        return self.num_running + self.num_waiting + self.num_unseen
+    reason: str  # the policy's name, or what made it fall back: counted in the router's metrics
+    cached_tokens: int = 0  # of the prompt, that the worker is thought to have
 
 
 class RoutingPolicy(Protocol):
     """One object per router; it may keep state between choices."""
 
-    def choose(self, request: RoutedRequest, replicas: Sequence[Replica], now: float) -> ReplicaId | None:
-        """The worker for this request; None when none will do. `replicas` are all that may be chosen, in an
-        order that stays the same from call to call."""
+    def choose(self, request: RoutedRequest, replicas: Sequence[Replica], now: float) -> Choice | None:
+        """The worker for this request; None when none will do. `replicas` are all that this router knows, in
+        an order that stays the same from call to call."""
         ...

@@ -8,7 +8,17 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from ellm.router.policies.base import Replica, ReplicaId, RoutedRequest
+from ellm.router.policies.base import Choice, RoutedRequest
+from ellm.router.policies.candidates import candidates
+from ellm.router.policies.replica import Replica
+
+
+def less_loaded(chance: random.Random, replicas: Sequence[Replica]) -> Replica:
+    """Of two at random the one with fewer sequences; `replicas` is not empty."""
+    if len(replicas) == 1:
+        return replicas[0]
+    first, second = chance.sample(replicas, 2)
+    return first if first.num_requests <= second.num_requests else second
 
 
 class PowerOfTwo:
@@ -17,10 +27,9 @@ class PowerOfTwo:
     def __init__(self, seed: int | None = None) -> None:
         self._random = random.Random(seed)
 
-    def choose(self, request: RoutedRequest, replicas: Sequence[Replica], now: float) -> ReplicaId | None:
-        if not replicas:
+    def choose(self, request: RoutedRequest, replicas: Sequence[Replica], now: float) -> Choice | None:
+        there = candidates(replicas, now)
+        if not there.replicas:
             return None
-        if len(replicas) == 1:
-            return replicas[0].replica_id
-        first, second = self._random.sample(replicas, 2)
-        return (first if first.num_requests <= second.num_requests else second).replica_id
+        chosen = less_loaded(self._random, there.replicas)
+        return Choice(chosen.replica_id, there.fallback or "power-of-two")

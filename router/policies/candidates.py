@@ -1,0 +1,32 @@
+"""Which workers may be chosen at all, for every policy alike; and the words for why a choice fell back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ellm.router.policies.replica import Replica
+
+MAX_AGE_S = 2.0  # a report older than this says nothing of load
+STALE = "stale"  # no worker has a report that is young enough
+SPENT = "spent"  # no worker is left any budget, or all have weight 0
+FALLBACKS = (STALE, SPENT)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    replicas: Sequence[Replica]
+    fallback: str | None = None  # why loads or advice cannot be gone by
+
+
+def candidates(replicas: Sequence[Replica], now: float) -> Candidates:
+    """Never one that drains, loads or has failed. Of the others those with a young report, a weight and a
+    budget; where none has them, those that come nearest."""
+    ready = [r for r in replicas if r.report.state == "ready"]
+    fresh = [r for r in ready if r.age_s(now) <= MAX_AGE_S]
+    if not fresh:
+        return Candidates(ready, STALE)
+    open_ = [r for r in fresh if r.weight > 0.0 and r.admit_tokens > 0.0]
+    if not open_:
+        return Candidates(fresh, SPENT)
+    return Candidates(open_)

@@ -1,0 +1,42 @@
+"""The worker that has most of the prompt cached, unless it is far busier than the rest."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from ellm.router.policies.base import Choice, RoutedRequest
+from ellm.router.policies.candidates import STALE, candidates
+from ellm.router.policies.power_of_two import less_loaded
+from ellm.router.policies.prefixes import Prefixes
+from ellm.router.policies.replica import Replica
+
+LOAD_CAP = 1.5  # of the mean number of sequences
+SLACK = 2  # sequences: a cap on an idle cluster would forbid every hit
+
+
+class PrefixAffinity:
+    """Without a hit under the cap it takes the less loaded of two. `seed` makes choices reproducible."""
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._random = random.Random(seed)
+
+    def choose(self, request: RoutedRequest, replicas: Sequence[Replica], now: float) -> Choice | None:
+        there = candidates(replicas, now)
+        if not there.replicas:
+            return None
+        prefixes = Prefixes(request, there.replicas, now)
+        chosen, reason = self._best(there.replicas, prefixes), "prefix-affinity"
+        if chosen is None or there.fallback == STALE:
+            chosen, reason = less_loaded(self._random, there.replicas), "prefix-miss"
+        return Choice(chosen.replica_id, there.fallback or reason, prefixes.placed(chosen))
+
+    def _best(self, replicas: Sequence[Replica], prefixes: Prefixes) -> Replica | None:
+        if not prefixes.tokens:
+            return None
+        mean = sum(replica.num_requests for replica in replicas) / len(replicas)
+        cap = LOAD_CAP * mean + SLACK
+        hits = [r for r in replicas if r.replica_id in prefixes.tokens and r.num_requests <= cap]
+        if not hits:
+            return None
+        return max(hits, key=lambda r: (prefixes.tokens[r.replica_id], -r.num_requests))
