@@ -3,7 +3,7 @@ words."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ellm.worker.api.config import CacheConfig
 from ellm.worker.api.errors import ConfigError
@@ -23,6 +23,7 @@ class MemoryBudget:
     transient: int = 0  # the transient blocks, all banks
     host_buffers: int = 0  # of the device, for copies to and from the host
     host_available: int = 0  # before the weights were loaded; on a CPU the same memory as `available`
+    num_ranks: int = 1  # of the worker
 
     @property
     def fixed(self) -> int:
@@ -40,6 +41,16 @@ class PoolSize:
     num_host_blocks: int = 0
 
 
+def share_of_rank(cache: CacheConfig, size: int) -> CacheConfig:
+    """Bytes are those of a worker: each of its `size` ranks has its share. Blocks are the same on all."""
+    limit = cache.max_pool_bytes
+    return replace(
+        cache,
+        max_pool_bytes=None if limit is None else limit // size,
+        host_bytes=cache.host_bytes // size,
+    )
+
+
 def _pool_bytes(cache: CacheConfig, budget: MemoryBudget) -> int:
     """GPU: fraction of what is free, less weights and activations. CPU: the same of half of what is free
     (other workers and the page cache want the rest), and at most `max_pool_bytes`."""
@@ -47,7 +58,7 @@ def _pool_bytes(cache: CacheConfig, budget: MemoryBudget) -> int:
     room = int(usable * cache.memory_fraction) - budget.fixed
     limit = cache.max_pool_bytes
     if limit is None and budget.on_cpu:
-        limit = CPU_DEFAULT_POOL_BYTES
+        limit = CPU_DEFAULT_POOL_BYTES // budget.num_ranks
     return room if limit is None else min(room, limit)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ellm.kernels.ops import AttentionMeta
 from ellm.worker.engine.plan import BatchPlan, PlanEntry
+from ellm.worker.model.halves import Half, place_rows
 from ellm.worker.model.sequences import ResidentSequences, SequenceState
 from ellm.worker.model.staging import to_device
 
@@ -64,6 +65,32 @@ class InputBuilder:
             sample_rows=sample_rows,
             scored=scored,
         )
+
+    def halves(
+        self, plan: BatchPlan, inputs: StepInputs, sides: npt.NDArray[np.int64]
+    ) -> tuple[tuple[Half, Half], Tensor]:
+        """The inputs of `plan` in two, and the order that brings their selected rows, one half's after the
+        other's, back into that of `inputs.rows`. sides [S]: 0 or 1 for each entry."""
+        entries = plan.entries
+        table_rows = np.array([s.row for s in inputs.states], dtype=np.int64)
+        starts = np.array([e.start for e in entries], dtype=np.int64)
+        counts = np.array([e.num_tokens for e in entries], dtype=np.int64)
+        selected = None if inputs.rows is None else inputs.rows.cpu().numpy()
+        placed, order = place_rows(np.repeat(sides, counts), selected)
+        halves = []
+        for side, (rows, selected_rows) in enumerate(placed):
+            own = np.flatnonzero(sides == side)
+            cu = np.zeros(len(own) + 1, dtype=np.int32)
+            np.cumsum(counts[own], out=cu[1:])
+            halves.append(
+                Half(
+                    inputs.token_ids.index_select(0, self._tensor(rows)),
+                    self._meta(table_rows[own], starts[own], counts[own], cu),
+                    None if selected_rows is None else self._tensor(selected_rows),
+                )
+            )
+        first, second = halves
+        return (first, second), self._tensor(order)
 
     def remember(self, states: list[SequenceState], tokens: Tensor) -> None:
         """Keep tokens [n] int64, sampled for `states`: the next plan may name them without their ids."""

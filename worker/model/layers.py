@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ellm.kernels.ops import AttentionMeta, Linear, Ops
 from ellm.worker.model.architecture import Architecture
+from ellm.worker.model.computation import Communicator, Computation
 from ellm.worker.model.loader import WeightReader
 from ellm.worker.model.rope import RopeConfig
 
@@ -25,9 +26,9 @@ class CausalModel(Protocol):
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, steps: Iterable[LayerStep], rows: Tensor | None
-    ) -> Tensor:
+    ) -> Computation:
         """token_ids, positions [R] int64 -> final hidden states, of `rows` [n] int64 alone where given:
-        [n or R, E].
+        [n or R, E]. It yields this rank's part of every sum.
 
         Stores keys and values of all R rows in the pool. `steps`: one for each layer, asked for only when the
         layer before has been computed.
@@ -35,7 +36,7 @@ class CausalModel(Protocol):
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[n, E] -> [n, V] in the model's dtype."""
+        """[n, E] -> [n, V] in the model's dtype, the same on every rank."""
         ...
 
 
@@ -52,8 +53,42 @@ def rotary_table(rope: RopeConfig, max_positions: int, device: torch.device) -> 
     return torch.stack((angles.cos(), angles.sin()), dim=1).to(device)
 
 
+class VocabEmbedding:
+    """Rows of the embedding table; of a rank's share of the vocabulary where there are several."""
+
+    def __init__(self, weight: Tensor, communicator: Communicator) -> None:
+        """weight [V / ranks, E], padded."""
+        self.weight = weight
+        self._first = communicator.shard.rank * weight.shape[0]
+        self._whole = communicator.shard.size == 1
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """[R] -> [R, E]: this rank's part of the sum, which is 0 where another rank has the token."""
+        if self._whole:
+            return torch.nn.functional.embedding(token_ids, self.weight)
+        local = token_ids - self._first
+        strange = (local < 0) | (local >= self.weight.shape[0])
+        rows = torch.nn.functional.embedding(local.masked_fill_(strange, 0), self.weight)
+        return rows.masked_fill_(strange.unsqueeze(1), 0.0)
+
+
+class LmHead:
+    """Logits of all the vocabulary, on every rank, from each rank's share."""
+
+    def __init__(self, ops: Ops, weight: Tensor, vocab_size: int, communicator: Communicator) -> None:
+        self._linear = ops.linear(weight, None)
+        self._vocab_size = vocab_size
+        self._communicator = communicator
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[n, E] -> [n, V]."""
+        logits = self._communicator.join_columns(self._linear(hidden))
+        return logits if logits.shape[1] == self._vocab_size else logits[:, : self._vocab_size]
+
+
 class Attention:
-    """Joined projection, optional q/k norm and rotation, store, paged attention, output projection."""
+    """Joined projection, optional q/k norm and rotation, store, paged attention, output projection, all of a
+    rank's own heads: the result is a part of the sum over all ranks."""
 
     def __init__(
         self, ops: Ops, arch: Architecture, reader: WeightReader, name: str, window: int | None
@@ -93,7 +128,7 @@ class Attention:
 
 
 class GatedMlp:
-    """down(silu(gate(x)) * up(x)), gate and up in one linear."""
+    """down(silu(gate(x)) * up(x)), gate and up in one linear; of a rank's columns, a part of the sum."""
 
     def __init__(self, ops: Ops, reader: WeightReader, name: str) -> None:
         self._ops = ops

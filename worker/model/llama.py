@@ -5,14 +5,22 @@ They differ in biases, q/k norms, windows and frequencies, all of which the arch
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 
-import torch
 from torch import Tensor
 
 from ellm.kernels.ops import AttentionMeta, Ops
 from ellm.worker.model.architecture import Architecture
-from ellm.worker.model.layers import Attention, GatedMlp, LayerKV, LayerStep, rotary_table
+from ellm.worker.model.computation import Communicator, Computation
+from ellm.worker.model.layers import (
+    Attention,
+    GatedMlp,
+    LayerKV,
+    LayerStep,
+    LmHead,
+    VocabEmbedding,
+    rotary_table,
+)
 from ellm.worker.model.loader import WeightReader
 from ellm.worker.model.weights import EMBED, LM_HEAD
 
@@ -37,39 +45,50 @@ class LlamaLayer:
         kv: LayerKV,
         cos_sin: Tensor,
         rows: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """x [R, hidden] is yet to be added to `residual`; so are the two returned, of `rows` where given."""
         normed, residual = self._ops.rms_norm(x, self._input_norm, self._eps, residual)
-        x = self._attention(normed, meta, kv, cos_sin, rows)
+        x = yield self._attention(normed, meta, kv, cos_sin, rows)
         if rows is not None:
             residual = residual.index_select(0, rows)
         normed, residual = self._ops.rms_norm(x, self._post_norm, self._eps, residual)
-        return self._mlp(normed), residual
+        x = yield self._mlp(normed)
+        return x, residual
 
 
 class LlamaModel:
     """Weights packed at construction; `forward` keeps no state beyond the pool it is handed."""
 
-    def __init__(self, ops: Ops, arch: Architecture, reader: WeightReader, max_model_len: int) -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        arch: Architecture,
+        reader: WeightReader,
+        max_model_len: int,
+        communicator: Communicator,
+    ) -> None:
+        """`arch`: of this rank."""
         assert arch.rope is not None
         self._ops = ops
         self._eps = arch.norm_eps
-        self._embed = reader.read(EMBED)
-        self._cos_sin = rotary_table(arch.rope, max_model_len, self._embed.device)
+        embed = reader.read(EMBED)
+        self._embed = VocabEmbedding(embed, communicator)
+        self._cos_sin = rotary_table(arch.rope, max_model_len, embed.device)
         self._layers = [LlamaLayer(ops, arch, reader, i) for i in range(arch.num_layers)]
         self._norm = reader.read("model.norm.weight")
-        self._head = ops.linear(self._embed if arch.tie_word_embeddings else reader.read(LM_HEAD), None)
+        head = embed if arch.tie_word_embeddings else reader.read(LM_HEAD)
+        self._head = LmHead(ops, head, arch.vocab_size, communicator)
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, steps: Iterable[LayerStep], rows: Tensor | None
-    ) -> Tensor:
+    ) -> Computation:
         del positions  # each layer's AttentionMeta has them
-        x = torch.nn.functional.embedding(token_ids, self._embed)
+        x = yield self._embed(token_ids)
         residual: Tensor | None = None
         last = len(self._layers) - 1
         for i, (layer, (meta, kv)) in enumerate(zip(self._layers, steps, strict=True)):
             # After the last layer's store only rows with logits matter.
-            x, residual = layer(x, residual, meta, kv, self._cos_sin, rows if i == last else None)
+            x, residual = yield from layer(x, residual, meta, kv, self._cos_sin, rows if i == last else None)
         normed, _ = self._ops.rms_norm(x, self._norm, self._eps, residual)
         return normed
 

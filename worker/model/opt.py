@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 
 import torch
 from torch import Tensor
 
 from ellm.kernels.ops import AttentionMeta, Linear, Ops
 from ellm.worker.model.architecture import Architecture
-from ellm.worker.model.layers import Attention, LayerKV, LayerStep, joined_linear
+from ellm.worker.model.computation import Communicator, Computation
+from ellm.worker.model.layers import (
+    Attention,
+    LayerKV,
+    LayerStep,
+    LmHead,
+    VocabEmbedding,
+    joined_linear,
+)
 from ellm.worker.model.loader import WeightReader
 from ellm.worker.model.weights import LM_HEAD, OPT_EMBED, OPT_POSITION_OFFSET
 
@@ -39,15 +47,17 @@ class OptLayer:
         self._fc2 = joined_linear(ops, reader, f"{name}.fc2")
         self._mlp_norm = _LayerNorm(ops, arch, reader, f"{name}.final_layer_norm")
 
-    def __call__(self, x: Tensor, meta: AttentionMeta, kv: LayerKV, rows: Tensor | None) -> Tensor:
+    def __call__(
+        self, x: Tensor, meta: AttentionMeta, kv: LayerKV, rows: Tensor | None
+    ) -> Generator[Tensor, Tensor, Tensor]:
         """x [R, hidden] -> [R, hidden], or of `rows` alone where given."""
         normed = self._attention_norm(x) if self._pre_norm else x
-        attended = self._attention(normed, meta, kv, None, rows)
+        attended = yield self._attention(normed, meta, kv, None, rows)
         x = (x if rows is None else x.index_select(0, rows)) + attended
         if self._pre_norm:
-            return x + self._mlp(self._mlp_norm(x))
+            return x + (yield self._mlp(self._mlp_norm(x)))
         x = self._attention_norm(x)
-        return self._mlp_norm(x + self._mlp(x))
+        return self._mlp_norm(x + (yield self._mlp(x)))
 
     def _mlp(self, x: Tensor) -> Tensor:
         return self._fc2(torch.relu_(self._fc1(x)))
@@ -56,9 +66,18 @@ class OptLayer:
 class OptModel:
     """Weights packed at construction; `forward` keeps no state beyond the pool it is handed."""
 
-    def __init__(self, ops: Ops, arch: Architecture, reader: WeightReader, max_model_len: int) -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        arch: Architecture,
+        reader: WeightReader,
+        max_model_len: int,
+        communicator: Communicator,
+    ) -> None:
+        """`arch`: of this rank."""
         del max_model_len  # the position table has the checkpoint's length
-        self._embed = reader.read(OPT_EMBED)
+        embed = reader.read(OPT_EMBED)
+        self._embed = VocabEmbedding(embed, communicator)
         self._positions = reader.read(f"{_ROOT}.embed_positions.weight")[OPT_POSITION_OFFSET:]
         projected = arch.embed_dim != arch.hidden_size
         self._project_in: Linear | None = None
@@ -70,18 +89,19 @@ class OptModel:
         self._final_norm = (
             _LayerNorm(ops, arch, reader, f"{_ROOT}.final_layer_norm") if arch.pre_norm else None
         )
-        self._head = ops.linear(self._embed if arch.tie_word_embeddings else reader.read(LM_HEAD), None)
+        head = embed if arch.tie_word_embeddings else reader.read(LM_HEAD)
+        self._head = LmHead(ops, head, arch.vocab_size, communicator)
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, steps: Iterable[LayerStep], rows: Tensor | None
-    ) -> Tensor:
-        x = torch.nn.functional.embedding(token_ids, self._embed)
+    ) -> Computation:
+        x = yield self._embed(token_ids)
         if self._project_in is not None:
             x = self._project_in(x)
         x = x + torch.nn.functional.embedding(positions, self._positions)
         last = len(self._layers) - 1
         for i, (layer, (meta, kv)) in enumerate(zip(self._layers, steps, strict=True)):
-            x = layer(x, meta, kv, rows if i == last else None)
+            x = yield from layer(x, meta, kv, rows if i == last else None)
         if self._final_norm is not None:
             x = self._final_norm(x)
         return x if self._project_out is None else self._project_out(x)

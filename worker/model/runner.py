@@ -15,6 +15,8 @@ from ellm.kernels.ops import AttentionMeta, Ops
 from ellm.worker.api.output import TokenLogprobs
 from ellm.worker.engine.plan import BatchPlan
 from ellm.worker.model.architecture import Architecture
+from ellm.worker.model.computation import Computation, TensorParallel, run, run_halves
+from ellm.worker.model.halves import Half, split
 from ellm.worker.model.inputs import InputBuilder, StepInputs
 from ellm.worker.model.kv_cache import KVCache
 from ellm.worker.model.layers import CausalModel, LayerStep
@@ -43,11 +45,14 @@ class ModelRunner:
         cache: KVCache,
         max_model_len: int,
         loads: LayerLoads | None = None,
+        parallel: TensorParallel | None = None,
     ) -> None:
-        """`loads`: what streams blocks of the host tier, where there is one."""
+        """`loads`: what streams blocks of the host tier, where there is one. `parallel`: the other ranks."""
         self._model = model
         self._cache = cache
         self._loads = loads
+        parallel = parallel or TensorParallel()
+        self._communicator, self._overlap_rows = parallel.communicator, parallel.overlap_rows
         device = cache.device
         max_blocks = -(-max_model_len // cache.block_size)
         self._sequences = ResidentSequences(arch.eos_token_ids, arch.vocab_size, max_blocks)
@@ -75,15 +80,36 @@ class ModelRunner:
                 assert self._loads is not None
                 self._loads.begin(plan.streams)
             inputs = self._inputs.build(plan)
-            steps = self._layer_steps(plan, inputs.meta)
-            hidden = self._model.forward(inputs.token_ids, inputs.meta.positions, steps, inputs.rows)
+            hidden = self._hidden(plan, inputs)
             prompt_logprobs = self._score_prompts(plan, inputs, hidden)
             return self._sample(plan, inputs, hidden, prompt_logprobs)
 
-    def _layer_steps(self, plan: BatchPlan, meta: AttentionMeta) -> Iterable[LayerStep]:
+    def _hidden(self, plan: BatchPlan, inputs: StepInputs) -> Tensor:
+        """Final hidden states of the rows that keep the LM head: [n, E]."""
+        loads = self._loads if plan.streams else None
+        sides = None
+        if self._overlap_rows is not None and plan.num_rows >= self._overlap_rows:
+            sides = split(plan.entries)
+        if sides is None:
+            steps = self._layer_steps(plan, inputs.meta, loads)
+            computation = self._model.forward(inputs.token_ids, inputs.meta.positions, steps, inputs.rows)
+            return run(computation, self._communicator)
+        (first, second), order = self._inputs.halves(plan, inputs, sides)
+        # The first is ahead by one sum: it asks for a layer's streams when both have computed the one before.
+        computations = self._computation(plan, first, loads), self._computation(plan, second, None)
+        hidden = run_halves(computations, self._communicator)
+        return torch.cat(hidden).index_select(0, order)
+
+    def _computation(self, plan: BatchPlan, half: Half, loads: LayerLoads | None) -> Computation:
+        steps = self._layer_steps(plan, half.meta, loads)
+        return self._model.forward(half.token_ids, half.meta.positions, steps, half.rows)
+
+    def _layer_steps(
+        self, plan: BatchPlan, meta: AttentionMeta, loads: LayerLoads | None
+    ) -> Iterable[LayerStep]:
         """A plan names transient blocks only where something fills them."""
         if plan.streams or plan.entries[-1].recompute:
-            return layer_steps(self._cache, meta, self._loads if plan.streams else None)
+            return layer_steps(self._cache, meta, loads)
         return [(meta, kv) for kv in self._cache.layers]
 
     def _sample(
