@@ -1,7 +1,8 @@
 """One engine in simulated time: arrivals, plans, results, tokens with the time at which they came.
 
 It drives EngineCore as the worker's loop does: up to two plans are outstanding, step n + 1 starts when step n
-ends, and the core is asked for a plan after every arrival and every result. It decides nothing.
+ends, and the core is asked for a plan after every arrival and every result. It decides nothing. `run` is the
+whole of one replica's time; a cluster calls `submit`, `plan` and `finish` in its own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from time import thread_time
 
 from ellm.loadtest.sim.workload import SimRequest
 from ellm.worker.api.errors import EllmError
+from ellm.worker.api.output import SequenceOutput
 from ellm.worker.api.report import WorkerReport
 from ellm.worker.api.request import EngineRequest, SamplingParams
 from ellm.worker.engine.core import EngineCore
@@ -75,10 +77,10 @@ class Replica:
         self._slos = (tpot_slo_s, ttft_slo_s)
         self._on_plan = on_plan
         self._on_tokens = on_tokens or (lambda count: None)
-        self._times = {str(i): array("d") for i in range(len(requests))}
+        self.times = {str(i): array("d") for i in range(len(requests))}
         self._outstanding: deque[BatchPlan] = deque()
         self._running: StepResult | None = None  # of the first outstanding plan
-        self._ends_at = 0.0
+        self.ends_at = 0.0
         self._cpu = CpuTime()
         self._num_steps = 0
         self._num_decode = 0
@@ -86,21 +88,26 @@ class Replica:
         self._uncached_s = 0.0
         self._reported_at = 0.0
 
+    @property
+    def runs(self) -> bool:
+        """A step is under way; it ends at `ends_at`."""
+        return bool(self._outstanding)
+
     def run(self) -> Trajectory:
         """Until every request has ended. Raises SimulationError if the engine does not get on."""
         begun = thread_time()
         core, requests = self._core, self._requests
         now, arrived = 0.0, 0
         while True:
-            self._plan(now)
+            self.plan(now)
             arrival = requests[arrived].arrival_s if arrived < len(requests) else None
-            if arrival is not None and (not self._outstanding or arrival <= self._ends_at):
+            if arrival is not None and (not self._outstanding or arrival <= self.ends_at):
                 now = max(now, arrival)
-                self._submit(arrived, now)
+                self.submit(arrived, now)
                 arrived += 1
             elif self._outstanding:
-                now = self._ends_at
-                self._finish(now)
+                now = self.ends_at
+                self.finish(now)
             elif core.has_work:
                 report = core.report(now)
                 raise SimulationError(
@@ -110,9 +117,9 @@ class Replica:
             else:
                 break
         self._cpu.total = thread_time() - begun
-        self._on_tokens(sum(map(len, self._times.values())))
+        self._on_tokens(sum(map(len, self.times.values())))
         return Trajectory(
-            token_times=list(self._times.values()),
+            token_times=list(self.times.values()),
             report=core.report(now),
             duration_s=now,
             uncached_ratio=self._uncached_s / self._reported_at if self._reported_at else 0.0,
@@ -121,7 +128,8 @@ class Replica:
             cpu=self._cpu,
         )
 
-    def _submit(self, index: int, now: float) -> None:
+    def submit(self, index: int, now: float) -> None:
+        """Request number `index` has come."""
         request = self._requests[index]
         tpot_slo_s, ttft_slo_s = self._slos
         # The seed is the request's number: by it the executor finds the true length.
@@ -137,7 +145,7 @@ class Replica:
             now,
         )
 
-    def _plan(self, now: float) -> None:
+    def plan(self, now: float) -> None:
         """Plan as far as the core goes; the first plan starts at once."""
         cpu = self._cpu
         while True:
@@ -159,12 +167,12 @@ class Replica:
         self._running = self._executor.execute(plan)
         self._cpu.execute += thread_time() - start
         elapsed_s = self._running.elapsed_s
-        self._ends_at = now + elapsed_s
+        self.ends_at = now + elapsed_s
         self._without_time = 0 if elapsed_s > 0.0 else self._without_time + 1
         if self._without_time > _STUCK_AFTER:  # it would go on for ever
             raise SimulationError(f"stuck at {now:.3f} s: {_STUCK_AFTER} steps took no time")
 
-    def _finish(self, now: float) -> None:
+    def finish(self, now: float) -> list[SequenceOutput]:
         """The first outstanding step has ended: the next one starts before its result is looked at."""
         plan, result = self._outstanding.popleft(), self._running
         assert result is not None
@@ -174,7 +182,7 @@ class Replica:
         start = thread_time()
         outputs = self._core.finish_step(plan, result, now)
         self._cpu.finish += thread_time() - start
-        times = self._times
+        times = self.times
         for output in outputs:
             times[output.request_id].append(now)
         self._num_steps += 1
@@ -185,3 +193,4 @@ class Replica:
             self._reported_at = now
         if self._num_steps % _PROGRESS_EVERY == 0:
             self._on_tokens(self._core.report(now).generation_tokens)
+        return outputs

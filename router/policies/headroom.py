@@ -35,7 +35,7 @@ _MIN_WEIGHT = 1e-3
 class Constants:
     """Frozen on one seed of the simulator and judged on others: docs/routing.md."""
 
-    decode: float = 0.3  # a second of decoding, in seconds of waiting
+    decode: float = 0.03  # a second of decoding, in seconds of waiting
     knee: float = 0.85  # share of memory promised, from which the barrier rises
     barrier: float = 4.0  # of a step's time, at a full pool; squared in between
     draws: int = 2
@@ -69,21 +69,20 @@ class Headroom:
         prompt = len(request.prompt_ids) * num
         room = prompt + 0.5 * output * num
         fastest = max(r.rows_per_s for r in replicas) or _ROWS_PER_S
-        usual = max(r.step_s for r in replicas) or _STEP_S
         costs, slopes = [], []
         for r in replicas:
-            step = r.step_s or usual
-            rows = prompt - cached.get(r.replica_id, 0)
-            own_s = rows / (r.rows_per_s or fastest)
-            wait = (r.queue_rows + r.unseen_rows) / (r.rows_per_s or fastest) + r.queue_s + own_s
+            rate = r.rows_per_s or fastest
+            own_s = (prompt - cached.get(r.replica_id, 0)) / rate
+            wait = (r.queue_rows + r.unseen_rows) / rate + r.queue_s + own_s
             slope = own_s
-            free = r.free_tokens - r.unseen_tokens - room
+            step = r.step_s(num, room) or _STEP_S
             lasts = output * step  # seconds that a request runs
+            free = r.free_tokens - r.unseen_tokens - room
             if free < 0.0:
-                missing_s = lasts / max(r.turnover_tok_s, 1.0)
+                missing_s = lasts / max(r.running_tokens, 1.0)
                 wait -= free * missing_s
                 slope += room * missing_s
-            places = r.num_held + r.num_unseen + num - r.max_running
+            places = r.num_requests + num - r.max_running
             if r.max_running and places > 0:
                 wait += places * lasts / r.max_running
                 slope += num * lasts / r.max_running

@@ -18,7 +18,6 @@ from ellm.worker.api.report import WorkerReport
 ReplicaId = str  # a worker's epoch
 
 _SMOOTHING = 0.2  # of a new report in the other routers' rate
-_MIN_STEP_S = 1e-5
 _NOTHING = WorkerReport(seq=-1)
 
 
@@ -26,6 +25,7 @@ class Replica:
     """Written by the router's link to the worker; policies read it."""
 
     __slots__ = (
+        "_decode_step",
         "_others",
         "_sent",
         "admit_tokens",
@@ -44,8 +44,8 @@ class Replica:
         "report",
         "reported_at",
         "rows_per_s",
-        "step_s",
-        "turnover_tok_s",
+        "running_tokens",
+        "tokens_held",
         "unseen_rows",
         "unseen_tokens",
         "weight",
@@ -71,13 +71,14 @@ class Replica:
         # What the report says, as a prediction needs it.
         self.num_held = 0  # sequences: running, waiting and parked
         self.max_running = 0
-        self.step_s = 0.0  # 0: not known yet
+        self.tokens_held = 0.0  # context of the running and the waiting
         self.rows_per_s = 0.0  # of prompts; 0: not known yet
         self.queue_rows = 0.0  # prompt rows ahead of a new request
         self.queue_s = 0.0  # what else is ahead of it: KV to be brought back
         self.capacity_tokens = 0
         self.free_tokens = 0  # room that nobody was promised; below 0: more was promised than there is
-        self.turnover_tok_s = 0.0  # context of the running per second of a step: with their length, room made
+        self.running_tokens = 0.0  # context of the running: room that they make as they end
+        self._decode_step = (0.0, 0.0, 0.0)
 
     @property
     def num_requests(self) -> int:
@@ -102,6 +103,13 @@ class Replica:
         if self._sent and self._sent[0][4] < since:
             since = self._sent[0][4]
         return max(0.0, now - since)
+
+    def step_s(self, num: int, tokens: float) -> float:
+        """Of a step in which `num` sequences more decode, with `tokens` of context in all, besides everything
+        that is there and on its way. 0: not known yet."""
+        base, per_sequence, per_token = self._decode_step
+        kv = self.tokens_held + self.unseen_tokens + tokens
+        return base + per_sequence * (self.num_requests + num) + per_token * kv
 
     def place(self, num: int, rows: int, tokens: int) -> None:
         """`num` sequences are about to be sent; `tokens` of prompts, of which `rows` need computing."""
@@ -149,7 +157,6 @@ class Replica:
     def _predict(self, report: WorkerReport) -> None:
         self.num_held = _count(report.num_running + report.num_waiting + report.num_parked)
         self.max_running = _count(report.max_running)
-        self.step_s = max(_MIN_STEP_S, step) if (step := _finite(report.step_time_s)) > 0.0 else 0.0
         self.rows_per_s = _finite(report.prefill_rate_tok_s)
         hits, queries = _finite(report.prefix_hits), _finite(report.prefix_queries)
         missed = 1.0 - min(1.0, hits / queries) if queries > 0.0 else 1.0
@@ -159,7 +166,12 @@ class Replica:
         self.capacity_tokens = _count(report.num_blocks) * self.block_size
         to_come_back = _finite(report.host_tokens) + _finite(report.dropped_now_tokens)
         self.free_tokens = int(_finite(report.headroom_tokens) - waiting - to_come_back)
-        self.turnover_tok_s = _finite(report.running_tokens) / self.step_s if self.step_s else 0.0
+        self.running_tokens = _finite(report.running_tokens)
+        self.tokens_held = self.running_tokens + waiting
+        base, per_sequence, per_token = map(_finite, report.decode_step_s)
+        if base <= 0.0:  # an older worker, or one that knows nothing yet
+            base = _finite(report.step_time_s)
+        self._decode_step = (base, per_sequence, per_token)
 
 
 def _finite(value: float) -> float:

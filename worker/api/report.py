@@ -86,3 +86,4 @@ class WorkerReport:
     hole_tokens: int = 0  # KV recomputed within steps for holes of running requests
     # Of this moment.
     prefill_tokens: int = 0  # prompt tokens of running requests that no step has covered yet
+    decode_step_s: tuple[float, float, float] = (0.0, 0.0, 0.0)  # constant, per sequence, per context token

@@ -122,6 +122,7 @@ class Load:
             max_running=state.max_num_seqs,
             prefix_digest=pool.index.digest.packed(now) if state.prefix_caching else b"",
             prefill_tokens=sum(max(0, seq.num_prompt - seq.num_planned) for seq in state.running),
+            decode_step_s=self._decode_step(cost_model),
             **asdict(state.totals),
         )
 
@@ -138,6 +139,16 @@ class Load:
         rows = self._state.config.max_step_tokens
         seconds = cost_model.predict(StepFeatures(rows, 0, rows, rows * (rows + 1) // 2, 1))
         return rows / seconds if seconds > 0.0 else 0.0
+
+    def _decode_step(self, cost_model: CostModel) -> tuple[float, float, float]:
+        """A step of decode rows alone as a line through two that the pool has room for."""
+        state, few = self._state, 1
+        many = max(2, min(64, state.max_num_seqs))
+        kv = state.block_size * state.pool.num_blocks // 2
+        least = cost_model.predict(StepFeatures(few, few, 0, 0, few))
+        per_row = (cost_model.predict(StepFeatures(many, many, 0, 0, many)) - least) / (many - few)
+        per_token = (cost_model.predict(StepFeatures(few, few, kv, 0, few)) - least) / max(1, kv)
+        return max(0.0, least - per_row), max(0.0, per_row), max(0.0, per_token)
 
     def _slack(self, now: float) -> tuple[float, float, float]:
         """Least, median and most of those who run and have a deadline; zeros where nobody has."""
