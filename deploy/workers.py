@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ellm.worker.api.actor_name import NAMESPACE, epoch_of
+from ellm.worker.api.actor_name import NAMESPACE, is_rank
 
 ANSWER_S = 1.0
 
@@ -18,7 +18,7 @@ def ranks() -> list[Any]:
 
     handles = []
     for actor in list_named_actors(all_namespaces=True):
-        if actor["namespace"] == NAMESPACE and epoch_of(actor["name"]) is not None:
+        if actor["namespace"] == NAMESPACE and is_rank(actor["name"]):
             try:
                 handles.append(ray.get_actor(actor["name"], NAMESPACE))
             except ValueError:  # gone since
@@ -28,7 +28,7 @@ def ranks() -> list[Any]:
 
 def progress() -> str:
     """One text for all ranks: "2 x loading weights 40 %"."""
-    found = ask(ranks(), "renew")
+    found = ask(ranks(), "status")
     texts = Counter(
         "ready" if status.state != "loading" else f"{status.progress[0]}{_percent(status.progress[1])}"
         for status in found

@@ -1,4 +1,5 @@
-"""The rank actor: one process of a worker, with the device, the engine and the front that routers talk to.
+"""The actor of rank 0: the process of a worker with the engine, the front that routers talk to, and the
+device, or the first of several over which the model is spread (the others: worker/follower_actor.py).
 
 It is found by its name (worker/api/actor_name.py), never restarts by itself, and ends as soon as its engine
 fails or its supervisor is gone: routers see the death and move their requests. Loading runs off the event
@@ -50,6 +51,7 @@ class RankStatus:
     num_live: int = 0  # requests
     num_streams: int = 0
     error: tuple[str, str] | None = None  # (code, message) of a failed load
+    drained: bool = False  # on request, and it is to be replaced
 
 
 class RankActor:
@@ -69,23 +71,38 @@ class RankActor:
         self._front: WorkerFront | None = None
         self._engine: EngineLoop | None = None
         self._server: StreamServer | None = None
+        self._rendezvous: Any = None  # where the other ranks meet this one
+        self._drained = False
         self._secret = secrets.token_bytes(16)
         self._host = ray.util.get_node_ip_address()
         self._port = 0
 
     # Data: one event loop.
 
-    async def load(self) -> bool:
-        """Load the model and begin to serve. False if that is not possible; `renew` then tells why."""
+    async def open(self) -> tuple[int, int]:
+        """(its pid, the port on this machine at which the other ranks meet it, 0 where there are none)."""
+        port = 0
+        if self._config.tensor_parallel_size > 1:
+            self._progress = ("importing torch", 0.0)
+            self._rendezvous, port = await asyncio.to_thread(_listen)
+        return os.getpid(), port
+
+    async def load(self, rank_pids: tuple[int, ...]) -> bool:
+        """Load the model with the other ranks and begin to serve. `rank_pids`: of all, this one first. False
+        if that is not possible; `renew` then tells why."""
         try:
-            loaded = await asyncio.to_thread(load_engine, self._config, self._note_progress)
+            loaded = await asyncio.to_thread(self._load)
         except EllmError as error:
             self._error = (error.code, error.message)
+            return False
+        except Exception as error:  # the edge: a lost group, or what a device throws
+            log.exception("loading failed")
+            self._error = (EllmError.code, str(error) or repr(error))
             return False
         self._engine = EngineLoop(
             loaded.core, loaded.executor, report_s=self._config.heartbeat_s, on_failure=self._engine_failed
         )
-        self._front = WorkerFront(self._info(loaded), self._config, self._engine)
+        self._front = WorkerFront(self._info(loaded, rank_pids), self._config, self._engine)
         self._front.start()
         server = StreamServer(self._front, self._secret)
         self._port = await server.start(self._host)
@@ -101,21 +118,38 @@ class RankActor:
             return None
         return self._front.describe(), self._host, self._port, self._secret
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Let running requests end, then end the streams. True if nothing was left."""
+    async def drain(self, timeout_s: float | None = None, *, keep: bool = False) -> bool:
+        """Take no new request, hand back what does not run, let the rest run for `timeout_s` (the config's
+        where it is None) and hand that back, too. Then the streams end and the supervisor has the group
+        replaced; with `keep` it stays up and drained. True if nothing was cut short."""
         if self._front is None or self._server is None:
             return True
-        done = await self._front.drain(timeout_s)
-        self._front.end_streams()
-        await self._server.close()
+        done = await self._front.drain(self._config.drain_timeout_s if timeout_s is None else timeout_s)
+        if not keep:
+            self._drained = True
+            self._front.end_streams()
+            await self._server.close()
         return done
 
     # Control: another event loop; reads only.
 
     @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     async def renew(self) -> RankStatus:
-        """Renew the lease; returns how the rank is."""
+        """Renew the lease; returns how the rank is. The supervisor's."""
         self._watchdog.renew()
+        return self._status()
+
+    @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
+    async def status(self) -> RankStatus:
+        """How the rank is, for anybody."""
+        return self._status()
+
+    @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
+    async def exist(self) -> None:
+        """Never returns."""
+        await asyncio.Event().wait()
+
+    def _status(self) -> RankStatus:
         front, engine = self._front, self._engine
         if front is None or engine is None:
             state = "loading" if self._error is None else "failed"
@@ -127,17 +161,24 @@ class RankActor:
             engine.since_progress_s(),
             front.num_live,
             front.num_streams,
+            drained=self._drained,
         )
 
-    @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
-    async def exist(self) -> None:
-        """Never returns."""
-        await asyncio.Event().wait()
+    def _load(self) -> LoadedEngine:
+        size = self._config.tensor_parallel_size
+        if size == 1:
+            return load_engine(self._config, self._note_progress)
+        from ellm.worker.parallel.group import RankSpec, Timeouts
+
+        timeouts = Timeouts(step_s=self._config.stall_s)
+        spec = RankSpec(0, size, port=self._rendezvous.port, timeouts=timeouts)
+        place: dict[str, Any] = {"spec": spec, "rendezvous": self._rendezvous}
+        return load_engine(self._config, self._note_progress, **place)
 
     def _note_progress(self, what: str, share: float) -> None:
         self._progress = (what, share)
 
-    def _info(self, loaded: LoadedEngine) -> WorkerInfo:
+    def _info(self, loaded: LoadedEngine, rank_pids: tuple[int, ...]) -> WorkerInfo:
         limits, scheduler = loaded.executor.limits, loaded.core.config.scheduler
         return WorkerInfo(
             worker_id=self._worker_id,
@@ -153,7 +194,7 @@ class RankActor:
             dtype=loaded.dtype,
             deterministic=loaded.deterministic,
             tensor_parallel_size=self._config.tensor_parallel_size,
-            rank_pids=(os.getpid(),),
+            rank_pids=rank_pids,
             memory=limits.memory,
             tpot_slo_s=None if scheduler.tpot_slo_ms is None else scheduler.tpot_slo_ms / 1000,
             ttft_slo_s=None if scheduler.ttft_slo_ms is None else scheduler.ttft_slo_ms / 1000,
@@ -165,6 +206,13 @@ class RankActor:
         time.sleep(0.2)  # for the log to get out
         logging.shutdown()
         os._exit(EXIT_FAILED)
+
+
+def _listen() -> tuple[Any, int]:
+    from ellm.worker.parallel.group import Rendezvous
+
+    rendezvous = Rendezvous.listen()
+    return rendezvous, rendezvous.port
 
 
 def rank_actor() -> Any:

@@ -61,7 +61,7 @@ class Watchdog:
         self._lease_s = lease_s
         self._period_s = period_s
         self._end = end
-        self._renewed_at = time.monotonic()
+        self._silent_s = 0.0
         self._parents = {pid: process_start(pid) for pid in parent_pids}
         self._original_ppid = os.getppid()
         self._stopped = threading.Event()
@@ -70,14 +70,19 @@ class Watchdog:
 
     def renew(self) -> None:
         """The lease starts anew. From any thread."""
-        self._renewed_at = time.monotonic()
+        self._silent_s = 0.0
 
     def stop(self) -> None:
         self._stopped.set()
         self._thread.join()
 
     def _run(self) -> None:
+        checked_at = time.monotonic()
         while not self._stopped.wait(self._period_s):
+            now = time.monotonic()
+            # Time in which this process stood still counts little: the supervisor may have stood still, too.
+            self._silent_s += min(now - checked_at, 2 * self._period_s)
+            checked_at = now
             reason = self._reason()
             if reason is not None:
                 self._end(reason)
@@ -89,7 +94,6 @@ class Watchdog:
         for pid, start in self._parents.items():
             if start is None or process_start(pid) != start:
                 return f"process {pid}, which started it, is gone"
-        silent = time.monotonic() - self._renewed_at
-        if silent > self._lease_s:
-            return f"nobody has renewed its lease for {silent:.1f} s"
+        if self._silent_s > self._lease_s:
+            return f"nobody has renewed its lease for {self._silent_s:.1f} s"
         return None

@@ -26,11 +26,9 @@ from ellm.worker.api import wire
 from ellm.worker.api.actor_name import NAMESPACE, actor_name, epoch_of
 from ellm.worker.api.channel import ChannelClosed
 from ellm.worker.api.config import ModelConfig, WorkerConfig
-from ellm.worker.api.errors import ConfigError
 from ellm.worker.api.report import WorkerReport
 from ellm.worker.api.request import EngineRequest
 from ellm.worker.build import load_engine
-from ellm.worker.supervisor import worker_application
 
 pytestmark = pytest.mark.ray
 
@@ -309,8 +307,3 @@ def test_a_model_that_cannot_load_fails_the_deployment_with_its_reason(single: N
     message = status.message + "".join(d.message for d in status.deployments.values())
     assert "/nowhere/at/all" in message
     assert rank_pids() == []
-
-
-def test_a_group_of_several_ranks_is_refused_before_anything_starts() -> None:
-    with pytest.raises(ConfigError, match="tensor_parallel_size = 2"):
-        worker_application(WorkerConfig(tensor_parallel_size=2), num_workers=1, rank_cpus=1)

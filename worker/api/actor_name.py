@@ -4,6 +4,7 @@ from __future__ import annotations
 
 NAMESPACE = "ellm"
 PREFIX = "ellm-worker:"
+RANK_PREFIX = "ellm-rank:"
 
 
 def actor_name(model: str, worker_id: str, epoch: str) -> str:
@@ -18,3 +19,19 @@ def epoch_of(name: str, model: str | None = None) -> str | None:
         return None
     served, _, epoch = name[len(PREFIX) :].rsplit(":", 2)
     return epoch if model is None or served == model else None
+
+
+def rank_name(rank: int, worker: str) -> str:
+    """The name of a further rank of the group whose rank 0 is named `worker`. Routers do not look for it."""
+    assert rank > 0
+    return f"{RANK_PREFIX}{rank}:{worker.removeprefix(PREFIX)}"
+
+
+def is_rank(name: str) -> bool:
+    """Whether an actor of this name is a rank of some worker, rank 0 included."""
+    return name.startswith((PREFIX, RANK_PREFIX))
+
+
+def worker_id_of(name: str) -> str | None:
+    """The worker id in a rank 0's name; None for any other."""
+    return name.rsplit(":", 2)[1] if epoch_of(name) is not None else None
