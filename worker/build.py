@@ -1,6 +1,8 @@
 """From a WorkerConfig to an engine: which executor runs the model, and the brain within its limits.
 
-A path that begins with `simulated:` takes the simulated executor: real scheduling, made-up tokens.
+With several ranks this is rank 0's part: either the others are started elsewhere (`spec` says where the
+group meets; see parallel/group.py) or here, as child processes. A path that begins with `simulated:` takes
+the simulated executor: real scheduling, made-up tokens.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ellm.worker.api.config import SIMULATED, WorkerConfig, served_name
 from ellm.worker.api.cost_model import CostModel
@@ -15,6 +18,11 @@ from ellm.worker.api.errors import ConfigError
 from ellm.worker.engine.core import EngineCore
 from ellm.worker.executor.base import Executor, ModelLimits
 from ellm.worker.executor.simulated import SimulatedExecutor
+
+if TYPE_CHECKING:
+    from ellm.worker.executor.local import LocalExecutor
+    from ellm.worker.executor.tensor_parallel import TensorParallelExecutor
+    from ellm.worker.parallel.group import RankSpec, Rendezvous
 
 Progress = Callable[[str, float], None]  # (what, share done)
 
@@ -31,15 +39,24 @@ class LoadedEngine:
     deterministic: bool
 
 
-def load_engine(config: WorkerConfig, progress: Progress) -> LoadedEngine:
-    """Load the model; may take minutes. Raises ConfigError naming what cannot work."""
+def load_engine(
+    config: WorkerConfig,
+    progress: Progress,
+    *,
+    spec: RankSpec | None = None,
+    rendezvous: Rendezvous | None = None,
+    on_failure: Callable[[Exception], None] | None = None,
+) -> LoadedEngine:
+    """Load the model; may take minutes. `on_failure`: called once when the group of ranks has ended by an
+    error, also while nothing is executed.
+
+    Raises ConfigError naming what cannot work, and GroupFailed where another rank died.
+    """
     if config.model.path.startswith(SIMULATED):
         return _simulated(config, progress)
     # Torch is imported here, where it is needed: the import alone takes seconds.
     progress("importing torch", 0.0)
-    from ellm.worker.executor.local import LocalExecutor
-
-    executor = LocalExecutor.load(config, progress)
+    executor = _load_executor(config, progress, spec, rendezvous, on_failure)
     cost_model = executor.profile(config, progress) if config.profile else None
     return LoadedEngine(
         EngineCore(executor.limits, config, cost_model=cost_model),
@@ -49,6 +66,28 @@ def load_engine(config: WorkerConfig, progress: Progress) -> LoadedEngine:
         executor.dtype,
         executor.deterministic,
     )
+
+
+def _load_executor(
+    config: WorkerConfig,
+    progress: Progress,
+    spec: RankSpec | None,
+    rendezvous: Rendezvous | None,
+    on_failure: Callable[[Exception], None] | None,
+) -> LocalExecutor | TensorParallelExecutor:
+    from ellm.worker.executor.local import LocalExecutor
+
+    if config.tensor_parallel_size == 1:
+        return LocalExecutor.load(config, progress)
+    from ellm.worker.executor.tensor_parallel import TensorParallelExecutor, check_group
+    from ellm.worker.parallel.group import Group
+    from ellm.worker.parallel.local_group import LocalGroup
+
+    if spec is None:
+        return LocalGroup(config, progress).executor
+    check_group(config)
+    progress("waiting for the other ranks", 0.0)
+    return TensorParallelExecutor.load(config, Group.join(spec, rendezvous), progress, on_failure)
 
 
 def _simulated(config: WorkerConfig, progress: Progress) -> LoadedEngine:

@@ -64,6 +64,7 @@ class Group:
         self._gloo: Any = gloo
         self._frame = torch.zeros(_FRAME_BYTES, dtype=torch.uint8)
         self._failed = False
+        self._at_end: list[Callable[[], None]] = []
 
     @staticmethod
     def join(spec: RankSpec, rendezvous: Rendezvous | None = None) -> Group:
@@ -90,12 +91,23 @@ class Group:
             raise GroupFailed("the group has ended")
         return self._gloo
 
-    def wait(self, work: Callable[[], Work]) -> None:
-        """Start a collective and wait for it; what breaks it is told as the group's failure."""
+    def start(self, begin: Callable[[], Work]) -> Work:
+        """Start a collective; what breaks it is told as the group's failure."""
         try:
-            work().wait()
+            return begin()
         except RuntimeError as error:
             raise self.failure(error) from None
+
+    def wait(self, work: Work) -> None:
+        """Wait for a collective; what breaks it is told as the group's failure."""
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self.failure(error) from None
+
+    def at_end(self, act: Callable[[], None]) -> None:
+        """Also when this rank leaves."""
+        self._at_end.append(act)
 
     def failure(self, error: Exception) -> EllmError | GroupFailed:
         """What a collective's error means: a peer's own reason if it gave one."""
@@ -119,7 +131,7 @@ class Group:
         least = torch.tensor(list(values), dtype=torch.int64)
         options: Any = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.MIN
-        self.wait(lambda: self.gloo.allreduce([least], options))
+        self.wait(self.start(lambda: self.gloo.allreduce([least], options)))
         numbers: list[int] = least.tolist()
         return numbers
 
@@ -154,6 +166,8 @@ class Group:
         """Leave; the others' collectives fail from now on."""
         gloo, self._gloo = self._gloo, None
         if gloo is not None:
+            for act in self._at_end:
+                act()
             gloo.abort()
 
     def _broadcast(self, message: bytes | None) -> bytes:
@@ -162,7 +176,7 @@ class Group:
         if message is not None:
             head = len(message).to_bytes(8, "little") + message[:room]
             frame[: len(head)] = _bytes_tensor(head)
-        self.wait(lambda: self.gloo.broadcast(frame, 0))
+        self.wait(self.start(lambda: self.gloo.broadcast(frame, 0)))
         if message is None:
             length = int.from_bytes(frame[:8].numpy().tobytes(), "little")
             head = frame[8 : 8 + min(length, room)].numpy().tobytes()
@@ -175,7 +189,7 @@ class Group:
             if message is None
             else _bytes_tensor(message[room:])
         )
-        self.wait(lambda: self.gloo.broadcast(rest, 0))
+        self.wait(self.start(lambda: self.gloo.broadcast(rest, 0)))
         return head + rest.numpy().tobytes() if message is None else message
 
 

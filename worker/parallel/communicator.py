@@ -1,0 +1,95 @@
+"""Sums and gathers of a step's tensors over the ranks, by gloo on a CPU and NCCL on a GPU.
+
+A ring adds the parts of an element in an order that depends on where it lies in the message: from three ranks
+on the sum of a row depends on its company. Under STRICT, and for small messages on a CPU where it is faster,
+every rank therefore gets all parts and adds them in the order of ranks, in float32.
+
+The GPU's way has not run on several GPUs yet.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ellm.worker.model.computation import Communicator, PendingSum
+from ellm.worker.model.shard import Shard
+from ellm.worker.parallel.group import Group
+
+_distributed: Any = dist
+
+SMALL_BYTES = 1 << 19  # up to here one exchange beats the two rounds of a ring
+
+
+class _Sum:
+    """An all-reduce in place."""
+
+    def __init__(self, group: Group, work: Any, part: Tensor) -> None:
+        self._group, self._work, self._part = group, work, part
+
+    def wait(self) -> Tensor:
+        self._group.wait(self._work)
+        return self._part
+
+
+class _OrderedSum:
+    """All parts, added by this rank."""
+
+    def __init__(self, group: Group, work: Any, parts: Tensor) -> None:
+        self._group, self._work, self._parts = group, work, parts  # [ranks, ...]
+
+    def wait(self) -> Tensor:
+        self._group.wait(self._work)
+        first, *others = self._parts.unbind(0)
+        total = first if first.dtype == torch.float32 else first.float()
+        for other in others:
+            total.add_(other)
+        return total.to(first.dtype)
+
+
+class GroupCommunicator:
+    """Both backends have the same calls; a GPU's are queued behind what the current stream has to do, and
+    `wait` there means that the stream goes on behind them."""
+
+    def __init__(self, group: Group, backend: Any, *, ordered: bool, small_bytes: int) -> None:
+        self.shard = Shard(group.rank, group.size)
+        self._group = group
+        self._backend = backend
+        self._ordered = ordered
+        self._small_bytes = small_bytes
+
+    def begin_sum(self, part: Tensor) -> PendingSum:
+        """part: any shape, the same on every rank."""
+        part = part.contiguous()
+        if self._ordered or part.nbytes <= self._small_bytes:
+            parts, work = self._begin_gather(part)
+            return _OrderedSum(self._group, work, parts)
+        return _Sum(self._group, self._group.start(lambda: self._backend.allreduce([part])), part)
+
+    def join_columns(self, part: Tensor) -> Tensor:
+        """[n, c] of every rank -> [n, size * c]."""
+        parts, work = self._begin_gather(part.contiguous())
+        self._group.wait(work)
+        return parts.transpose(0, 1).reshape(part.shape[0], -1)
+
+    def _begin_gather(self, part: Tensor) -> tuple[Tensor, Any]:
+        """([ranks, ...], what to wait for)."""
+        parts = part.new_empty((self.shard.size, *part.shape))
+        flat = parts.view(-1, *part.shape[1:])
+        return parts, self._group.start(lambda: self._backend._allgather_base(flat, part))
+
+
+def make_communicator(group: Group, device: torch.device, *, ordered: bool) -> Communicator:
+    """For tensors on `device`. Raises GroupFailed."""
+    if device.type == "cpu":
+        return GroupCommunicator(group, group.gloo, ordered=ordered, small_bytes=SMALL_BYTES)
+    options = _distributed.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=group.spec.timeouts.step_s)
+    store = _distributed.PrefixStore("nccl", group.store)
+    nccl = _distributed.ProcessGroupNCCL(store, group.rank, group.size, options)
+    group.at_end(nccl.abort)
+    return GroupCommunicator(group, nccl, ordered=ordered, small_bytes=0)

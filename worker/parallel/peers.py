@@ -1,0 +1,41 @@
+"""A group as an executor's peers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ellm.worker.executor.copies import Copier
+from ellm.worker.model.computation import Communicator
+from ellm.worker.parallel.communicator import make_communicator
+from ellm.worker.parallel.copies import GroupCopier
+from ellm.worker.parallel.group import Group
+
+
+class GroupPeers:
+    """See executor/peers.py."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    @property
+    def size(self) -> int:
+        return self._group.size
+
+    def device(self, device: torch.device) -> torch.device:
+        """A rank that sees one GPU has that one; of several, ranks take one each."""
+        if device.type != "cuda":
+            return device
+        own = torch.device("cuda", self._group.rank % torch.cuda.device_count())
+        torch.cuda.set_device(own)
+        return own
+
+    def communicator(self, device: torch.device, *, ordered: bool) -> Communicator:
+        return make_communicator(self._group, device, ordered=ordered)
+
+    def agree_least(self, values: Sequence[int]) -> list[int]:
+        return self._group.agree_least(values)
+
+    def copier(self, own: Copier, block_bytes: int) -> Copier:
+        return GroupCopier(self._group, own, block_bytes)
