@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
+from ellm.cluster.api.config import ControllerConfig
 from ellm.deploy import schema
 from ellm.router.config import RouterConfig
 from ellm.worker.api.config import WorkerConfig
@@ -50,6 +51,7 @@ class EllmConfig:
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
 
 
 # Short names, for every source.

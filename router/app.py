@@ -26,8 +26,10 @@ from ellm.router.dispatch import Dispatcher
 from ellm.router.edge import Edge
 from ellm.router.errors import BodyTooLarge, UnknownRoute, WrongMethod
 from ellm.router.exchange import Exchange, Service
+from ellm.router.guidance import ControllerLine, GuidanceBook, GuidanceLoop
 from ellm.router.http_bodies import JSON_TYPE, read_json, send_error
 from ellm.router.metrics import CONTENT_TYPE, RouterMetrics
+from ellm.router.metrics_page import GuidanceMetrics, MetricsPage
 from ellm.router.openai.answer import error_body
 from ellm.router.openai.convert import Converter
 from ellm.router.openai.schema import (
@@ -60,13 +62,15 @@ def create_app(
     directory: WorkerDirectory,
     clock: Callable[[], float] = time.monotonic,
     echo_request_id: bool = True,
+    controller: ControllerLine | None = None,
 ) -> FastAPI:
     """`model` is the served name; `tokenizer` may be the checkpoint's folder. Starting the app (its lifespan)
-    opens the lines to the workers. `echo_request_id` is off where the server around the app does it. Raises
-    ConfigError."""
+    opens the lines to the workers. `echo_request_id` is off where the server around the app does it;
+    without a `controller` nobody advises. Raises ConfigError."""
     if isinstance(tokenizer, Path):
         tokenizer = Tokenizer.load(tokenizer)
     metrics = RouterMetrics(model, clock)
+    book = GuidanceBook(config.num_replicas)
     service = Service(
         config=config,
         model=model,
@@ -75,14 +79,22 @@ def create_app(
         converter=Converter(tokenizer, config.limits),
         dispatcher=Dispatcher(directory, config, metrics, clock),
         metrics=metrics,
+        guidance=book,
     )
+    dispatcher = service.dispatcher
+    guidance = GuidanceLoop(
+        book, controller, dispatcher.links.values, prompts=lambda: (dispatcher.poison,), clock=clock
+    )
+    page = MetricsPage([metrics, GuidanceMetrics(book, clock)])
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await service.dispatcher.start()
+        guidance.start()
         try:
             yield
         finally:
+            await guidance.close()
             await service.dispatcher.close()
 
     app = FastAPI(title="eLLM on Ray", version=package_version(), lifespan=lifespan, redirect_slashes=False)
@@ -105,7 +117,7 @@ def create_app(
     _add_generation(app, service)
     _add_models(app, service)
     _add_tokens(app, service)
-    _add_operations(app, service)
+    _add_operations(app, service, page)
     return app
 
 
@@ -215,7 +227,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         return _json({"prompt": await in_text_thread(service.tokenizer.decode, body.tokens, skip)})
 
 
-def _add_operations(app: FastAPI, service: Service) -> None:
+def _add_operations(app: FastAPI, service: Service, page: MetricsPage) -> None:
     def get(path: str, answer: Callable[[], Response]) -> None:
         async def endpoint() -> Response:
             return answer()
@@ -234,6 +246,6 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     get("/version", lambda: _json({"version": package_version()}))
     get(
         "/metrics",
-        lambda: Response(service.metrics.text(), media_type=None, headers={"content-type": CONTENT_TYPE}),
+        lambda: Response(page.text(), media_type=None, headers={"content-type": CONTENT_TYPE}),
     )
     get("/admin/workers", lambda: _json({"workers": health.workers(service.dispatcher)}))

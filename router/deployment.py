@@ -17,6 +17,7 @@ from ray import serve
 
 from ellm.router.app import create_app
 from ellm.router.config import RouterConfig
+from ellm.router.controller_line import RayControllerLine
 from ellm.router.replicas import RayDirectory
 from ellm.router.simulated_tokenizer import PREFIX, simulated_tokenizer
 from ellm.router.tokenizer import Tokenizer
@@ -31,11 +32,15 @@ ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_RO
 
 
 def router_application(
-    config: RouterConfig, model: ModelConfig, workers: serve.Application | None = None
+    config: RouterConfig,
+    model: ModelConfig,
+    workers: serve.Application | None = None,
+    find_controller: Callable[[], Any] | None = None,
 ) -> serve.Application:
-    """The Serve application: routers as the ingress, and `workers` deployed with them."""
+    """The Serve application: routers as the ingress, and `workers` deployed with them. `find_controller`
+    finds or makes the controller's actor; without it nobody advises."""
     deployment = serve.deployment(
-        serve.ingress(_builder(config, model))(),
+        serve.ingress(_builder(config, model, find_controller))(),
         name=DEPLOYMENT_NAME,
         num_replicas=config.num_replicas,
         ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": ONE_LOOP}},
@@ -51,14 +56,23 @@ def router_application(
     return application
 
 
-def _builder(config: RouterConfig, model: ModelConfig) -> Callable[[], Any]:
+def _builder(
+    config: RouterConfig, model: ModelConfig, find_controller: Callable[[], Any] | None
+) -> Callable[[], Any]:
     """What Serve calls in each replica."""
 
     def build() -> Any:
         name = served_name(model)
         source = model if config.tokenizer is None else replace(model, path=config.tokenizer)
         # Serve echoes the request id itself, whatever the application does.
-        app = create_app(config, name, load_tokenizer(source), RayDirectory(name), echo_request_id=False)
+        app = create_app(
+            config,
+            name,
+            load_tokenizer(source),
+            RayDirectory(name),
+            echo_request_id=False,
+            controller=None if find_controller is None else RayControllerLine(find_controller),
+        )
         # What is loaded by now stays: the collector need not look at it with every request.
         gc.collect()
         gc.freeze()

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from ellm.router.admission import Admission, WorkerGate
 from ellm.router.config import RouterConfig
-from ellm.router.failover import Hearing, SilenceWatch
+from ellm.router.failover import Hearing, PoisonList, SilenceWatch
 from ellm.router.link import WorkerLink
 from ellm.router.policies import Choice, RoutedRequest, RoutingPolicy, make_policy
 from ellm.router.policies.base import OUTPUT_TOKENS
@@ -89,6 +89,10 @@ class Dispatcher:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for link in list(self.links.values()):
             await link.close()
+
+    @property
+    def poison(self) -> PoisonList:
+        return self._rescue.poison
 
     @property
     def ready_links(self) -> list[WorkerLink]:

@@ -20,6 +20,7 @@ from ellm.router.dispatch import Dispatcher
 from ellm.router.edge import CONTEXT, RequestContext
 from ellm.router.errors import BodyTooLarge
 from ellm.router.generation import Generation
+from ellm.router.guidance import GuidanceBook
 from ellm.router.http_bodies import (
     ClientLeft,
     header,
@@ -54,6 +55,7 @@ class Service:
     converter: Converter
     dispatcher: Dispatcher
     metrics: RouterMetrics
+    guidance: GuidanceBook
 
     async def bounds(self) -> ModelBounds:
         """Raises Unavailable when no worker is up in time."""

@@ -5,7 +5,7 @@ Pure: time is an argument. Knows nothing of channels or requests' output.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from hashlib import blake2b
 
@@ -13,6 +13,7 @@ from ellm.router.config import FailoverConfig
 from ellm.worker.api.errors import WorkerFailed
 
 POISON_S = 600.0
+LEARNED_S = 30.0
 MAX_POISON = 1024
 
 
@@ -62,11 +63,28 @@ class PoisonList:
 
     def __init__(self) -> None:
         self._until: dict[bytes, float] = {}
+        self._news: list[bytes] = []
 
     def add(self, prompt_ids: Sequence[int], now: float) -> None:
+        digest = _digest(prompt_ids)
+        self._hold(digest, now)
+        self._news = [*self._news[-MAX_POISON:], digest]
+
+    def take_news(self) -> tuple[bytes, ...]:
+        """Those that were added here since the last call, for the other routers."""
+        news, self._news = self._news, []
+        return tuple(news)
+
+    def learn(self, digests: Iterable[bytes], now: float) -> None:
+        """Hold back what other routers hold back, for as long as that is said again and again."""
+        for digest in digests:
+            self._hold(digest, now, LEARNED_S)
+
+    def _hold(self, digest: bytes, now: float, for_s: float = POISON_S) -> None:
+        until = max(now + for_s, self._until.pop(digest, 0.0))
         if len(self._until) >= MAX_POISON:
             del self._until[next(iter(self._until))]
-        self._until[_digest(prompt_ids)] = now + POISON_S
+        self._until[digest] = until
 
     def check(self, prompt_ids: Sequence[int], now: float) -> None:
         """Raises WorkerFailed for a prompt that is held back."""

@@ -1,0 +1,103 @@
+"""How many workers a model should have. Pure.
+
+A worker's load is the largest of three shares; 1 is full:
+
+    memory     (context of all admitted requests + prompts in the queue) / tokens its pool holds.
+               Context without KV counts: the headroom may look well only because much was dropped.
+    sequences  (running + waiting + parked) / what the scheduler runs at most
+    backlog    (queued prompt tokens / prefill rate + what must be brought back) / `backlog_s`
+
+and a model's the mean over its serving workers, since routers spread requests over all. Above `high_load` for
+`up_after_s` the target is as many as bring it to `target_load`, at most twice what there is; a loaded model
+that breaks its promises gets one more. Below `low_load` for `down_after_s`, and if the others then stay under
+`high_load`, one less. After a change nothing happens for `cool_down_s`, nor while workers that were asked for
+are still to come. A controller that has just started takes what it finds for the target.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ellm.cluster.api.config import ModelScale, ScalingConfig
+from ellm.cluster.health import Track
+
+_BUSY = 0.5  # a model below this load breaks its promises for other reasons than want of workers
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    num_workers: int
+    reason: str
+
+
+class Scaler:
+    """Of one model."""
+
+    def __init__(self, limits: ModelScale, config: ScalingConfig) -> None:
+        self.limits = limits
+        self.target: int | None = None  # None: nothing decided yet
+        self._config = config
+        self._high_s = 0.0
+        self._low_s = 0.0
+        self._quiet_s = 0.0  # since the start or the last change
+
+    def tick(self, tracks: Sequence[Track], elapsed_s: float) -> Decision | None:
+        """A new target, or None. `tracks` are the model's workers, those that load or leave included."""
+        config = self._config
+        serving = [track for track in tracks if track.serving]
+        self._quiet_s += elapsed_s
+        if self.target is None:
+            if self._quiet_s < config.cool_down_s:
+                return None  # not everyone may have been heard yet
+            staying = sum(track.state in ("ready", "loading") for track in tracks)
+            return self._decide(staying, "what there is")
+        load, kept = fleet_load(serving, config), attainment(serving)
+        high = load > config.high_load or (load > _BUSY and kept < config.min_attainment)
+        self._high_s = self._high_s + elapsed_s if high else 0.0
+        self._low_s = self._low_s + elapsed_s if load < config.low_load else 0.0
+        if self._quiet_s < config.cool_down_s or not serving or len(serving) < self.target:
+            return None
+        if self._high_s >= config.up_after_s:
+            wanted = max(len(serving) + 1, math.ceil(len(serving) * load / config.target_load))
+            return self._decide(min(wanted, 2 * len(serving)), f"load {load:.2f}, attainment {kept:.2f}")
+        others = len(serving) - 1
+        if self._low_s >= config.down_after_s and others and load * len(serving) / others < config.high_load:
+            return self._decide(self.target - 1, f"load {load:.2f}")
+        return None
+
+    def _decide(self, wanted: int, reason: str) -> Decision | None:
+        wanted = min(self.limits.max_workers, max(self.limits.min_workers, wanted))
+        if wanted == self.target:
+            return None
+        self.target = wanted
+        self._high_s = self._low_s = self._quiet_s = 0.0
+        return Decision(wanted, reason)
+
+
+def fleet_load(serving: Sequence[Track], config: ScalingConfig) -> float:
+    """Mean load; 0 without workers."""
+    return sum(worker_load(track, config) for track in serving) / len(serving) if serving else 0.0
+
+
+def attainment(serving: Sequence[Track]) -> float:
+    """Mean share of promises kept; 1 without workers."""
+    kept = [track.report.slo_attainment for track in serving if track.report is not None]
+    return sum(kept) / len(kept) if kept else 1.0
+
+
+def worker_load(track: Track, config: ScalingConfig) -> float:
+    """1: full; more: overloaded."""
+    report = track.report
+    if report is None:
+        return 0.0
+    pool = report.num_blocks * track.info.block_size
+    memory = (report.running_tokens + report.waiting_tokens) / pool if pool > 0 else 0.0
+    held = report.num_running + report.num_waiting + report.num_parked
+    sequences = held / report.max_running if report.max_running > 0 else 0.0
+    queued = report.waiting_tokens + report.prefill_tokens
+    backlog_s = report.recompute_debt_s
+    if report.prefill_rate_tok_s > 0.0:
+        backlog_s += queued / report.prefill_rate_tok_s
+    return max(memory, sequences, backlog_s / config.backlog_s)
