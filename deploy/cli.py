@@ -20,6 +20,7 @@ COMMANDS = {
     "plan": "say what a GPU can hold and serve of a model, and what pays there",
     "simulate": "compare scheduling policies on a modelled GPU, without one",
     "status": "show the workers of a running server",
+    "drain": "empty one worker without losing a request",
     "version": "print the versions of eLLM and what it runs on",
 }
 
