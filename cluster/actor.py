@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,9 +55,10 @@ class ControllerActor:
         return dict((await self._started()).targets)
 
     async def describe(self) -> dict[str, Any]:
-        """Its term, and the workers that it hears."""
+        """Its process, its term, the workers that it hears, and how many there should be of each model."""
         driver = await self._started()
-        return {"term": driver.term, "workers": driver.epochs(), "targets": dict(driver.targets)}
+        found = {"pid": os.getpid(), "term": driver.term, "workers": driver.epochs()}
+        return {**found, "targets": dict(driver.targets)}
 
     async def _started(self) -> Driver:
         async with self._starting:

@@ -1,0 +1,108 @@
+"""More workers under load, fewer when idle, and neither in a hurry nor to and fro."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.reports import Fleet
+
+from ellm.cluster.api.actions import Scale
+from ellm.cluster.api.config import ControllerConfig, ModelScale, ScalingConfig
+from ellm.cluster.controller import Controller
+
+SCALING = ScalingConfig(up_after_s=2.0, down_after_s=10.0, cool_down_s=5.0)
+CONFIG = ControllerConfig(tick_s=0.5, scaling=SCALING)
+
+
+class Elastic:
+    """A fleet that follows the target at once, and a brain."""
+
+    def __init__(self, count: int, most: int = 8) -> None:
+        self.fleet = Fleet(count)
+        self.brain = Controller(CONFIG, 1, [ModelScale("m", 1, most)])
+        self.now = 0.0
+        self.targets: list[tuple[float, int]] = []
+
+    def load(self, tokens: int, **report: object) -> None:
+        for index in range(len(self.fleet.reports)):
+            self.fleet.change(index, running_tokens=tokens // len(self.fleet.reports), **report)
+
+    def run(self, seconds: float, tokens: int, **report: object) -> int:
+        for _ in range(int(seconds / CONFIG.tick_s)):
+            self.load(tokens, **report)
+            self.now += CONFIG.tick_s
+            for action in self.brain.tick(self.fleet.view(), self.now):
+                if isinstance(action, Scale):
+                    self.targets.append((self.now, action.num_workers))
+                    self.follow(action.num_workers)
+        return len(self.fleet.reports)
+
+    def follow(self, target: int) -> None:
+        fleet = self.fleet
+        while len(fleet.reports) < target:
+            fleet.reports.append(replace(fleet.reports[0], seq=1))
+            fleet.epochs.append(f"new{self.now}-{len(fleet.reports)}")
+        del fleet.reports[target:], fleet.epochs[target:]
+
+
+def test_load_makes_it_grow_and_idleness_shrink_to_the_minimum() -> None:
+    elastic = Elastic(1)
+    assert elastic.run(6, 4000) == 1
+    assert elastic.run(30, 40_000) == 4  # of 16,000 tokens each: doubled twice
+    assert elastic.run(200, 0) == 1
+    times = [at for at, _ in elastic.targets]
+    assert all(later - sooner >= SCALING.cool_down_s for sooner, later in itertools.pairwise(times))
+
+
+def test_it_never_leaves_its_bounds() -> None:
+    assert Elastic(1, most=3).run(60, 10**6) == 3
+
+
+def test_a_start_takes_what_is_there_for_the_target() -> None:
+    elastic = Elastic(3)
+    elastic.run(4, 25_000)
+    assert elastic.targets == []
+    elastic.run(4, 25_000)
+    assert [target for _, target in elastic.targets] == [3]
+
+
+def test_context_without_kv_counts_although_the_pool_looks_empty() -> None:
+    elastic = Elastic(1)
+    assert elastic.run(30, 20_000, headroom_tokens=12_000, uncached_token_ratio=0.7) > 1
+
+
+def test_broken_promises_bring_one_more_only_under_load() -> None:
+    assert Elastic(2).run(16, 18_000, slo_attainment=0.5) > 2
+    assert Elastic(2).run(16, 14_000, slo_attainment=0.5) == 2
+
+
+def test_it_does_not_ask_again_while_what_it_asked_for_is_loading() -> None:
+    elastic = Elastic(2)
+    elastic.follow = lambda target: None  # type: ignore[method-assign]
+    elastic.run(60, 60_000)
+    assert len(elastic.targets) == 2  # what there is, and more
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 200_000), min_size=1, max_size=40))
+def test_under_any_load_it_stays_in_bounds_and_calm(loads: list[int]) -> None:
+    elastic = Elastic(2)
+    for tokens in loads:
+        assert 1 <= elastic.run(3, tokens) <= 8
+    times = [at for at, _ in elastic.targets]
+    assert all(later - sooner >= SCALING.cool_down_s for sooner, later in itertools.pairwise(times))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0.0, 16_000 * 0.39))
+def test_a_steady_load_is_answered_once(per_worker: float) -> None:
+    """From any count: after it has settled, nothing changes any more."""
+    elastic = Elastic(4)
+    tokens = int(per_worker * 4)
+    elastic.run(150, tokens)
+    settled = list(elastic.targets)
+    elastic.run(60, tokens)
+    assert elastic.targets == settled
