@@ -123,9 +123,16 @@ def check_room(
 
 
 def worker_application(
-    config: WorkerConfig, *, num_workers: int, rank_cpus: float, rank_gpus: float = 0
+    config: WorkerConfig,
+    *,
+    num_workers: int,
+    rank_cpus: float,
+    rank_gpus: float = 0,
+    name: str = DEPLOYMENT_NAME,
+    autoscaling: Any = None,
 ) -> serve.Application:
-    """The Serve application of `num_workers` groups. Raises ConfigError for a group that cannot be built."""
+    """The Serve application of `num_workers` groups, or of as many as Serve's `autoscaling` config says.
+    Raises ConfigError for a group that cannot be built."""
     check_group(config)
     resources = {name: n for name, n in (("CPU", rank_cpus), ("GPU", rank_gpus)) if n}
     if config.tensor_parallel_size > 1 and not resources:
@@ -134,8 +141,9 @@ def worker_application(
     options: dict[str, Any] = {"placement_group_bundles": bundles, "placement_group_strategy": "STRICT_PACK"}
     deployment = serve.deployment(
         WorkerSupervisor,
-        name=DEPLOYMENT_NAME,
-        num_replicas=num_workers,
+        name=name,
+        num_replicas=num_workers if autoscaling is None else "auto",
+        autoscaling_config=autoscaling,
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=30.0,
