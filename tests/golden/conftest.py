@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import transformers
 from support.checkpoints import write_checkpoint
-from support.golden import CASES, Checkpoint
+from support.golden import CASES, RANK_CASES, Checkpoint
+from support.ranks import RankPool
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
-    """name of CASES -> (folder, what transformers reads from it, in float32)."""
+    """name of CASES or RANK_CASES -> (folder, what transformers reads from it, in float32)."""
     made: dict[str, Checkpoint] = {}
 
     def get(name: str) -> Checkpoint:
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
-            family, overrides = CASES[name]
+            family, overrides = (CASES | RANK_CASES)[name]
             write_checkpoint(folder, family, **overrides)
             shards = list(folder.glob("model-*.safetensors"))
             assert len(shards) > 2 or "max_shard_size" not in overrides
@@ -28,3 +29,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Chec
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Up to four ranks, three of them processes of their own."""
+    pool = RankPool(4)
+    yield pool
+    pool.close()

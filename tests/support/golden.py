@@ -62,8 +62,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt-untied": ("opt", {"tie_word_embeddings": False, "enable_bias": False}),
 }
 
+# For four ranks: key/value heads that two ranks share, a vocabulary that four do not divide.
+RANK_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-8-heads": ("llama", {"num_attention_heads": 8, "head_dim": 12, "vocab_size": 319}),
+    "qwen2-8-heads": (
+        "qwen2",
+        {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True, "vocab_size": 318},
+    ),
+    "opt-8-heads": ("opt", {"num_attention_heads": 8, "word_embed_proj_dim": 32}),
+}
 
-def executor(
+
+def executor(folder: Path, **settings: Any) -> LocalExecutor:
+    """A small executor on `folder`, on one thread; see `config`."""
+    return LocalExecutor.load(config(folder, **settings))
+
+
+def config(
     folder: Path,
     *,
     jit: bool,
@@ -72,20 +87,20 @@ def executor(
     num_blocks: int = 128,
     transient_blocks: int = 0,
     host_bytes: int = 0,
-) -> LocalExecutor:
-    """A small executor on `folder`, on one thread."""
-    return LocalExecutor.load(
-        WorkerConfig(
-            model=ModelConfig(path=str(folder), dtype=dtype, device=device, jit=jit),  # type: ignore[arg-type]
-            cache=CacheConfig(
-                block_size=BLOCK_SIZE,
-                num_blocks=num_blocks,
-                transient_blocks=transient_blocks,
-                host_bytes=host_bytes,
-            ),
-            scheduler=SchedulerConfig(max_num_seqs=8, max_step_tokens=192),
-            num_threads=1,
-        )
+    **worker: Any,
+) -> WorkerConfig:
+    """Of a small executor on `folder`, on one thread; `worker`: fields of WorkerConfig."""
+    return WorkerConfig(
+        model=ModelConfig(path=str(folder), dtype=dtype, device=device, jit=jit),  # type: ignore[arg-type]
+        cache=CacheConfig(
+            block_size=BLOCK_SIZE,
+            num_blocks=num_blocks,
+            transient_blocks=transient_blocks,
+            host_bytes=host_bytes,
+        ),
+        scheduler=SchedulerConfig(max_num_seqs=8, max_step_tokens=192),
+        num_threads=1,
+        **worker,
     )
 
 
