@@ -172,8 +172,18 @@ class RankActor:
 
         timeouts = Timeouts(step_s=self._config.stall_s)
         spec = RankSpec(0, size, port=self._rendezvous.port, timeouts=timeouts)
-        place: dict[str, Any] = {"spec": spec, "rendezvous": self._rendezvous}
-        return load_engine(self._config, self._note_progress, **place)
+        return load_engine(
+            self._config,
+            self._note_progress,
+            spec=spec,
+            rendezvous=self._rendezvous,
+            on_failure=self._group_failed,
+        )
+
+    def _group_failed(self, error: Exception) -> None:
+        """On a thread of the group: it has lost a rank. While it loads, `load` tells."""
+        if self._engine is not None:
+            self._engine_failed(error)
 
     def _note_progress(self, what: str, share: float) -> None:
         self._progress = (what, share)

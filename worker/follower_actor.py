@@ -7,7 +7,6 @@ its process ends, too. Like rank 0 it is watched: it ends when its supervisor is
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
 import os
 import threading
@@ -51,7 +50,7 @@ class FollowerActor:
 
     def _run(self, port: int) -> tuple[str, str]:
         try:
-            run_follower = importlib.import_module("ellm.worker.parallel.follower").run_follower
+            from ellm.worker.parallel.follower import run_follower
             from ellm.worker.parallel.group import RankSpec, Timeouts
 
             timeouts = Timeouts(step_s=self._config.stall_s)
