@@ -52,6 +52,7 @@ class RankStatus:
     num_streams: int = 0
     error: tuple[str, str] | None = None  # (code, message) of a failed load
     drained: bool = False  # on request, and it is to be replaced
+    supervisor_pid: int | None = None  # where that is known
 
 
 class RankActor:
@@ -65,6 +66,7 @@ class RankActor:
         self._config = config
         self._worker_id = worker_id
         self._epoch = epoch
+        self._supervisor_pid = supervisor_pid
         self._watchdog = Watchdog(lease_s, () if supervisor_pid is None else (supervisor_pid,))
         self._progress = ("starting", 0.0)
         self._error: tuple[str, str] | None = None
@@ -162,6 +164,7 @@ class RankActor:
             front.num_live,
             front.num_streams,
             drained=self._drained,
+            supervisor_pid=self._supervisor_pid,
         )
 
     def _load(self) -> LoadedEngine:

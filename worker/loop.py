@@ -75,8 +75,9 @@ _Mail = _Submit | _Abort | _Forget | _HandBack | _Done | _Crash | _Stop
 class _StepThread:
     """Runs plans one after the other and mails each result."""
 
-    def __init__(self, executor: Executor, mailbox: SimpleQueue[_Mail]) -> None:
+    def __init__(self, executor: Executor, mailbox: SimpleQueue[_Mail], min_step_s: float) -> None:
         self._executor = executor
+        self._min_step_s = min_step_s
         self._mailbox = mailbox
         self._plans: SimpleQueue[BatchPlan | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="ellm-step", daemon=True)
@@ -93,8 +94,13 @@ class _StepThread:
 
     def _run(self) -> None:
         while (plan := self._plans.get()) is not None:
+            begun_at = time.monotonic()
             try:
-                self._mailbox.put(_Done(self._executor.execute(plan)))
+                result = self._executor.execute(plan)
+                left_s = begun_at + self._min_step_s - time.monotonic()
+                if left_s > 0.0:
+                    time.sleep(left_s)
+                self._mailbox.put(_Done(result))
             except Exception as error:  # the edge: whatever a device throws ends the worker
                 self._mailbox.put(_Crash(error))
                 return
@@ -180,7 +186,7 @@ class EngineLoop:
         return max(0.0, self._clock() - self._progress_at)
 
     def _guarded_run(self) -> None:
-        steps = _StepThread(self._executor, self._mailbox)
+        steps = _StepThread(self._executor, self._mailbox, self._core.config.min_step_s)
         try:
             while not self._stopping or self._outstanding:
                 self._turn(steps)

@@ -77,4 +77,5 @@ class WorkerConfig:
     drain_timeout_s: float = 60.0
     outbox_items: int = 256  # stream items a router may lag behind before its stream is cut
     profile: bool = True  # measure a few steps at start, unless this machine has done so before
+    min_step_s: float = 0.0  # a step takes so long at least: a CPU worker that leaves the machine to others
     tp_overlap: bool = False  # of a large step one half communicates while the other computes
