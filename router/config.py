@@ -37,7 +37,7 @@ class FailoverConfig:
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
     num_replicas: int = 1
-    policy: str = "least-requests"
+    policy: str = "headroom"
     tokenizer: str | None = None  # a folder or hub id; None: the model's own
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     failover: FailoverConfig = field(default_factory=FailoverConfig)

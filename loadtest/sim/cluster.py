@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from random import Random
-from time import perf_counter, thread_time
+from time import thread_time
 
 from ellm.loadtest.sim.cluster_setting import ClusterSetting
 from ellm.loadtest.sim.replica import Replica, SimulationError
@@ -148,9 +148,9 @@ class Cluster:
         ids = request.hash_ids
         session = f"{ids[min(_SESSION_PLACE, len(ids) - 1)]}" if ids else None
         routed = RoutedRequest(request.prompt_ids(index), session_id=session)
-        begun = perf_counter()
+        begun = thread_time()
         number, seq, reason, guessed = self._routers[router_number].route(routed, now)
-        self._run.decisions_s += perf_counter() - begun
+        self._run.decisions_s += thread_time() - begun
         self._run.chosen[index] = number
         self._run.guessed_tokens[index] = guessed
         self._run.reasons[reason] = self._run.reasons.get(reason, 0) + 1

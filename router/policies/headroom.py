@@ -28,6 +28,7 @@ from ellm.router.policies.replica import Replica
 
 _ROWS_PER_S = 8192.0  # where no worker has told any
 _STEP_S = 0.02
+_REQUEST_S = 1e-6  # of each sequence: fewer are better where nothing else tells workers apart
 _MIN_WEIGHT = 1e-3
 
 
@@ -35,9 +36,9 @@ _MIN_WEIGHT = 1e-3
 class Constants:
     """Frozen on one seed of the simulator and judged on others: docs/routing.md."""
 
-    decode: float = 0.03  # a second of decoding, in seconds of waiting
+    decode: float = 0.1  # a second of decoding, in seconds of waiting
     knee: float = 0.85  # share of memory promised, from which the barrier rises
-    barrier: float = 4.0  # of a step's time, at a full pool; squared in between
+    barrier: float = 8.0  # of a step's time, at a full pool; squared in between
     draws: int = 2
 
 
@@ -75,7 +76,8 @@ class Headroom:
             own_s = (prompt - cached.get(r.replica_id, 0)) / rate
             wait = (r.queue_rows + r.unseen_rows) / rate + r.queue_s + own_s
             slope = own_s
-            step = r.step_s(num, room) or _STEP_S
+            step, added = r.step_s(num, room)
+            step = step or _STEP_S
             lasts = output * step  # seconds that a request runs
             free = r.free_tokens - r.unseen_tokens - room
             if free < 0.0:
@@ -89,8 +91,9 @@ class Headroom:
             full = (1.0 - free / r.capacity_tokens - c.knee) / (1.0 - c.knee) if r.capacity_tokens else 0.0
             slow = c.barrier * min(full, 1.0) ** 2 if full > 0.0 else 0.0
             weight = max(r.weight, _MIN_WEIGHT)
-            costs.append((wait + c.decode * lasts * (1.0 + slow)) / weight)
-            slopes.append((slope + c.decode * lasts * num / (r.num_requests + 1 + num)) / weight)
+            decode = c.decode * output * (1.0 + slow)
+            costs.append((wait + decode * step + _REQUEST_S * r.num_requests) / weight)
+            slopes.append((slope + decode * added + _REQUEST_S * num) / weight)
         return costs, slopes
 
     def _draw(self, costs: list[float], slopes: list[float], expected: float) -> int:

@@ -11,6 +11,7 @@ from ellm.router.policies.power_of_two import less_loaded
 from ellm.router.policies.prefixes import Prefixes
 from ellm.router.policies.replica import Replica
 
+LEAST_SHARE = 0.3  # of the prompt: less is what all prompts have in common, and no reason to crowd
 LOAD_CAP = 1.5  # of the mean number of sequences
 SLACK = 2  # sequences: a cap on an idle cluster would forbid every hit
 
@@ -26,17 +27,21 @@ class PrefixAffinity:
         if not there.replicas:
             return None
         prefixes = Prefixes(request, there.replicas, now)
-        chosen, reason = self._best(there.replicas, prefixes), "prefix-affinity"
+        chosen, reason = self._best(request, there.replicas, prefixes), "prefix-affinity"
         if chosen is None or there.fallback == STALE:
             chosen, reason = less_loaded(self._random, there.replicas), "prefix-miss"
         return Choice(chosen.replica_id, there.fallback or reason, prefixes.placed(chosen))
 
-    def _best(self, replicas: Sequence[Replica], prefixes: Prefixes) -> Replica | None:
-        if not prefixes.tokens:
+    def _best(
+        self, request: RoutedRequest, replicas: Sequence[Replica], prefixes: Prefixes
+    ) -> Replica | None:
+        least = LEAST_SHARE * len(request.prompt_ids)
+        tokens = {name: count for name, count in prefixes.tokens.items() if count >= least}
+        if not tokens:
             return None
         mean = sum(replica.num_requests for replica in replicas) / len(replicas)
         cap = LOAD_CAP * mean + SLACK
-        hits = [r for r in replicas if r.replica_id in prefixes.tokens and r.num_requests <= cap]
+        hits = [r for r in replicas if r.replica_id in tokens and r.num_requests <= cap]
         if not hits:
             return None
-        return max(hits, key=lambda r: (prefixes.tokens[r.replica_id], -r.num_requests))
+        return max(hits, key=lambda r: (tokens[r.replica_id], -r.num_requests))

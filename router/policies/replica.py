@@ -104,12 +104,13 @@ class Replica:
             since = self._sent[0][4]
         return max(0.0, now - since)
 
-    def step_s(self, num: int, tokens: float) -> float:
+    def step_s(self, num: int, tokens: float) -> tuple[float, float]:
         """Of a step in which `num` sequences more decode, with `tokens` of context in all, besides everything
-        that is there and on its way. 0: not known yet."""
-        base, per_sequence, per_token = self._decode_step
-        kv = self.tokens_held + self.unseen_tokens + tokens
-        return base + per_sequence * (self.num_requests + num) + per_token * kv
+        that is there and on its way (0: not known yet); and what they add to it."""
+        constant, per_sequence, per_token = self._decode_step
+        kv = self.tokens_held + self.unseen_tokens
+        added = per_sequence * num + per_token * tokens
+        return constant + per_sequence * self.num_requests + per_token * kv + added, added
 
     def place(self, num: int, rows: int, tokens: int) -> None:
         """`num` sequences are about to be sent; `tokens` of prompts, of which `rows` need computing."""

@@ -19,9 +19,10 @@ import httpx
 import uvicorn
 from support.tree import ROOT
 
-from ellm.router.app import create_app
+from ellm.router.app import ModelSource, create_app
 from ellm.router.config import RouterConfig
 from ellm.router.exchange import Service
+from ellm.router.models import Models
 from ellm.worker.api.config import SchedulerConfig, WorkerConfig
 from ellm.worker.api.cost_model import CostModel
 from ellm.worker.api.report import WorkerInfo
@@ -63,7 +64,9 @@ class EchoExecutor(SimulatedExecutor):
 class EchoWorker:
     """One worker: front, engine, executor, and the channel that leads to it."""
 
-    def __init__(self, number: int, step_s: float = 0.0005, max_model_len: int = 2048) -> None:
+    def __init__(
+        self, number: int, step_s: float = 0.0005, max_model_len: int = 2048, model: str = MODEL
+    ) -> None:
         self.limits = ModelLimits(2048, 16, max_model_len, 4096, (EOS, 2))
         self.executor = EchoExecutor(self.limits, step_s)
         config = WorkerConfig(scheduler=SchedulerConfig(max_num_seqs=256), heartbeat_s=0.05)
@@ -71,7 +74,7 @@ class EchoWorker:
         engine = EngineLoop(self.core, self.executor, report_s=config.heartbeat_s)
         limits = self.limits
         info = WorkerInfo(
-            f"w{number}", f"epoch{number}", MODEL, "node", limits.max_model_len, limits.block_size,
+            f"w{number}", f"epoch{number}", model, "node", limits.max_model_len, limits.block_size,
             limits.num_blocks, limits.vocab_size, limits.eos_token_ids, "simulated", "none", True,
         )  # fmt: skip
         self.front = WorkerFront(info, config, engine)
@@ -86,10 +89,22 @@ class EchoWorker:
 class RouterServer:
     """Started by `with`; `url` answers until the block ends."""
 
-    def __init__(self, workers: list[EchoWorker] | None = None, config: RouterConfig | None = None) -> None:
+    def __init__(
+        self,
+        workers: list[EchoWorker] | None = None,
+        config: RouterConfig | None = None,
+        broken: dict[str, str] | None = None,
+    ) -> None:
+        """Each model that a worker has is served; `broken` are models that cannot be."""
         self.workers = [EchoWorker(0)] if workers is None else workers
         self.config = config or RouterConfig(refresh_s=0.05)
-        self.directory = LocalDirectory(*(worker.channel for worker in self.workers))
+        names = dict.fromkeys(worker.channel.info.model for worker in self.workers) or {MODEL: None}
+        self.directories = {
+            name: LocalDirectory(*(w.channel for w in self.workers if w.channel.info.model == name))
+            for name in names
+        }
+        self.directory = next(iter(self.directories.values()))
+        self._broken = broken
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self._socket = socket.create_server(("127.0.0.1", 0))
@@ -144,8 +159,10 @@ class RouterServer:
         self._loop = asyncio.get_running_loop()
         for worker in self.workers:
             worker.front.start()
-        app = create_app(self.config, MODEL, FOLDER, self.directory)
-        self.service: Service = app.state.service
+        sources = [ModelSource(name, FOLDER, directory) for name, directory in self.directories.items()]
+        app = create_app(self.config, sources, broken=self._broken)
+        self.models: Models = app.state.models
+        self.service: Service = next(iter(self.models.services.values()))
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(config)
@@ -162,5 +179,5 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
 
 
 def router_config(**changes: object) -> RouterConfig:
-    """Short periods for tests."""
-    return replace(RouterConfig(refresh_s=0.05), **changes)  # type: ignore[arg-type]
+    """Short periods for tests, and requests that are spread evenly however fast a worker seems."""
+    return replace(RouterConfig(refresh_s=0.05, policy="least-requests"), **changes)  # type: ignore[arg-type]

@@ -58,10 +58,10 @@ class DigestView:
 
     def __init__(self) -> None:
         self.keys: set[Key] = set()
-        self._pages: list[frozenset[Key]] = [frozenset()] * NUM_PAGES
+        self._pages: list[bytes] = [b""] * NUM_PAGES  # as they came
 
     def update(self, packed: bytes) -> None:
-        """Take the pages of a report. O(their entries). Anything that this version does not read is left
+        """Take the pages of a report. O(their bytes). Anything that this version does not read is left
         alone: without a digest a worker is merely chosen by its load."""
         if not packed or packed[0] != VERSION:
             return
@@ -71,9 +71,14 @@ class DigestView:
             body = packed[at + 2 : at + 2 + 2 * count]
             if len(body) < 2 * count:
                 return
-            high = number << 16
-            page = frozenset(high | body[i] << 8 | body[i + 1] for i in range(0, 2 * count, 2))
-            self.keys -= self._pages[number] - page
-            self.keys |= page
-            self._pages[number] = page
+            if body != self._pages[number]:
+                page = _keys(number, body)
+                self.keys.difference_update(_keys(number, self._pages[number]) - page)
+                self.keys |= page
+                self._pages[number] = body
             at += 2 + 2 * count
+
+
+def _keys(number: int, body: bytes) -> set[Key]:
+    high = number << 16
+    return {high | body[i] << 8 | body[i + 1] for i in range(0, len(body), 2)}
