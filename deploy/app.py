@@ -14,11 +14,11 @@ from ray import serve
 
 from ellm.cluster.actor import find_or_start
 from ellm.cluster.api.config import ModelScale
-from ellm.deploy.config import EllmConfig, from_mapping
+from ellm.deploy.config import from_mapping
 from ellm.deploy.resolve import resolve
+from ellm.deploy.tree import EllmConfig, worker_deployment
 from ellm.router.deployment import router_application
 from ellm.router.replicas import RayDirectory
-from ellm.worker.api.config import served_name
 from ellm.worker.supervisor import worker_application
 
 
@@ -29,20 +29,23 @@ def build(args: Mapping[str, Any]) -> serve.Application:
 
 def build_application(config: EllmConfig) -> serve.Application:
     """The application of a resolved config. Raises ConfigError."""
-    on_gpu = config.worker.model.device == "cuda"
-    workers = worker_application(
-        config.worker,
-        num_workers=config.cluster.num_workers,
-        rank_cpus=config.cluster.worker_num_cpus,
-        rank_gpus=1.0 if on_gpu else 0.0,
-    )
-    scale = ModelScale(
-        served_name(config.worker.model), config.cluster.num_workers, config.cluster.num_workers
-    )
-    find_controller = partial(find_or_start, RayDirectory, config.controller, (scale,))
+    served = config.served
+    workers = [
+        worker_application(
+            model.worker,
+            num_workers=model.num_workers,
+            rank_cpus=config.cluster.worker_num_cpus,
+            rank_gpus=1.0 if model.worker.model.device == "cuda" else 0.0,
+            name=worker_deployment(config, model),
+        )
+        for model in served
+    ]
+    scales = tuple(ModelScale(model.name, model.min_workers, model.max_workers) for model in served)
     return router_application(
         config.router,
-        config.worker.model,
+        [model.worker.model for model in served],
         workers,
-        find_controller if config.controller.enabled else None,
+        partial(find_or_start, RayDirectory, config.controller, scales)
+        if config.controller.enabled
+        else None,
     )

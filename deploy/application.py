@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ellm.deploy.config import EllmConfig
+from ellm.deploy.tree import EllmConfig
 from ellm.worker.api.errors import EllmError
 
 NAME = "ellm"
@@ -25,6 +25,7 @@ class Status:
     state: str  # DEPLOYING, RUNNING, DEPLOY_FAILED, UNHEALTHY, DELETING, ...
     message: str = ""
     healthy: frozenset[str] = field(default=frozenset())  # deployments
+    failed: Mapping[str, str] = field(default_factory=dict)  # deployment that did not come up -> why
 
 
 def build(config: EllmConfig) -> Any:
@@ -55,8 +56,13 @@ def status() -> Status | None:
     if found is None:
         return None
     healthy = frozenset(name for name, item in found.deployments.items() if item.status == "HEALTHY")
+    failed = {
+        name: reason([item.message])
+        for name, item in found.deployments.items()
+        if item.status in ("DEPLOY_FAILED", "UNHEALTHY")
+    }
     messages = [found.message, *(item.message for item in found.deployments.values())]
-    return Status(str(found.status.value), reason(messages), healthy)
+    return Status(str(found.status.value), reason(messages), healthy, failed)
 
 
 def reason(messages: Sequence[str]) -> str:
@@ -69,14 +75,19 @@ def reason(messages: Sequence[str]) -> str:
     return " ".join(" ".join(messages).split())[:500]
 
 
-def wait_for(deployment: str, deadline: float, meanwhile: Callable[[], None] = lambda: None) -> None:
-    """Until Serve calls the deployment healthy. Raises DeployFailed."""
+def wait_for(
+    deployment: str, deadline: float, meanwhile: Callable[[], None] = lambda: None, *, alone: bool = True
+) -> None:
+    """Until Serve calls the deployment healthy. Raises DeployFailed; if it is not `alone`, not for another
+    deployment's failure."""
     seen: Status | None = None
     while time.monotonic() < deadline:
         seen = status() or seen
         if seen is not None:
-            if seen.state in ("DEPLOY_FAILED", "UNHEALTHY"):
+            if alone and seen.state in ("DEPLOY_FAILED", "UNHEALTHY"):
                 raise DeployFailed(seen.message)
+            if deployment in seen.failed:
+                raise DeployFailed(seen.failed[deployment])
             if deployment in seen.healthy:
                 return
         meanwhile()

@@ -15,8 +15,8 @@ import traceback
 import types
 
 from ellm.deploy import server
-from ellm.deploy.config import EllmConfig
 from ellm.deploy.leftovers import Session
+from ellm.deploy.tree import EllmConfig
 from ellm.worker.api.errors import EllmError
 
 INTERRUPTED = 130

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ellm.deploy import ports
-from ellm.deploy.config import EllmConfig
+from ellm.deploy.tree import EllmConfig
 from ellm.worker.api.errors import EllmError
 
 NAMESPACE = "ellm"

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from ellm.deploy.config import EllmConfig
+from ellm.deploy.tree import EllmConfig
 from ellm.worker.api.config import ModelConfig, WorkerConfig, served_name
 from ellm.worker.api.errors import ConfigError
 
@@ -20,12 +20,20 @@ from ellm.worker.api.errors import ConfigError
 def resolve(config: EllmConfig) -> EllmConfig:
     """The config with device, STRICT, name and threads decided. Raises ConfigError."""
     here = config.cluster.address is None
-    model = resolve_model(config.worker.model, here)
-    worker = replace(config.worker, model=model)
+    ranks = sum(model.num_workers * model.worker.tensor_parallel_size for model in config.served)
+    models = tuple(
+        replace(model, worker=_resolve_one(model.worker, here, ranks)) for model in config.models
+    )
+    worker = models[0].worker if models else _resolve_one(config.worker, here, ranks)
+    return replace(config, worker=worker, models=models)
+
+
+def _resolve_one(worker: WorkerConfig, here: bool, ranks: int) -> WorkerConfig:
+    """`ranks` share this machine's cores, of all models together."""
+    model = resolve_model(worker.model, here)
     if worker.num_threads is None and model.device == "cpu" and here:
-        ranks = config.cluster.num_workers * worker.tensor_parallel_size
         worker = replace(worker, num_threads=max(1, num_cores() // ranks))
-    return replace(config, worker=worker)
+    return replace(worker, model=model)
 
 
 def resolve_worker(worker: WorkerConfig) -> WorkerConfig:

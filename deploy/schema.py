@@ -20,6 +20,13 @@ from ellm.worker.api.errors import ConfigError
 Leaves = dict[str, Any]  # dotted path -> value of a leaf
 
 
+APART = "apart"  # in a field's metadata: not a part of the schema
+
+
+def _fields(cls: Any) -> list[Field[Any]]:
+    return [item for item in fields(cls) if not item.metadata.get(APART)]
+
+
 @cache
 def _hints(cls: Any) -> dict[str, Any]:
     return get_type_hints(cls)
@@ -27,7 +34,7 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 def leaf_types(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted path, annotation) of every leaf of the tree, in the order of its fields."""
-    for item in fields(cls):
+    for item in _fields(cls):
         hint = _hints(cls)[item.name]
         if is_dataclass(hint):
             yield from leaf_types(hint, f"{prefix}{item.name}.")
@@ -51,7 +58,7 @@ def flatten(cls: Any, data: Any, prefix: str = "") -> Leaves:
         raise ConfigError(f"{where}: expected keys and values, got {_show(data)}", param=where)
     leaves: Leaves = {}
     hints = _hints(cls)
-    known = [f"{prefix}{item.name}" for item in fields(cls)]
+    known = [f"{prefix}{item.name}" for item in _fields(cls)]
     for key, value in data.items():
         path = f"{prefix}{key}"
         if path not in known:
@@ -66,7 +73,7 @@ def flatten(cls: Any, data: Any, prefix: str = "") -> Leaves:
 def build(cls: Any, leaves: Mapping[str, Any], prefix: str = "") -> Any:
     """The tree with these leaves set and all others at their defaults."""
     values: dict[str, Any] = {}
-    for item in fields(cls):
+    for item in _fields(cls):
         path, hint = f"{prefix}{item.name}", _hints(cls)[item.name]
         if is_dataclass(hint):
             values[item.name] = build(hint, leaves, f"{path}.")
@@ -80,7 +87,7 @@ def build(cls: Any, leaves: Mapping[str, Any], prefix: str = "") -> Any:
 def unbuild(tree: Any, prefix: str = "") -> Leaves:
     """Every leaf of a tree by its path."""
     leaves: Leaves = {}
-    for item in fields(tree):
+    for item in _fields(tree):
         value = getattr(tree, item.name)
         if is_dataclass(value):
             leaves.update(unbuild(value, f"{prefix}{item.name}."))

@@ -15,12 +15,12 @@ from typing import Any
 
 from ellm.deploy import application, ports, ray_cluster, workers
 from ellm.deploy.application import DeployFailed
-from ellm.deploy.config import EllmConfig
 from ellm.deploy.http_client import RequestFailed, Server
 from ellm.deploy.progress import Progress
 from ellm.deploy.resolve import num_cores
+from ellm.deploy.tree import EllmConfig, ServedModel, worker_deployment
 from ellm.router.policies import make_policy as router_policy
-from ellm.worker.api.config import SIMULATED, ModelConfig
+from ellm.worker.api.config import SIMULATED, ModelConfig, WorkerConfig
 from ellm.worker.api.errors import ConfigError
 from ellm.worker.engine.policies import make_policy as engine_policy
 from ellm.worker.model.architecture import Architecture
@@ -98,14 +98,24 @@ def run(config: EllmConfig, parent: int) -> int:
 def check(config: EllmConfig) -> None:
     """All that can be known to be wrong before anything starts. Raises ConfigError."""
     router_policy(config.router.policy)
-    engine_policy(config.worker.scheduler)
-    model = config.worker.model
-    if not model.path.startswith(SIMULATED):
-        check_fits(model, inspect_checkpoint(model.path, model.revision))
+    problems = {model.name: problem for model in config.served if (problem := check_model(model.worker))}
+    if len(problems) == len(config.served):  # of several, one that cannot be served stops no other
+        raise next(iter(problems.values()))
     if config.cluster.address is None:
         ports.check_free(config.cluster.host, config.cluster.port, "port")
         if config.cluster.grpc_port is not None:
             ports.check_free(config.cluster.host, config.cluster.grpc_port, "grpc_port")
+
+
+def check_model(worker: WorkerConfig) -> ConfigError | None:
+    """What is wrong with one model."""
+    try:
+        engine_policy(worker.scheduler)
+        if not worker.model.path.startswith(SIMULATED):
+            check_fits(worker.model, inspect_checkpoint(worker.model.path, worker.model.revision))
+    except ConfigError as error:
+        return error
+    return None
 
 
 def check_fits(model: ModelConfig, found: Architecture) -> None:
@@ -156,22 +166,42 @@ def take_down(config: EllmConfig) -> None:
 
 def wait_for_application(config: EllmConfig, progress: Progress) -> None:
     deadline = time.monotonic() + config.cluster.start_timeout_s
-    count = config.cluster.num_workers
-    with progress.phase(f"{count} worker{'s' if count > 1 else ''} on {config.worker.model.device}"):
-        application.wait_for("Worker", deadline, lambda: progress.note(workers.progress()))
-        progress.note("ready")
+    num_workers = 0
+    several = len(config.served) > 1
+    for model in config.served:
+        count = model.num_workers
+        of = f" of {model.name}" if several else ""
+        with progress.phase(f"{count} worker{'s' if count > 1 else ''}{of} on {model.worker.model.device}"):
+            num_workers += wait_for_model(config, model, progress, deadline)
+    if not num_workers:
+        raise DeployFailed("no model can be served")
     with progress.phase("Router"):
-        application.wait_for("Router", deadline)
+        application.wait_for("Router", deadline, alone=not several)
     with progress.phase("HTTP ingress"):
         wait_until_ready(config, progress, deadline)
         progress.note("ready")
-    for line in workers.pool_lines(worker_table(config)):
+    for line in workers.pool_lines(worker_table(config, num_workers)):
         progress.line(f"  {line}")
+
+
+def wait_for_model(config: EllmConfig, model: ServedModel, progress: Progress, deadline: float) -> int:
+    """How many workers of it are up: 0 where it cannot be served and others can. Raises DeployFailed."""
+    several = len(config.served) > 1
+    name = worker_deployment(config, model)
+    try:
+        application.wait_for(name, deadline, lambda: progress.note(workers.progress()), alone=not several)
+    except DeployFailed as error:
+        if not several:
+            raise
+        progress.note(f"cannot be served: {error.message}")
+        return 0
+    progress.note("ready")
+    return model.num_workers
 
 
 def needed_cpus(config: EllmConfig) -> float:
     """Logical CPUs that the deployments ask Ray for."""
-    ranks = config.cluster.num_workers * config.worker.tensor_parallel_size
+    ranks = sum(model.max_workers * model.worker.tensor_parallel_size for model in config.served)
     return 1 + ranks * config.cluster.worker_num_cpus
 
 
@@ -197,8 +227,8 @@ def wait_until_ready(config: EllmConfig, progress: Progress, deadline: float) ->
     raise DeployFailed(f"not ready after {config.cluster.start_timeout_s:.0f} s: {reason}")
 
 
-def worker_table(config: EllmConfig) -> list[dict[str, Any]]:
-    """The workers as a router sees them; it is given a moment to find them all."""
+def worker_table(config: EllmConfig, num_workers: int) -> list[dict[str, Any]]:
+    """The workers as a router sees them; it is given a moment to find so many."""
     key = config.router.admin_key or next(iter(config.router.api_keys), None)
     server = Server(base_url(config), key, timeout_s=5.0)
     deadline = time.monotonic() + FIND_S
@@ -207,7 +237,7 @@ def worker_table(config: EllmConfig) -> list[dict[str, Any]]:
             table: list[dict[str, Any]] = server.get("/admin/workers")["workers"]
         except RequestFailed:
             table = []
-        if len(table) >= config.cluster.num_workers or time.monotonic() > deadline:
+        if len(table) >= num_workers or time.monotonic() > deadline:
             return table
         time.sleep(0.05)
 

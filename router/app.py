@@ -7,8 +7,9 @@ a test; it imports neither Ray nor torch.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,6 +31,7 @@ from ellm.router.guidance import ControllerLine, GuidanceBook, GuidanceLoop
 from ellm.router.http_bodies import JSON_TYPE, read_json, send_error
 from ellm.router.metrics import CONTENT_TYPE, RouterMetrics
 from ellm.router.metrics_page import GuidanceMetrics, MetricsPage
+from ellm.router.models import Models
 from ellm.router.openai.answer import error_body
 from ellm.router.openai.convert import Converter
 from ellm.router.openai.schema import (
@@ -55,50 +57,67 @@ def package_version() -> str:
         return "0.0.0+source"
 
 
-def create_app(
-    config: RouterConfig,
-    model: str,
-    tokenizer: Tokenizer | Path,
-    directory: WorkerDirectory,
-    clock: Callable[[], float] = time.monotonic,
-    echo_request_id: bool = True,
-    controller: ControllerLine | None = None,
-) -> FastAPI:
-    """`model` is the served name; `tokenizer` may be the checkpoint's folder. Starting the app (its lifespan)
-    opens the lines to the workers. `echo_request_id` is off where the server around the app does it;
-    without a `controller` nobody advises. Raises ConfigError."""
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """One model: its served name, its tokenizer (or the checkpoint's folder), and where its workers are."""
+
+    name: str
+    tokenizer: Tokenizer | Path
+    directory: WorkerDirectory
+
+
+def make_service(source: ModelSource, config: RouterConfig, clock: Callable[[], float]) -> Service:
+    """Raises ConfigError for a tokenizer that cannot be read."""
+    name, tokenizer = source.name, source.tokenizer
     if isinstance(tokenizer, Path):
         tokenizer = Tokenizer.load(tokenizer)
-    metrics = RouterMetrics(model, clock)
-    book = GuidanceBook(config.num_replicas)
-    service = Service(
+    metrics = RouterMetrics(name, clock)
+    return Service(
         config=config,
-        model=model,
-        fingerprint="fp_" + blake2b(f"{package_version()}/{model}".encode(), digest_size=5).hexdigest(),
+        model=name,
+        fingerprint="fp_" + blake2b(f"{package_version()}/{name}".encode(), digest_size=5).hexdigest(),
         tokenizer=tokenizer,
         converter=Converter(tokenizer, config.limits),
-        dispatcher=Dispatcher(directory, config, metrics, clock),
+        dispatcher=Dispatcher(source.directory, config, metrics, clock),
         metrics=metrics,
-        guidance=book,
     )
-    dispatcher = service.dispatcher
+
+
+def create_app(
+    config: RouterConfig,
+    sources: Sequence[ModelSource],
+    *,
+    broken: Mapping[str, str] | None = None,
+    controller: ControllerLine | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    echo_request_id: bool = True,
+) -> FastAPI:
+    """Starting the app (its lifespan) opens the lines to the workers. `broken`: models that cannot be served,
+    and why. Without a `controller` nobody advises. `echo_request_id` is off where the server around the app
+    does it. Raises ConfigError."""
+    models = Models([make_service(source, config, clock) for source in sources], broken)
+    services = models.services.values()
+    book = GuidanceBook(config.num_replicas)
     guidance = GuidanceLoop(
-        book, controller, dispatcher.links.values, prompts=lambda: (dispatcher.poison,), clock=clock
+        book, controller, models.links, prompts=lambda: [s.dispatcher.poison for s in services], clock=clock
     )
-    page = MetricsPage([metrics, GuidanceMetrics(book, clock)])
+    page = MetricsPage([*(service.metrics for service in services), GuidanceMetrics(book, clock)])
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await service.dispatcher.start()
+        for service in services:
+            await service.dispatcher.start()
         guidance.start()
         try:
             yield
         finally:
             await guidance.close()
-            await service.dispatcher.close()
+            for service in services:
+                await service.dispatcher.close()
 
     app = FastAPI(title="eLLM on Ray", version=package_version(), lifespan=lifespan, redirect_slashes=False)
-    app.state.service = service
+    app.state.models = models
+    app.state.guidance = book
     app.add_middleware(
         Edge, api_keys=config.api_keys, admin_key=config.admin_key, echo_request_id=echo_request_id
     )
@@ -114,10 +133,10 @@ def create_app(
         )
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_exception_handler(EllmError, _ellm_error)
-    _add_generation(app, service)
-    _add_models(app, service)
-    _add_tokens(app, service)
-    _add_operations(app, service, page)
+    _add_generation(app, models)
+    _add_models(app, models)
+    _add_tokens(app, models, config.limits.max_body_bytes)
+    _add_operations(app, models, page)
     return app
 
 
@@ -158,18 +177,18 @@ def _documented(body: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"content": {"application/json": {"schema": body.model_json_schema()}}}}
 
 
-def _add_generation(app: FastAPI, service: Service) -> None:
+def _add_generation(app: FastAPI, models: Models) -> None:
     @app.post("/v1/completions", openapi_extra=_documented(CompletionRequest))
     async def completions() -> Response:
-        return Exchange(service, "completion")
+        return Exchange(models, "completion")
 
     @app.post("/v1/chat/completions", openapi_extra=_documented(ChatRequest))
     async def chat_completions() -> Response:
-        return Exchange(service, "chat")
+        return Exchange(models, "chat")
 
 
-def _add_models(app: FastAPI, service: Service) -> None:
-    def card() -> dict[str, Any]:
+def _add_models(app: FastAPI, models: Models) -> None:
+    def card(service: Service) -> dict[str, Any]:
         info = service.dispatcher.info()
         return {
             "id": service.model,
@@ -182,22 +201,19 @@ def _add_models(app: FastAPI, service: Service) -> None:
         }
 
     @app.get("/v1/models")
-    async def models() -> Response:
-        return _json({"object": "list", "data": [card()]})
+    async def list_models() -> Response:
+        return _json({"object": "list", "data": [card(service) for service in models.services.values()]})
 
     @app.get("/v1/models/{model_id:path}")
     async def model(model_id: str) -> Response:
-        service.check_model(model_id)
-        return _json(card())
+        return _json(card(models.find(model_id)))
 
 
-def _add_tokens(app: FastAPI, service: Service) -> None:
-    limit = service.config.limits.max_body_bytes
-
+def _add_tokens(app: FastAPI, models: Models, limit: int) -> None:
     @app.post("/tokenize", openapi_extra=_documented(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
         body = parse(TokenizeRequest, await read_json(request.scope, request.receive, limit))
-        service.check_model(body.model)
+        service = models.find(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("one of prompt and messages", param="prompt")
         chat = body.prompt is None
@@ -220,14 +236,14 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize", openapi_extra=_documented(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
         body = parse(DetokenizeRequest, await read_json(request.scope, request.receive, limit))
-        service.check_model(body.model)
+        service = models.find(body.model)
         if len(body.tokens) > MAX_TOKENS_OF_CALL:
             raise PromptTooLong(f"tokens: at most {MAX_TOKENS_OF_CALL}", param="tokens")
         skip = bool(body.skip_special_tokens)
         return _json({"prompt": await in_text_thread(service.tokenizer.decode, body.tokens, skip)})
 
 
-def _add_operations(app: FastAPI, service: Service, page: MetricsPage) -> None:
+def _add_operations(app: FastAPI, models: Models, page: MetricsPage) -> None:
     def get(path: str, answer: Callable[[], Response]) -> None:
         async def endpoint() -> Response:
             return answer()
@@ -236,16 +252,23 @@ def _add_operations(app: FastAPI, service: Service, page: MetricsPage) -> None:
         handler: Callable[[], Awaitable[Response]] = endpoint
         app.get(path)(handler)
 
-    def state(check: Callable[[Dispatcher], health.Health]) -> Response:
-        found = check(service.dispatcher)
+    def state(found: health.Health, **more: Any) -> Response:
         headers = {} if found.ok else {"retry-after": "1"}
-        return _json({"status": found.status, "reason": found.reason}, 200 if found.ok else 503, headers)
+        body = {"status": found.status, "reason": found.reason, **more}
+        return _json(body, 200 if found.ok else 503, headers)
 
-    get("/health", lambda: state(health.alive))
-    get("/health/ready", lambda: state(health.ready))
+    def ready() -> Response:
+        found, states = models.ready()
+        return state(found, models=states)
+
+    def workers() -> list[dict[str, Any]]:
+        return [row for service in models.services.values() for row in health.workers(service.dispatcher)]
+
+    get("/health", lambda: state(models.alive()))
+    get("/health/ready", ready)
     get("/version", lambda: _json({"version": package_version()}))
     get(
         "/metrics",
         lambda: Response(page.text(), media_type=None, headers={"content-type": CONTENT_TYPE}),
     )
-    get("/admin/workers", lambda: _json({"workers": health.workers(service.dispatcher)}))
+    get("/admin/workers", lambda: _json({"workers": workers()}))

@@ -7,15 +7,16 @@ themselves. Worker replicas are deployed beside it and never called through Serv
 from __future__ import annotations
 
 import gc
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ray import serve
 
-from ellm.router.app import create_app
+from ellm.router.app import ModelSource, create_app
 from ellm.router.config import RouterConfig
 from ellm.router.controller_line import RayControllerLine
 from ellm.router.replicas import RayDirectory
@@ -23,6 +24,8 @@ from ellm.router.simulated_tokenizer import PREFIX, simulated_tokenizer
 from ellm.router.tokenizer import Tokenizer
 from ellm.worker.api.config import ModelConfig, served_name
 from ellm.worker.api.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 DEPLOYMENT_NAME = "Router"
 TOKENIZER_FILES = ["*.json", "*.jinja", "merges.txt"]
@@ -33,14 +36,14 @@ ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_RO
 
 def router_application(
     config: RouterConfig,
-    model: ModelConfig,
-    workers: serve.Application | None = None,
+    models: Sequence[ModelConfig],
+    workers: Sequence[serve.Application] = (),
     find_controller: Callable[[], Any] | None = None,
 ) -> serve.Application:
     """The Serve application: routers as the ingress, and `workers` deployed with them. `find_controller`
     finds or makes the controller's actor; without it nobody advises."""
     deployment = serve.deployment(
-        serve.ingress(_builder(config, model, find_controller))(),
+        serve.ingress(_builder(config, tuple(models), find_controller))(),
         name=DEPLOYMENT_NAME,
         num_replicas=config.num_replicas,
         ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": ONE_LOOP}},
@@ -52,26 +55,23 @@ def router_application(
         graceful_shutdown_timeout_s=config.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.1,
     )
-    application: serve.Application = deployment.bind(*([] if workers is None else [workers]))
+    application: serve.Application = deployment.bind(*workers)
     return application
 
 
 def _builder(
-    config: RouterConfig, model: ModelConfig, find_controller: Callable[[], Any] | None
+    config: RouterConfig, models: Sequence[ModelConfig], find_controller: Callable[[], Any] | None
 ) -> Callable[[], Any]:
     """What Serve calls in each replica."""
 
     def build() -> Any:
-        name = served_name(model)
-        source = model if config.tokenizer is None else replace(model, path=config.tokenizer)
-        # Serve echoes the request id itself, whatever the application does.
+        sources, broken = load_sources(models, config.tokenizer)
         app = create_app(
             config,
-            name,
-            load_tokenizer(source),
-            RayDirectory(name),
-            echo_request_id=False,
+            sources,
+            broken=broken,
             controller=None if find_controller is None else RayControllerLine(find_controller),
+            echo_request_id=False,  # Serve does it itself, whatever the application does
         )
         # What is loaded by now stays: the collector need not look at it with every request.
         gc.collect()
@@ -79,6 +79,28 @@ def _builder(
         return app
 
     return build
+
+
+def load_sources(
+    models: Sequence[ModelConfig], tokenizer: str | None
+) -> tuple[list[ModelSource], dict[str, str]]:
+    """The models that can be served, and why others cannot. `tokenizer` is for the one model there is. Raises
+    ConfigError when none can."""
+    sources: list[ModelSource] = []
+    broken: dict[str, str] = {}
+    for model in models:
+        name = served_name(model)
+        source = model if tokenizer is None else replace(model, path=tokenizer)
+        try:
+            sources.append(ModelSource(name, load_tokenizer(source), RayDirectory(name)))
+        except ConfigError as error:
+            if len(models) == 1:
+                raise
+            log.error("the model %s cannot be served: %s", name, error.message)
+            broken[name] = error.message
+    if not sources:
+        raise ConfigError("; ".join(f"{name}: {reason}" for name, reason in broken.items()))
+    return sources, broken
 
 
 def load_tokenizer(model: ModelConfig) -> Tokenizer:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -20,7 +20,6 @@ from ellm.router.dispatch import Dispatcher
 from ellm.router.edge import CONTEXT, RequestContext
 from ellm.router.errors import BodyTooLarge
 from ellm.router.generation import Generation
-from ellm.router.guidance import GuidanceBook
 from ellm.router.http_bodies import (
     ClientLeft,
     header,
@@ -37,7 +36,7 @@ from ellm.router.paced_stream import PacedStream
 from ellm.router.service_level import ServiceLevel, with_headers
 from ellm.router.sinks import EventStream, Gathered
 from ellm.router.tokenizer import Tokenizer
-from ellm.worker.api.errors import DeadlineExceeded, EllmError, ModelNotFound
+from ellm.worker.api.errors import DeadlineExceeded, EllmError
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +54,6 @@ class Service:
     converter: Converter
     dispatcher: Dispatcher
     metrics: RouterMetrics
-    guidance: GuidanceBook
 
     async def bounds(self) -> ModelBounds:
         """Raises Unavailable when no worker is up in time."""
@@ -63,36 +61,38 @@ class Service:
         default = ServiceLevel(info.tpot_slo_s, info.ttft_slo_s)
         return ModelBounds(info.max_model_len, info.vocab_size, default)
 
-    def check_model(self, name: str | None) -> None:
-        """Raises ModelNotFound. A request without a model means the one there is."""
-        if name is not None and name != self.model:
-            shown = name[:64].encode("ascii", "replace").decode()
-            raise ModelNotFound(f"the model {shown!r} does not exist here", param="model")
-
     async def job(self, kind: Kind, body: Any) -> Job:
-        """Raises InvalidRequest, ModelNotFound, Unavailable."""
+        """Raises InvalidRequest, Unavailable."""
         if kind == "chat":
-            chat = parse(ChatRequest, body)
-            self.check_model(chat.model)
-            return await self.converter.chat(chat, await self.bounds())
-        completion = parse(CompletionRequest, body)
-        self.check_model(completion.model)
-        return await self.converter.completion(completion, await self.bounds())
+            return await self.converter.chat(parse(ChatRequest, body), await self.bounds())
+        return await self.converter.completion(parse(CompletionRequest, body), await self.bounds())
+
+
+class ServiceFinder(Protocol):
+    """The router's models."""
+
+    services: dict[str, Service]
+
+    def find_for(self, body: Any) -> Service:
+        """The service that a request's body means. Raises InvalidRequest, ModelNotFound, Unavailable."""
+        ...
 
 
 class Exchange(Response):
     """An ASGI response that does all its work when it is called, past FastAPI to the client's connection."""
 
-    def __init__(self, service: Service, kind: Kind) -> None:
+    def __init__(self, models: ServiceFinder, kind: Kind) -> None:
         self.background = None
-        self._service = service
+        self._models = models
         self._kind = kind
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         context: RequestContext = scope[CONTEXT]
         send = context.send
+        self._service = next(iter(self._models.services.values()))  # until the body says which
         try:
             body = await read_json(scope, receive, self._service.config.limits.max_body_bytes)
+            self._service = self._models.find_for(body)
             await _while_client_stays(receive, lambda: self._answer(body, scope, send, context))
         except BodyTooLarge as error:
             await send_error(send, error, receive)

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ellm.deploy import config, resolve
+    from ellm.deploy import config, dump, resolve
 
     flags = {key: getattr(args, key) for key, _, _ in FLAGS.values() if getattr(args, key) is not None}
     if args.model is not None:
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     loaded = config.load(args.config, settings=args.settings, flags=flags)
     resolved = resolve.resolve(loaded.config)
     if args.print_config:
-        print(config.dump(resolved, loaded.origins), end="")
+        print(dump.dump(resolved, loaded.origins), end="")
         return 0
     from ellm.deploy import foreground
 

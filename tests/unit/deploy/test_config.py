@@ -9,11 +9,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ellm.deploy import config, schema
+from ellm.deploy import config, dump, schema, tree
 from ellm.worker.api.errors import ConfigError
 
 
-def load(**kwargs: object) -> config.EllmConfig:
+def load(**kwargs: object) -> tree.EllmConfig:
     return config.load(**{"environ": {}, **kwargs}).config  # type: ignore[arg-type]
 
 
@@ -118,23 +118,23 @@ def test_text_becomes_what_the_field_wants() -> None:
 
 
 def test_every_alias_and_bound_names_a_leaf() -> None:
-    assert set(config.ALIASES.values()) <= set(config.TYPES)
-    assert set(config.BOUNDS) <= set(config.TYPES)
-    leaves = schema.unbuild(config.EllmConfig())
-    for path, (low, high) in config.BOUNDS.items():
+    assert set(tree.ALIASES.values()) <= set(tree.TYPES)
+    assert set(tree.BOUNDS) <= set(tree.TYPES)
+    leaves = schema.unbuild(tree.EllmConfig())
+    for path, (low, high) in tree.BOUNDS.items():
         assert leaves[path] is None or low <= leaves[path] <= high
 
 
 def test_every_annotation_of_the_tree_is_known() -> None:
-    for path, value in schema.unbuild(config.EllmConfig()).items():
-        assert schema.coerce(config.TYPES[path], value, path) == value
-        assert schema.describe(config.TYPES[path])
+    for path, value in schema.unbuild(tree.EllmConfig()).items():
+        assert schema.coerce(tree.TYPES[path], value, path) == value
+        assert schema.describe(tree.TYPES[path])
 
 
 def test_what_is_printed_loads_again(tmp_path: Path) -> None:
     settings = ["model=a: b", "router.api_keys=['#x', '']", "worker.scheduler.watermark=0.25", "threads=2"]
     loaded = config.load(environ={}, settings=settings)
-    text = config.dump(loaded.config, loaded.origins)
+    text = dump.dump(loaded.config, loaded.origins)
     assert load(file=write(tmp_path, text)) == loaded.config
     assert "watermark: 0.25  # --set" in text
 
@@ -142,7 +142,7 @@ def test_what_is_printed_loads_again(tmp_path: Path) -> None:
 def test_serve_arguments_are_the_same_tree() -> None:
     tree = config.from_mapping({"workers": 3, "worker": {"cache": {"num_blocks": 7}}})
     assert tree == load(settings=["workers=3", "kv_blocks=7"])
-    assert config.from_mapping(yaml.safe_load(config.dump(tree))) == tree
+    assert config.from_mapping(yaml.safe_load(dump.dump(tree))) == tree
 
 
 VALUES = st.recursive(
@@ -160,4 +160,4 @@ def test_any_data_gives_a_tree_or_a_config_error(data: dict[str, object]) -> Non
         tree = config.from_mapping(data)
     except ConfigError:
         return
-    assert config.from_mapping(yaml.safe_load(config.dump(tree))) == tree
+    assert config.from_mapping(yaml.safe_load(dump.dump(tree))) == tree

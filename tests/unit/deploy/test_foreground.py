@@ -15,7 +15,7 @@ from contextlib import contextmanager
 PROGRAM = """
 import os, sys, time
 from ellm.deploy import foreground, server
-from ellm.deploy.config import EllmConfig
+from ellm.deploy.tree import EllmConfig
 
 fork = os.fork
 def slow_fork():

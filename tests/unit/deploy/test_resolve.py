@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from ellm.deploy import config, resolve
+from ellm.deploy import config, resolve, tree
 from ellm.worker.api.errors import ConfigError
 
 
-def made(*settings: str) -> config.EllmConfig:
+def made(*settings: str) -> tree.EllmConfig:
     return resolve.resolve(config.load(environ={}, settings=settings).config)
 
 
