@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,6 +11,14 @@ import transformers
 from support.checkpoints import write_checkpoint
 from support.golden import CASES, RANK_CASES, Checkpoint
 from support.ranks import RankPool
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cheap_collections() -> Iterator[None]:
+    """Executors collect garbage as they come and go: what was imported by now need not be looked at again."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
