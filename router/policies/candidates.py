@@ -22,11 +22,10 @@ class Candidates:
 def candidates(replicas: Sequence[Replica], now: float) -> Candidates:
     """Never one that drains, loads or has failed. Of the others those with a young report, a weight and a
     budget; where none has them, those that come nearest."""
-    ready = [r for r in replicas if r.report.state == "ready"]
-    fresh = [r for r in ready if r.age_s(now) <= MAX_AGE_S]
-    if not fresh:
-        return Candidates(ready, STALE)
-    open_ = [r for r in fresh if r.weight > 0.0 and r.admit_tokens > 0.0]
-    if not open_:
-        return Candidates(fresh, SPENT)
-    return Candidates(open_)
+    since = now - MAX_AGE_S  # a report from the future (a clock that jumped) is young
+    best = [r for r in replicas if r.ready and r.reported_at >= since and r.weight > 0.0 < r.admit_tokens]
+    if best:
+        return Candidates(best)
+    ready = [r for r in replicas if r.ready]
+    fresh = [r for r in ready if r.reported_at >= since]
+    return Candidates(fresh, SPENT) if fresh else Candidates(ready, STALE)

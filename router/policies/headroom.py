@@ -26,10 +26,9 @@ from ellm.router.policies.power_of_two import less_loaded
 from ellm.router.policies.prefixes import Prefixes
 from ellm.router.policies.replica import Replica
 
-_ROWS_PER_S = 8192.0  # where no worker has told any
-_STEP_S = 0.02
+_ROW_S, _STEP_S = 1e-4, 0.02  # where no worker has told any
 _REQUEST_S = 1e-6  # of each sequence: fewer are better where nothing else tells workers apart
-_MIN_WEIGHT = 1e-3
+_MIN_WEIGHT, _MIN_SLOPE = 1e-6, 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,8 @@ class Headroom:
 
     def __init__(self, seed: int | None = None, constants: Constants = Constants()) -> None:
         self._random = random.Random(seed)
-        self._constants = constants
+        self._decode, self._barrier, self._draws = constants.decode, constants.barrier, constants.draws
+        self._knee = 1.0 - constants.knee  # as a share that is free
 
     def choose(self, request: RoutedRequest, replicas: Sequence[Replica], now: float) -> Choice | None:
         there = candidates(replicas, now)
@@ -57,7 +57,7 @@ class Headroom:
             return Choice(less_loaded(self._random, there.replicas).replica_id, STALE)
         prefixes = Prefixes(request, there.replicas, now)
         costs, slopes = self._costs(request, there.replicas, prefixes.tokens)
-        expected = sum(r.foreign_rate * r.stale_s(now) for r in there.replicas)
+        expected = sum([r.foreign_rate * r.stale_s(now) for r in there.replicas if r.foreign_rate])
         chosen = there.replicas[self._draw(costs, slopes, expected)]
         return Choice(chosen.replica_id, there.fallback or "headroom", prefixes.placed(chosen))
 
@@ -65,35 +65,38 @@ class Headroom:
         self, request: RoutedRequest, replicas: Sequence[Replica], cached: dict[str, int]
     ) -> tuple[list[float], list[float]]:
         """Seconds, and how many more each further request like this one would cost."""
-        c = self._constants
         output, num = request.output_tokens, request.num_sequences
         prompt = len(request.prompt_ids) * num
         room = prompt + 0.5 * output * num
-        fastest = max(r.rows_per_s for r in replicas) or _ROWS_PER_S
+        usual = min([r.row_s for r in replicas if r.row_s], default=_ROW_S)
+        knee, barrier, decode = self._knee, self._barrier, self._decode * output
         costs, slopes = [], []
         for r in replicas:
-            rate = r.rows_per_s or fastest
-            own_s = (prompt - cached.get(r.replica_id, 0)) / rate
-            wait = (r.queue_rows + r.unseen_rows) / rate + r.queue_s + own_s
-            slope = own_s
-            step, added = r.step_s(num, room)
-            step = step or _STEP_S
-            lasts = output * step  # seconds that a request runs
+            requests, row_s, step_s = r.num_held + r.num_unseen, r.row_s or usual, r.step_s or _STEP_S
+            slope = (prompt - cached.get(r.replica_id, 0)) * row_s
+            wait = (r.queue_rows + r.unseen_rows) * row_s + r.queue_s + slope
+            added = r.step_sequence_s * num + r.step_token_s * room
+            step_s += (
+                r.step_sequence_s * requests + r.step_token_s * (r.tokens_held + r.unseen_tokens) + added
+            )
             free = r.free_tokens - r.unseen_tokens - room
-            if free < 0.0:
-                missing_s = lasts / max(r.running_tokens, 1.0)
+            roomy = knee * r.capacity_tokens  # 0 where the memory is not known
+            if free < 0.0 < roomy:
+                missing_s = output * step_s / max(r.running_tokens, roomy)
                 wait -= free * missing_s
                 slope += room * missing_s
-            places = r.num_requests + num - r.max_running
-            if r.max_running and places > 0:
-                wait += places * lasts / r.max_running
-                slope += num * lasts / r.max_running
-            full = (1.0 - free / r.capacity_tokens - c.knee) / (1.0 - c.knee) if r.capacity_tokens else 0.0
-            slow = c.barrier * min(full, 1.0) ** 2 if full > 0.0 else 0.0
+            places = requests + num - r.max_running
+            if places > 0 and r.max_running:
+                place_s = output * step_s / r.max_running
+                wait += places * place_s
+                slope += num * place_s
+            slow = decode
+            if roomy and free < roomy:
+                full = 1.0 - max(free, 0.0) / roomy
+                slow += decode * barrier * full * full
             weight = max(r.weight, _MIN_WEIGHT)
-            decode = c.decode * output * (1.0 + slow)
-            costs.append((wait + decode * step + _REQUEST_S * r.num_requests) / weight)
-            slopes.append((slope + decode * added + _REQUEST_S * num) / weight)
+            costs.append((wait + slow * step_s + _REQUEST_S * requests) / weight)
+            slopes.append((slope + slow * added + _REQUEST_S * num) / weight)
         return costs, slopes
 
     def _draw(self, costs: list[float], slopes: list[float], expected: float) -> int:
@@ -102,17 +105,16 @@ class Headroom:
         level, width, filled = costs[order[0]], 0.0, 0.0
         used = 0
         for i in order:
-            if used and filled + (costs[i] - level) * width >= 1.0 + expected:
+            rise = (costs[i] - level) * width
+            if filled + rise >= 1.0 + expected:
                 break
-            filled += (costs[i] - level) * width
+            filled += rise
             level = costs[i]
-            width += 1.0 / max(slopes[i], 1e-9)
+            width += 1.0 / max(slopes[i], _MIN_SLOPE)
             used += 1
-        level += (1.0 + expected - filled) / width
-        chosen = order[:used]
         if used == 1:
-            return chosen[0]
-        shares = list(accumulate((level - costs[i]) / max(slopes[i], 1e-9) for i in chosen))
-        total = shares[-1]
-        draws = [bisect(shares, self._random.random() * total) for _ in range(self._constants.draws)]
-        return min((chosen[min(place, used - 1)] for place in draws), key=costs.__getitem__)
+            return order[0]
+        level += (1.0 + expected - filled) / width
+        shares = list(accumulate([(level - costs[i]) / max(slopes[i], _MIN_SLOPE) for i in order[:used]]))
+        draws = [bisect(shares, self._random.random() * shares[-1]) for _ in range(self._draws)]
+        return min([order[min(place, used - 1)] for place in draws], key=costs.__getitem__)

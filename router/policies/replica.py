@@ -18,6 +18,7 @@ from ellm.worker.api.report import WorkerReport
 ReplicaId = str  # a worker's epoch
 
 _SMOOTHING = 0.2  # of a new report in the other routers' rate
+_MIN_RATE = 1e-3  # rows per second; below it a rate says nothing
 _NOTHING = WorkerReport(seq=-1)
 
 
@@ -25,7 +26,6 @@ class Replica:
     """Written by the router's link to the worker; policies read it."""
 
     __slots__ = (
-        "_decode_step",
         "_others",
         "_sent",
         "admit_tokens",
@@ -39,12 +39,16 @@ class Replica:
         "num_unseen",
         "queue_rows",
         "queue_s",
+        "ready",
         "recent",
         "replica_id",
         "report",
         "reported_at",
-        "rows_per_s",
+        "row_s",
         "running_tokens",
+        "step_s",
+        "step_sequence_s",
+        "step_token_s",
         "tokens_held",
         "unseen_rows",
         "unseen_tokens",
@@ -55,7 +59,8 @@ class Replica:
         self.replica_id = replica_id
         self.block_size = block_size
         self.report = _NOTHING
-        self.reported_at: float | None = None
+        self.reported_at = -inf  # before the first
+        self.ready = False  # as the report says
         self.weight = 1.0  # the controller's
         self.admit_tokens = inf  # prompt tokens that this router may still send it
         self.digest = DigestView()
@@ -72,13 +77,14 @@ class Replica:
         self.num_held = 0  # sequences: running, waiting and parked
         self.max_running = 0
         self.tokens_held = 0.0  # context of the running and the waiting
-        self.rows_per_s = 0.0  # of prompts; 0: not known yet
+        self.row_s = 0.0  # of a prompt; 0: not known yet
         self.queue_rows = 0.0  # prompt rows ahead of a new request
         self.queue_s = 0.0  # what else is ahead of it: KV to be brought back
         self.capacity_tokens = 0
         self.free_tokens = 0  # room that nobody was promised; below 0: more was promised than there is
         self.running_tokens = 0.0  # context of the running: room that they make as they end
-        self._decode_step = (0.0, 0.0, 0.0)
+        # A step of decode rows: a constant (0: nothing is known yet), per sequence, per token of context.
+        self.step_s = self.step_sequence_s = self.step_token_s = 0.0
 
     @property
     def num_requests(self) -> int:
@@ -92,25 +98,15 @@ class Replica:
 
     def age_s(self, now: float) -> float:
         """Of the report, at least 0; infinite before the first."""
-        return inf if self.reported_at is None else max(0.0, now - self.reported_at)
+        return max(0.0, now - self.reported_at)
 
     def stale_s(self, now: float) -> float:
         """How far back what is known here goes, at least: reports travel, and one that does not count what
         was sent long ago is older than its arrival. 0 before the first report."""
-        if self.reported_at is None:
-            return 0.0
         since = self.reported_at
         if self._sent and self._sent[0][4] < since:
             since = self._sent[0][4]
-        return max(0.0, now - since)
-
-    def step_s(self, num: int, tokens: float) -> tuple[float, float]:
-        """Of a step in which `num` sequences more decode, with `tokens` of context in all, besides everything
-        that is there and on its way (0: not known yet); and what they add to it."""
-        constant, per_sequence, per_token = self._decode_step
-        kv = self.tokens_held + self.unseen_tokens
-        added = per_sequence * num + per_token * tokens
-        return constant + per_sequence * self.num_requests + per_token * kv + added, added
+        return now - since if -inf < since < now else 0.0
 
     def place(self, num: int, rows: int, tokens: int) -> None:
         """`num` sequences are about to be sent; `tokens` of prompts, of which `rows` need computing."""
@@ -141,6 +137,7 @@ class Replica:
             self.withdraw(*self._sent.popleft()[1:4])
         self._count_others(others, now)
         self.report, self.reported_at = report, now
+        self.ready = report.state == "ready"
         self.digest.update(report.prefix_digest)
         self._predict(report)
 
@@ -158,7 +155,8 @@ class Replica:
     def _predict(self, report: WorkerReport) -> None:
         self.num_held = _count(report.num_running + report.num_waiting + report.num_parked)
         self.max_running = _count(report.max_running)
-        self.rows_per_s = _finite(report.prefill_rate_tok_s)
+        rate = _finite(report.prefill_rate_tok_s)
+        self.row_s = 1.0 / rate if rate > _MIN_RATE else 0.0
         hits, queries = _finite(report.prefix_hits), _finite(report.prefix_queries)
         missed = 1.0 - min(1.0, hits / queries) if queries > 0.0 else 1.0
         waiting = _finite(report.waiting_tokens)
@@ -169,10 +167,9 @@ class Replica:
         self.free_tokens = int(_finite(report.headroom_tokens) - waiting - to_come_back)
         self.running_tokens = _finite(report.running_tokens)
         self.tokens_held = self.running_tokens + waiting
-        base, per_sequence, per_token = map(_finite, report.decode_step_s)
-        if base <= 0.0:  # an older worker, or one that knows nothing yet
-            base = _finite(report.step_time_s)
-        self._decode_step = (base, per_sequence, per_token)
+        self.step_s, self.step_sequence_s, self.step_token_s = map(_finite, report.decode_step_s)
+        if self.step_s <= 0.0:  # an older worker, or one that knows nothing yet
+            self.step_s = _finite(report.step_time_s)
 
 
 def _finite(value: float) -> float:
