@@ -1,0 +1,244 @@
+"""Everything that can break, broken under load: clients must notice a pause at most.
+
+    python -m ellm.loadtest.chaos [--each 5] [--streams 64] [--model PATH] [--kinds KIND,...]
+
+A real Ray cluster of several nodes on this machine; workers on a small CPU model under STRICT, one of them a
+group of two ranks; two routers behind HAProxy. Requests come by the clock and are never repeated; real
+processes are killed and frozen in random order; every stream is compared with the undisturbed answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ellm.loadtest.chaos_client import Answer, OpenLoop, Template, learn, make_templates, with_stops
+from ellm.loadtest.chaos_cluster import ChaosCluster, ChaosSetting, set_environment, wait_until
+from ellm.loadtest.chaos_faults import Fault, Faults
+from ellm.loadtest.result import Result, Row, command_line
+from ellm.worker.api.config import (
+    SIMULATED,
+    CacheConfig,
+    ModelConfig,
+    SchedulerConfig,
+    WorkerConfig,
+    served_name,
+)
+
+TOKENIZER = Path(__file__).parent.parent / "deploy" / "bundled" / "pydoc-5m"
+SETTLE_S = 3.0  # between two faults
+ROUTER_S = 3.0  # within which a broken connection is put down to a router that was killed
+KINDS = (
+    "kill_rank", "kill_follower", "kill_supervisor", "kill_router", "kill_controller", "kill_raylet",
+    "stop_rank", "silent_node", "drain", "rolling_update",
+)  # fmt: skip
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--each", type=int, default=5, help="how often each kind of fault is applied")
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--streams", type=int, default=64, help="that are open at a time, about")
+    parser.add_argument("--tokens", type=int, default=128, help="output tokens of a request, at least")
+    parser.add_argument(
+        "--step-ms", type=float, default=60.0, help="a step of a worker takes so long at least"
+    )
+    parser.add_argument("--min-streams", type=int, default=8, help="past their first token, of a victim")
+    parser.add_argument("--min-requests", type=int, default=2000)
+    parser.add_argument("--model", default=str(TOKENIZER), help="a checkpoint, or simulated:...")
+    parser.add_argument("--templates", type=int, default=48)
+    parser.add_argument("--nodes", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=3, help="of one rank")
+    parser.add_argument("--pairs", type=int, default=1, help="workers of two ranks")
+    parser.add_argument("--routers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", default="chaos", help="slug of the result file; empty: none is written")
+    return parser.parse_args(argv)
+
+
+def setting(args: argparse.Namespace) -> ChaosSetting:
+    simulated = args.model.startswith(SIMULATED)
+    config = WorkerConfig(
+        model=ModelConfig(path=args.model, dtype="auto" if simulated else "float32", device="cpu"),
+        cache=CacheConfig(num_blocks=1024),
+        scheduler=SchedulerConfig(max_num_seqs=64, max_step_tokens=512),
+        num_threads=1,
+        profile=False,
+        stall_s=5.0,
+        drain_timeout_s=3.0,
+        min_step_s=args.step_ms / 1000,
+    )
+    return ChaosSetting(
+        config, args.nodes, args.workers, args.pairs, args.routers, str(TOKENIZER) if simulated else None
+    )
+
+
+async def disturb(cluster: ChaosCluster, args: argparse.Namespace) -> tuple[OpenLoop, list[Fault]]:
+    """The whole run: learn the answers, then faults under load."""
+    model = served_name(cluster.setting.config.model)
+    templates = make_templates(args.templates, args.tokens, args.seed, model)
+    await learn("127.0.0.1", cluster.port, templates, args.streams // 2)
+    templates += with_stops(templates)
+    await learn("127.0.0.1", cluster.port, templates, args.streams)  # and once more, in another company
+    tokens = statistics.mean(t.body["max_tokens"] for t in templates)
+    choices = statistics.mean(t.body.get("n", 1) for t in templates)
+    rate = args.streams / (tokens * choices * args.step_ms / 1000)
+    print(f"{len(templates)} templates; {rate:.1f} requests/s", flush=True)
+    loop = OpenLoop("127.0.0.1", cluster.port, templates, rate, args.seed)
+    until = asyncio.Event()
+    load = asyncio.create_task(loop.run(until))
+    faults = Faults(cluster, args.min_streams)
+    order = [kind for kind in args.kinds.split(",") for _ in range(args.each)]
+    random.Random(args.seed).shuffle(order)
+    applied = []
+    for number, kind in enumerate(order):
+        fault = await asyncio.to_thread(faults.apply, kind)
+        applied.append(fault)
+        errors = [a.error for a in loop.answers if a.error]
+        print(
+            f"{number + 1}/{len(order)} {fault.kind} on {fault.victim} with {fault.streams} streams: "
+            f"whole after {fault.recovered_s and round(fault.recovered_s, 1)} s {fault.remarks}; "
+            f"{len(loop.answers)} requests, {len(errors)} failed {errors[-3:]}",
+            flush=True,
+        )
+        await asyncio.sleep(SETTLE_S)
+    while len(loop.answers) + loop.num_open < args.min_requests:
+        await asyncio.sleep(0.5)
+    until.set()
+    await load
+    return loop, applied
+
+
+def judge(loop: OpenLoop, templates: list[Template], faults: list[Fault]) -> dict[str, Any]:
+    """What was lost, and how much of it."""
+    killed = [fault.at for fault in faults if fault.kind == "kill_router"]
+
+    def of_router(answer: Answer) -> bool:
+        return answer.error.startswith("connection") and any(
+            at - 0.5 <= answer.ended_at <= at + ROUTER_S for at in killed
+        )
+
+    failed = [a for a in loop.answers if a.error]
+    lost = [a for a in failed if not of_router(a)]
+    corrupted = [a for a in loop.answers if not templates[a.template].fits(a)]
+    pauses = sorted(a.longest_pause_s for a in loop.answers)
+    return {
+        "requests": len(loop.answers),
+        "lost": len(lost),
+        "lost with their router": len(failed) - len(lost),
+        "corrupted": len(corrupted),
+        "longest pause s": round(pauses[-1], 3),
+        "pause p99 s": round(pauses[int(0.99 * (len(pauses) - 1))], 3),
+        "errors": sorted({a.error for a in failed}),
+        "lost at": [(round(a.ended_at, 2), a.error) for a in lost],
+        "corrupted texts": [(a.texts, templates[a.template].texts) for a in corrupted[:5]],
+    }
+
+
+def leaks(cluster: ChaosCluster) -> dict[str, Any]:
+    """Once nothing is asked any more: blocks that are neither free nor cached, sequences, other ranks."""
+
+    def idle() -> bool:
+        rows = cluster.ready_rows()
+        return len(rows) == cluster.setting.num_workers and not any(_held(row) for row in rows)
+
+    with contextlib.suppress(TimeoutError):
+        wait_until(idle, 20)
+    rows = cluster.ready_rows()
+    return {
+        "leaked blocks": sum(row["num_blocks"] - row["free_blocks"] - row["cached_blocks"] for row in rows),
+        "live sequences": sum(_held(row) for row in rows),
+        "leaked ranks": len(cluster.leaked_ranks()),
+        "workers at the end": len(rows),
+    }
+
+
+def _held(row: dict[str, Any]) -> int:
+    used = row["num_blocks"] - row["free_blocks"] - row["cached_blocks"]
+    return int(row["num_running"] + row["num_waiting"] + row["num_parked"] + used + row["num_here"])
+
+
+def by_kind(loop: OpenLoop, faults: list[Fault]) -> list[Row]:
+    """One row for each kind of fault: recovery, and the longest pause that ended near one."""
+    rows = []
+    for kind in dict.fromkeys(fault.kind for fault in faults):
+        mine = [fault for fault in faults if fault.kind == kind]
+        recovered = [fault.recovered_s for fault in mine if fault.recovered_s is not None]
+        near = [
+            a.longest_pause_s
+            for a in loop.answers
+            for fault in mine
+            if fault.at <= a.pause_at <= fault.at + (fault.recovered_s or 60.0)
+        ]
+        rows.append(
+            {
+                "fault": kind,
+                "times": len(mine),
+                "streams past their first token, least": min(fault.streams for fault in mine),
+                "longest pause s": max(near, default=0.0),
+                "whole again after s, median": statistics.median(recovered) if recovered else None,
+                "worst s": max(recovered, default=None),
+                "never": len(mine) - len(recovered),
+            }
+        )
+    return rows
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The verdict; needs a process in which Ray was not imported yet."""
+    set_environment()
+    start = time.monotonic()
+    with ChaosCluster(setting(args)) as cluster:
+        print(
+            f"ready after {time.monotonic() - start:.0f} s: {[r['id'] for r in cluster.rows()]}", flush=True
+        )
+        loop, faults = asyncio.run(disturb(cluster, args))
+        verdict = judge(loop, loop.templates, faults) | leaks(cluster)
+    with contextlib.suppress(TimeoutError):
+        wait_until(lambda: not cluster.left_behind(), 20)
+    verdict["leaked processes"] = [list(found) for found in cluster.left_behind()]
+    verdict["recovered"] = all(fault.recovered_s is not None for fault in faults)
+    verdict["seconds"] = round(time.monotonic() - start)
+    verdict["faults"] = [fault.to_dict() for fault in faults]
+    verdict["rows"] = by_kind(loop, faults)
+    return verdict
+
+
+def passed(verdict: dict[str, Any]) -> bool:
+    zero = ("lost", "corrupted", "leaked blocks", "live sequences", "leaked ranks")
+    return (
+        not any(verdict[name] for name in zero) and not verdict["leaked processes"] and verdict["recovered"]
+    )
+
+
+def main() -> int:
+    args = parse()
+    verdict = run(args)
+    rows = verdict.pop("rows")
+    print(json.dumps({key: value for key, value in verdict.items() if key != "faults"}, indent=1))
+    if args.name:
+        whole = {key: verdict[key] for key in ("requests", "lost", "lost with their router", "corrupted")}
+        path = Result(
+            name=args.name,
+            title="Chaos: what clients notice when things break",
+            about=" ".join(__doc__.split("\n\n")[2].split()),
+            command=command_line("ellm.loadtest.chaos"),
+            rows=rows,
+            seed=args.seed,
+            notes=[f"{key}: {value}" for key, value in whole.items()],
+            raw=verdict,
+        ).write()
+        print(f"wrote {path}")
+    return 0 if passed(verdict) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

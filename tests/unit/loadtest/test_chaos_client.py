@@ -1,0 +1,124 @@
+"""The judge of a chaos run must see what it is there to see: a lost stream, a wrong byte, a repeated one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from ellm.loadtest.chaos import judge, passed
+from ellm.loadtest.chaos_client import Answer, OpenLoop, Template, ask, make_templates, with_stops
+from ellm.loadtest.chaos_faults import Fault
+
+BODY = {"n": 1, "stream": True}
+FAILED = b'data: {"error": {"code": "worker_failed"}}\n\n'
+
+
+def event(text: str, index: int = 0, reason: str | None = None) -> bytes:
+    data = {"choices": [{"index": index, "text": text, "finish_reason": reason}]}
+    return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+
+
+def asked(pieces: Sequence[bytes], status: str = "200 OK", *, whole: bool = True, n: int = 1) -> Answer:
+    """What the client makes of a server that sends these pieces, cut anywhere, and ends the connection."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 {status}\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        for piece in pieces:
+            writer.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+        if whole:
+            writer.write(b"0\r\n\r\n")
+        writer.close()
+
+    async def test() -> Answer:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        async with server:
+            port = server.sockets[0].getsockname()[1]
+            return await ask("127.0.0.1", port, 0, Template({**BODY, "n": n}))
+
+    return asyncio.run(asyncio.wait_for(test(), 10))
+
+
+def test_a_stream_in_pieces_is_read_whole() -> None:
+    data = (
+        event("日") + event("本", 1) + event("語", 0, "length") + event("!", 1, "stop") + b"data: [DONE]\n\n"
+    )
+    answer = asked([data[i : i + 7] for i in range(0, len(data), 7)], n=2)
+    assert answer.whole
+    assert (answer.texts, answer.reasons) == (["日語", "本!"], ["length", "stop"])
+
+
+@pytest.mark.parametrize(
+    ("pieces", "status", "error"),
+    [
+        ([event("a")], "200 OK", "connection"),
+        ([event("a", 0, "length")], "200 OK", "connection"),  # no [DONE]
+        ([event("a"), b"data: [DONE]\n\n"], "200 OK", "connection"),  # no finish reason
+        ([event("a"), FAILED, b"data: [DONE]\n\n"], "200 OK", "stream"),
+        ([b'{"error": {"code": "unavailable"}}'], "503 Service Unavailable", "503: unavailable"),
+    ],
+)  # fmt: skip
+def test_what_does_not_come_whole_is_an_error(pieces: list[bytes], status: str, error: str) -> None:
+    answer = asked(pieces, status)
+    assert answer.error.startswith(error)
+    assert not answer.whole
+
+
+def test_a_broken_connection_is_an_error() -> None:
+    assert asked([event("a")], whole=False).error.startswith("connection")
+
+
+def answer(text: str, error: str = "", ended_at: float = 0.0) -> Answer:
+    return Answer(0, 0.0, ended_at, 200, [text], ["length"], not error, error)
+
+
+def verdict(*answers: Answer, faults: Sequence[Fault] = ()) -> dict[str, Any]:
+    loop = OpenLoop("", 0, [Template(BODY, ["one two"])], 1.0, 0)
+    loop.answers = list(answers)
+    rest = {
+        "leaked blocks": 0,
+        "live sequences": 0,
+        "leaked ranks": 0,
+        "leaked processes": [],
+        "recovered": True,
+    }
+    return judge(loop, loop.templates, list(faults)) | rest
+
+
+def test_lost_and_corrupted_streams_are_counted() -> None:
+    assert passed(verdict(answer("one two")))
+    for text in ("one tw", "one two!", "one  two", "one one two"):
+        found = verdict(answer("one two"), answer(text))
+        assert (found["corrupted"], passed(found)) == (1, False)
+    broken = verdict(answer("one", "stream: worker_failed"), answer("onx", "connection: reset"))
+    assert (broken["lost"], broken["corrupted"]) == (2, 1)
+    assert not passed(verdict(answer("one two")) | {"leaked blocks": 1})
+    assert not passed(verdict(answer("one two")) | {"leaked processes": [[1, "x"]]})
+
+
+def test_only_broken_connections_near_its_death_are_put_down_to_a_router() -> None:
+    killed = [Fault("kill_router", at=100.0), Fault("kill_rank", at=200.0)]
+    cut = "connection: reset"
+    assert verdict(answer("one", cut, 100.2), faults=killed)["lost with their router"] == 1
+    for lost in (
+        answer("one", cut, 99.0), answer("one", cut, 200.2), answer("one", "stream: worker_failed", 100.2)
+    ):  # fmt: skip
+        assert verdict(lost, faults=killed)["lost"] == 1
+
+
+def test_templates_are_of_every_kind() -> None:
+    templates = make_templates(32, 100, 0, "m")
+    assert sum(t.body["temperature"] == 0.0 for t in templates) == 16
+    assert sum(t.body.get("n") == 2 for t in templates) == 4
+    assert any(ord(c) > 0x7FF for t in templates for c in t.body["prompt"])
+    assert all(t.body["max_tokens"] >= 100 for t in templates)
+    for template in templates:
+        template.texts = ["".join(chr(97 + i * i % 25) + str(i) for i in range(40))]
+    for more in with_stops(templates):
+        (stop,) = more.body["stop"]
+        assert stop not in more.texts[0]
+        assert len(more.texts[0]) > 20
