@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ellm.worker.engine.planner.admission import Admission, Room, timely_tokens
+from ellm.worker.engine.planner.admission import Admission, Room, restorable_tokens, timely_tokens
 from ellm.worker.engine.planner.lengths import HORIZONS, OutputLengths
 
 FAR = 1 << 40
@@ -50,6 +50,18 @@ def test_a_share_of_the_steps_takes_a_share_of_the_memory() -> None:
 def test_the_paused_need_a_place_too() -> None:
     assert fill(plain(room_of()), 400, 0.1, NOW) == 23
     assert fill(plain(room_of(num_host_tokens=10_000)), 400, 0.1, NOW) == 47
+
+
+def test_what_is_computed_again_for_nothing_needs_no_place() -> None:
+    room = Room(10_000, 0, step_time, num_restorable_tokens=2_000)
+    assert fill(plain(room), 400, 0.1, NOW) == 28  # (9,500 + 2,000) / 400
+    assert fill(plain(room), 400, 1.0, NOW) == 23  # of requests that cannot pause all are in memory
+
+
+def test_restorable_is_what_spare_rows_compute_in_a_pause_less_the_queue() -> None:
+    assert restorable_tokens(500.0, 4.0, 0.0) == 2_000
+    assert restorable_tokens(500.0, 4.0, 1_500.0) == 500
+    assert restorable_tokens(500.0, 4.0, 1e9) == 0  # a backlog that no burst is
 
 
 def test_spread_is_kept_free_by_z() -> None:

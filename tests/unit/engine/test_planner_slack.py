@@ -12,6 +12,7 @@ from ellm.worker.engine.planner.slack import (
     FullSpeed,
     duty,
     is_hopeless,
+    mean_pause,
     seconds_per_token,
     slack,
 )
@@ -77,3 +78,9 @@ def test_full_speed_follows_what_is_measured() -> None:
     assert speed.seconds(0.04) < 1.0  # nobody decodes: bounded
     speed.observe(1e9, 0, 0)  # nobody is there: says nothing
     assert speed.seconds(0.04) < 1.0
+
+
+def test_a_pause_is_the_slack_beyond_the_guard_by_the_tokens_that_have_it() -> None:
+    assert mean_pause([100, 300], [GUARD_S + 8.0, GUARD_S]) == 2.0
+    assert mean_pause([100, 100, 200], [None, -5.0, GUARD_S + 4.0]) == 2.0  # debts do not shorten it
+    assert mean_pause([], []) == 0.0

@@ -6,10 +6,11 @@ memory and in the step at a time. With N the device's tokens and D the seconds a
 
     (a)  sum d q f + z sqrt(sum d^2 q (1 - q) f^2) <= 0.95 Ne      Ne: tokens at which T is 0.985 D, <= N
     (b)  T(sum d q rows and the prefill that comes with them, sum d q f) <= 0.985 D
-    (c)  sum q f <= 0.95 (N + host)                            paused ones need a place too
+    (c)  sum q f <= 0.95 (N + host) + restorable               paused ones need a place too
 
 (a) is the expected peak with z standard deviations, outputs being independent. Without (b) or (c) single
-settings collapse: steps too long for anybody's deadline, and dropping that feeds on itself.
+settings collapse: steps too long for anybody's deadline, and dropping that feeds on itself. What is
+restorable needs no place: it is dropped in every pause and computed again in rows that cost nothing.
 
 It does not know who the requests are, nor why one has the duty it has.
 """
@@ -36,6 +37,7 @@ class Room:
     num_tokens: int  # of the device's pool
     num_host_tokens: int  # of the host tier
     step_time: StepTime  # with the share of prompts that decode rows bring along
+    num_restorable_tokens: int = 0  # without a place: see `restorable_tokens`
 
 
 def timely_tokens(room: Room, limit_s: float, rows: float) -> int:
@@ -51,6 +53,16 @@ def timely_tokens(room: Room, limit_s: float, rows: float) -> int:
         else:
             high = middle
     return int(low)
+
+
+def restorable_tokens(spare_rate: float, pause_s: float, num_waiting_tokens: float) -> int:
+    """Tokens that need no place anywhere, of requests that pause for `pause_s` at a time: each is computed
+    again once per pause, and `spare_rate` of them can be per second at no cost.
+
+    That serves a burst. A queue that it cannot empty would only keep everybody rotating, for no gain to those
+    at its end: what is waiting beyond all that is taken off.
+    """
+    return int(max(0.0, spare_rate * pause_s - num_waiting_tokens))
 
 
 class Admission:
@@ -133,7 +145,7 @@ class Admission:
             self._tighten(per_token_s)
         room, z = self.room, self.z
         most_active = _MEMORY * self.timely_tokens
-        most_held = _MEMORY * (room.num_tokens + room.num_host_tokens)
+        most_held = _MEMORY * (room.num_tokens + room.num_host_tokens) + room.num_restorable_tokens
         rows, active = [], []
         sums = zip(
             self._horizons, survival, self._rows, self._active, self._variance, self._held, strict=True

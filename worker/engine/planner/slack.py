@@ -9,6 +9,8 @@ None stands for a request without an SLO: it is never ahead, never hopeless, and
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 AIM = 0.97  # of the SLO
 GUARD_S = 1.0  # slack below this is not for spending
 
@@ -45,6 +47,16 @@ def duty(slack_s: float, num_remaining: float, per_token_s: float | None, full_s
     num_remaining = max(1.0, num_remaining)
     time = per_token_s * num_remaining + _SPENT * max(0.0, slack_s - GUARD_S)
     return min(1.0, PAUSING * num_remaining * full_step_s / time)
+
+
+def mean_pause(num_tokens: Iterable[int], slacks: Iterable[float | None]) -> float:
+    """Seconds that a token's owner could pause for, on average: its slack beyond the guard."""
+    held, seconds = 0, 0.0
+    for n, slack_s in zip(num_tokens, slacks, strict=True):
+        held += n
+        if slack_s is not None and slack_s > GUARD_S:
+            seconds += n * (slack_s - GUARD_S)
+    return seconds / held if held else 0.0
 
 
 class FullSpeed:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+WITHIN = 16  # rows: nobody asks for more precision
 _TOLERANCE = 1.03  # rows are spare as long as the step takes no longer than this times itself without them
 
 
 def spare_rows(step_s: Callable[[int], float], least: int, most: int) -> int:
-    """The most rows beyond a step's own that are spare, to within `least`; at least `least`, which prompts
-    need in any case so as to get on, and at most `most`. `step_s` takes the further rows."""
+    """The most rows beyond a step's own that are spare, to within 16; at least `least`, which prompts need in
+    any case so as to get on, and at most `most`. `step_s` takes the further rows."""
     if most <= least:
         return max(0, most)
     limit_s = _TOLERANCE * step_s(0)
-    low, high = least, 2 * least
+    low, high = least, max(2 * least, WITHIN)
     while high <= most and step_s(high) <= limit_s:
         low, high = high, 2 * high
     high = min(high, most)
-    while high - low > least:
+    if step_s(high) <= limit_s:
+        return high
+    while high - low > WITHIN:
         middle = (low + high) // 2
         if step_s(middle) <= limit_s:
             low = middle

@@ -7,6 +7,7 @@ mean prompt / mean output for each decode row. A prompt that was partly found in
 from __future__ import annotations
 
 from ellm.worker.api.cost_model import CostModel, StepFeatures
+from ellm.worker.engine.planner.spare_rows import spare_rows
 
 _PRIOR_OUTPUT = 16_000.0  # tokens: eight outputs of 2,000, with no prompt, before anything has ended
 _FORGETTING = 0.998  # weight of the past per end
@@ -39,3 +40,13 @@ class StepCost:
         decode = int(rows)
         features = StepFeatures(int(rows + prefill), decode, int(kv_tokens), int(pairs), decode)
         return self._cost_model.predict(features)
+
+    def spare_rate(self, rows: int, kv_tokens: int, max_rows: int) -> float:
+        """Rows per second that steps of `rows` decode rows can take along at next to no cost, beside the
+        prompts that come with them; a step takes at most `max_rows`."""
+
+        def step_s(more: int) -> float:
+            return self._cost_model.predict(StepFeatures(rows + more, rows, kv_tokens, 0, rows))
+
+        spare = spare_rows(step_s, 0, max_rows - rows)
+        return max(0.0, spare - rows * self.prefill_per_decode) / step_s(spare)

@@ -28,7 +28,9 @@ from ellm.worker.engine.state import EngineState
 _BEFORE_ALL = -(2**40)  # a priority
 _REPLAN_S = 0.1
 _URGENT_S = 0.3  # with less slack than this somewhere, prompts take spare rows only
-_MIN_ROWS = 16  # for prompts and restores whatever happens: they must get on
+# For prompts and restores whatever happens: they must get on, and where no row is spare a restore in small
+# pieces costs no less and holds its memory longer.
+_MIN_ROWS = 64
 _WRITE_THROUGH = 0.5  # of the pool in use: below it nobody will be parked soon
 
 

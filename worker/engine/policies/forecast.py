@@ -13,6 +13,8 @@ from ellm.worker.engine.planner.lengths import BIN, OutputLengths
 from ellm.worker.engine.planner.step_cost import StepCost
 from ellm.worker.engine.sequence import Sequence
 
+_UNLIMITED = 1 << 20  # tokens
+
 
 class Forecast:
     """One per policy; its owner passes `emitted` and `finished` on."""
@@ -56,6 +58,11 @@ class Forecast:
         horizons = self.lengths.horizons
         count = bisect_left(horizons, max_tokens - num_output) + 1
         return self._certain[min(count, len(horizons))]
+
+    @property
+    def mean_output(self) -> float:
+        """Tokens that a request that starts is expected to put out, where nothing limits it."""
+        return self.lengths.expected_remaining(0, _UNLIMITED)
 
     def remaining(self, seq: Sequence) -> float:
         """Tokens that `seq` is expected to put out yet."""

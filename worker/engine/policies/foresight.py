@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from ellm.worker.engine.planner.admission import Admission, Room
-from ellm.worker.engine.planner.slack import PAUSING, FullSpeed, duty, is_hopeless, seconds_per_token, slack
+from ellm.worker.engine.planner.admission import Admission, Room, restorable_tokens
+from ellm.worker.engine.planner.slack import (
+    PAUSING,
+    FullSpeed,
+    duty,
+    is_hopeless,
+    mean_pause,
+    seconds_per_token,
+    slack,
+)
 from ellm.worker.engine.policies.forecast import Forecast
 from ellm.worker.engine.policies.sharing import fits_at_full_length, found_tokens, shared_tokens, tightest
 from ellm.worker.engine.residency import Residency
@@ -111,7 +119,12 @@ class Foresight:
         shared = [shared_tokens(state.pool, seq) for seq in admitted]
         twice = sum(shared)  # read by each, held once
         cost = self._forecast.step_cost
-        room = Room(state.pool.num_blocks * size, host, lambda rows, tokens: cost(rows, tokens + twice))
+        room = Room(
+            state.pool.num_blocks * size,
+            host,
+            lambda rows, tokens: cost(rows, tokens + twice),
+            self._restorable(admitted, now),
+        )
         per_token_s = tightest(admitted, self._forecast)
         admission = Admission(room, z=self._forecast.safety.z, per_token_s=per_token_s)
         rows = min(len(admitted), state.max_num_seqs)
@@ -125,6 +138,21 @@ class Foresight:
             [self._forecast.survival(seq) for seq in admitted],
         )
         return admission
+
+    def _restorable(self, admitted: list[Sequence], now: float) -> int:
+        """Tokens of the admitted that need no place: they are computed again, pause by pause."""
+        state, cost = self._state, self._forecast.step_cost
+        pause_s = mean_pause(
+            [len(seq.tokens) for seq in admitted], [self.slack(seq, now) for seq in admitted]
+        )
+        if pause_s <= 0.0:
+            return 0
+        rows = min(len(admitted), state.max_num_seqs)
+        pool_tokens = state.pool.num_blocks * state.block_size
+        spare_rate = cost.spare_rate(rows, pool_tokens, state.config.max_step_tokens)
+        waiting = state.waiting
+        most = waiting.num_tokens + len(waiting) * self._forecast.mean_output
+        return restorable_tokens(spare_rate, pause_s, most)
 
     def _duty(self, seq: Sequence, now: float) -> float:
         per_token_s, slack_s = seconds_per_token(seq.tpot_slo_s), self.slack(seq, now)
