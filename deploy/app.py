@@ -11,12 +11,13 @@ from functools import partial
 from typing import Any
 
 from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from ellm.cluster.actor import find_or_start
 from ellm.cluster.api.config import ModelScale
 from ellm.deploy.config import from_mapping
 from ellm.deploy.resolve import resolve
-from ellm.deploy.tree import EllmConfig, worker_deployment
+from ellm.deploy.tree import EllmConfig, ServedModel, worker_deployment
 from ellm.router.deployment import router_application
 from ellm.router.replicas import RayDirectory
 from ellm.worker.supervisor import worker_application
@@ -25,6 +26,23 @@ from ellm.worker.supervisor import worker_application
 def build(args: Mapping[str, Any]) -> serve.Application:
     """The application of a Serve config's `args`, for the cluster that runs it. Raises ConfigError."""
     return build_application(resolve(from_mapping({"address": "auto", **args})))
+
+
+def autoscaling(model: ServedModel) -> AutoscalingConfig | None:
+    """Serve's config for a model whose number of workers may change."""
+    if model.min_workers == model.max_workers:
+        return None
+    policy = AutoscalingPolicy(
+        policy_function="ellm.deploy.autoscaling:FollowController", policy_kwargs={"model": model.name}
+    )
+    return AutoscalingConfig(
+        min_replicas=model.min_workers,
+        initial_replicas=model.num_workers,
+        max_replicas=model.max_workers,
+        upscale_delay_s=0.0,  # the controller takes its time
+        downscale_delay_s=0.0,
+        policy=policy,
+    )
 
 
 def build_application(config: EllmConfig) -> serve.Application:
@@ -37,6 +55,7 @@ def build_application(config: EllmConfig) -> serve.Application:
             rank_cpus=config.cluster.worker_num_cpus,
             rank_gpus=1.0 if model.worker.model.device == "cuda" else 0.0,
             name=worker_deployment(config, model),
+            autoscaling=autoscaling(model),
         )
         for model in served
     ]

@@ -169,6 +169,8 @@ def validate(config: EllmConfig) -> None:
                 f" and max_workers = {model.max_workers}",
                 param="cluster.num_workers",
             )
+        if model.min_workers < model.max_workers and not config.controller.enabled:
+            raise ConfigError("max_workers needs the controller", param="controller.enabled")
     if config.worker.tensor_parallel_size != 1:
         raise ConfigError("only one rank per worker is supported so far (--tp 1)", param="tp")
     limits = config.router.limits

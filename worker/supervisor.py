@@ -142,7 +142,7 @@ def worker_application(
     deployment = serve.deployment(
         WorkerSupervisor,
         name=name,
-        num_replicas=num_workers if autoscaling is None else "auto",
+        num_replicas=num_workers if autoscaling is None else None,
         autoscaling_config=autoscaling,
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=HEALTH_CHECK_PERIOD_S,

@@ -21,7 +21,7 @@ APP = "workers"
 
 
 @contextmanager
-def local_cluster(num_cpus: int = 8) -> Iterator[None]:
+def local_cluster(num_cpus: int = 8, http_port: int | None = None) -> Iterator[None]:
     """A cluster of this process's own. Afterwards none of its processes is left, or the test fails."""
     # Actors of the tests find their classes where the tests do.
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
@@ -36,7 +36,10 @@ def local_cluster(num_cpus: int = 8) -> Iterator[None]:
     )
     started: list[psutil.Process] = []
     try:
-        serve.start(proxy_location="Disabled")
+        if http_port is None:
+            serve.start(proxy_location="Disabled")
+        else:
+            serve.start(http_options={"host": "127.0.0.1", "port": http_port})
         yield
         started = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
         serve.shutdown()
