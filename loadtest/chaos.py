@@ -59,6 +59,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=3, help="of one rank")
     parser.add_argument("--pairs", type=int, default=1, help="workers of two ranks")
     parser.add_argument("--routers", type=int, default=2)
+    parser.add_argument("--policy", default="least-requests", help="every worker should have streams")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="chaos", help="slug of the result file; empty: none is written")
     return parser.parse_args(argv)
@@ -76,9 +77,8 @@ def setting(args: argparse.Namespace) -> ChaosSetting:
         drain_timeout_s=3.0,
         min_step_s=args.step_ms / 1000,
     )
-    return ChaosSetting(
-        config, args.nodes, args.workers, args.pairs, args.routers, str(TOKENIZER) if simulated else None
-    )
+    tokenizer = str(TOKENIZER) if simulated else None
+    return ChaosSetting(config, args.nodes, args.workers, args.pairs, args.routers, tokenizer, args.policy)
 
 
 async def disturb(cluster: ChaosCluster, args: argparse.Namespace) -> tuple[OpenLoop, list[Fault]]:
@@ -98,14 +98,25 @@ async def disturb(cluster: ChaosCluster, args: argparse.Namespace) -> tuple[Open
     faults = Faults(cluster, args.min_streams)
     order = [kind for kind in args.kinds.split(",") for _ in range(args.each)]
     random.Random(args.seed).shuffle(order)
-    applied = []
-    for number, kind in enumerate(order):
-        fault = await asyncio.to_thread(faults.apply, kind)
+    applied: list[Fault] = []
+    retries = 2 * len(order)
+    while order:
+        kind = order.pop(0)
+        try:
+            fault = await asyncio.to_thread(faults.apply, kind)
+        except TimeoutError as error:  # no worker has enough streams now: later, then
+            retries -= 1
+            print(f"{kind} is put off: {error}; {faults.state()}", flush=True)
+            if retries:
+                order.append(kind)
+                continue
+            raise
         applied.append(fault)
         errors = [a.error for a in loop.answers if a.error]
+        took_s = fault.recovered_s and round(fault.recovered_s, 1)
         print(
-            f"{number + 1}/{len(order)} {fault.kind} on {fault.victim} with {fault.streams} streams: "
-            f"whole after {fault.recovered_s and round(fault.recovered_s, 1)} s {fault.remarks}; "
+            f"{len(applied)}/{len(applied) + len(order)} {fault.kind} on {fault.victim} "
+            f"with {fault.streams} streams: whole after {took_s} s {fault.remarks}; "
             f"{len(loop.answers)} requests, {len(errors)} failed {errors[-3:]}",
             flush=True,
         )

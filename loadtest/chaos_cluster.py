@@ -37,6 +37,7 @@ class ChaosSetting:
     num_pairs: int = 1  # workers of two ranks
     num_routers: int = 2
     tokenizer: str | None = None
+    policy: str = "least-requests"
 
     @property
     def num_workers(self) -> int:
@@ -156,7 +157,9 @@ class ChaosCluster:
             apps.append(made)
         scale = ModelScale(served_name(config.model), setting.num_workers, setting.num_workers)
         app = router_application(
-            RouterConfig(num_replicas=setting.num_routers, tokenizer=setting.tokenizer),
+            RouterConfig(
+                num_replicas=setting.num_routers, tokenizer=setting.tokenizer, policy=setting.policy
+            ),
             [config.model],
             apps,
             partial(find_or_start, RayDirectory, ControllerConfig(), (scale,)),

@@ -130,6 +130,7 @@ def test_too_many_deaths_end_the_request_and_hold_its_prompt_back() -> None:
     workers = [EchoWorker(i, step_s=0.002) for i in range(4)]
     with RouterServer(workers, router_config()) as server, server.client() as client:
         (future,) = in_background(server, 1, LONG)
+        wait_until(lambda: any(w.front.report().generation_tokens > 20 for w in workers))  # the stream began
         for _ in range(3):
             wait_until(lambda: any(w.front.num_live and not w.channel._severed for w in workers))
             dying = next(w for w in workers if w.front.num_live and not w.channel._severed)
@@ -274,3 +275,22 @@ def test_a_routers_own_standstill_is_no_workers_death(quick_pair: RouterServer) 
         assert ids_of(future.result(20)) == EXPECTED
     assert failovers(quick_pair, "death") == 0
     assert failovers(quick_pair, "lag") == 2
+    # It comes back as a new arrival: both workers serve it again.
+    wait_until(lambda: len(quick_pair.service.dispatcher.ready_links) == 2)
+    futures = in_background(quick_pair, 4, {**LONG, "max_tokens": 40})
+    assert [ids_of(future.result(20)) for future in futures] == [EXPECTED[:40]] * 4
+    assert all(len(w.front._boxes) == 1 and not w.front.num_live for w in quick_pair.workers)
+
+
+def test_a_request_that_was_taken_waits_longer_than_a_new_one() -> None:
+    config = router_config(queue_timeout_s=0.3, failover=FailoverConfig(hold_s=20.0))
+    with RouterServer([EchoWorker(0, step_s=0.002)], config) as server, server.client() as client:
+        (taken,) = in_background(server, 1, LONG)
+        wait_until(half_way(server))
+        server.workers[0].channel.sever()
+        server.on_loop(server.directory.channels.clear)
+        wait_until(lambda: server.service.dispatcher.gate.num_waiting == 1)
+        assert client.post("/v1/completions", json=LONG).status_code == 503
+        time.sleep(0.5)
+        server.add(EchoWorker(1))
+        assert ids_of(taken.result(20)) == EXPECTED

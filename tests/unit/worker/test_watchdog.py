@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -87,6 +88,19 @@ def test_a_renewed_lease_holds() -> None:
     wait_until(lambda: len(reasons) == 1)
     assert "lease" in reasons[0]
     dog.stop()
+
+
+def test_time_in_which_it_stood_still_itself_is_no_silence() -> None:
+    child = start(CHILD, "0.6")
+    pid = read_pid(child)
+    time.sleep(0.1)
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(1.5)
+    os.kill(pid, signal.SIGCONT)
+    continued_at = time.monotonic()
+    assert child.wait(5) == EXIT_ORPHANED
+    assert time.monotonic() - continued_at > 0.2  # not at once: nobody could have renewed it meanwhile
+    finish(child)
 
 
 def test_a_pid_is_no_proof_of_the_same_process() -> None:
