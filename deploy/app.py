@@ -45,6 +45,11 @@ def autoscaling(model: ServedModel) -> AutoscalingConfig | None:
     )
 
 
+def rank_gpus(model: ServedModel) -> float:
+    """That each rank of a worker asks for."""
+    return 1.0 if model.worker.model.device == "cuda" else 0.0
+
+
 def build_application(config: EllmConfig) -> serve.Application:
     """The application of a resolved config. Raises ConfigError."""
     served = config.served
@@ -53,7 +58,7 @@ def build_application(config: EllmConfig) -> serve.Application:
             model.worker,
             num_workers=model.num_workers,
             rank_cpus=config.cluster.worker_num_cpus,
-            rank_gpus=1.0 if model.worker.model.device == "cuda" else 0.0,
+            rank_gpus=rank_gpus(model),
             name=worker_deployment(config, model),
             autoscaling=autoscaling(model),
         )

@@ -150,6 +150,7 @@ def start_application(config: EllmConfig, progress: Progress) -> None:
 
     In a cluster that stays, nothing is left half started.
     """
+    application.check_room(config)
     target = application.build(config)
     try:
         application.deploy(target)
