@@ -9,6 +9,7 @@ The GPU's way has not run on several GPUs yet.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -51,16 +52,28 @@ class _OrderedSum:
         return total.to(first.dtype)
 
 
+class _Queued:
+    """Work on a GPU: to wait is to let the current stream wait, and takes no time limit."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self, timeout: timedelta) -> object:
+        return self._work.wait()
+
+
 class GroupCommunicator:
     """Both backends have the same calls; a GPU's are queued behind what the current stream has to do, and
     `wait` there means that the stream goes on behind them."""
 
-    def __init__(self, group: Group, backend: Any, *, ordered: bool, small_bytes: int) -> None:
+    def __init__(self, group: Group, backend: Callable[[], Any], *, ordered: bool, on_gpu: bool) -> None:
+        """`backend`: asked for each time: whoever holds one keeps the connections of an ended group."""
         self.shard = Shard(group.rank, group.size)
         self._group = group
         self._backend = backend
         self._ordered = ordered
-        self._small_bytes = small_bytes
+        self._on_gpu = on_gpu
+        self._small_bytes = 0 if on_gpu else SMALL_BYTES
 
     def begin_sum(self, part: Tensor) -> PendingSum:
         """part: any shape, the same on every rank."""
@@ -68,7 +81,7 @@ class GroupCommunicator:
         if self._ordered or part.nbytes <= self._small_bytes:
             parts, work = self._begin_gather(part)
             return _OrderedSum(self._group, work, parts)
-        return _Sum(self._group, self._group.start(lambda: self._backend.allreduce([part])), part)
+        return _Sum(self._group, self._start(lambda: self._backend().allreduce([part])), part)
 
     def join_columns(self, part: Tensor) -> Tensor:
         """[n, c] of every rank -> [n, size * c]."""
@@ -80,16 +93,20 @@ class GroupCommunicator:
         """([ranks, ...], what to wait for)."""
         parts = part.new_empty((self.shard.size, *part.shape))
         flat = parts.view(-1, *part.shape[1:])
-        return parts, self._group.start(lambda: self._backend._allgather_base(flat, part))
+        return parts, self._start(lambda: self._backend()._allgather_base(flat, part))
+
+    def _start(self, begin: Callable[[], Any]) -> Any:
+        work = self._group.start(begin)
+        return _Queued(work) if self._on_gpu else work
 
 
 def make_communicator(group: Group, device: torch.device, *, ordered: bool) -> Communicator:
     """For tensors on `device`. Raises GroupFailed."""
     if device.type == "cpu":
-        return GroupCommunicator(group, group.gloo, ordered=ordered, small_bytes=SMALL_BYTES)
+        return GroupCommunicator(group, lambda: group.gloo, ordered=ordered, on_gpu=False)
     options = _distributed.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=group.spec.timeouts.step_s)
     store = _distributed.PrefixStore("nccl", group.store)
     nccl = _distributed.ProcessGroupNCCL(store, group.rank, group.size, options)
     group.at_end(nccl.abort)
-    return GroupCommunicator(group, nccl, ordered=ordered, small_bytes=0)
+    return GroupCommunicator(group, lambda: nccl, ordered=ordered, on_gpu=True)

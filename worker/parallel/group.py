@@ -28,6 +28,7 @@ choice. It imports no Ray.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -44,13 +45,15 @@ from ellm.worker.parallel.rendezvous import GroupFailed, RankSpec, Rendezvous, T
 __all__ = ["Group", "GroupFailed", "RankSpec", "Rendezvous", "Timeouts", "report_death"]
 
 _REASON_S = 1.0  # how long a failing peer's reason is waited for
+_LOOK_EVERY = timedelta(seconds=0.2)  # for failures of others, while a collective takes its time
+_STILL_RUNNING = "Operation timed out!"  # torch's words for a wait that ends before the work does
 _FRAME_BYTES = 1 << 14  # sent at once; what is longer takes a second message
 
 
 class Work(Protocol):
     """A collective under way."""
 
-    def wait(self) -> object: ...
+    def wait(self, timeout: timedelta) -> object: ...
 
 
 class Group:
@@ -99,11 +102,18 @@ class Group:
             raise self.failure(error) from None
 
     def wait(self, work: Work) -> None:
-        """Wait for a collective; what breaks it is told as the group's failure."""
-        try:
-            work.wait()
-        except RuntimeError as error:
-            raise self.failure(error) from None
+        """Wait for a collective; what breaks it is told as the group's failure. A rank that has failed keeps
+        its connections for as long as its process lives, so its last words are looked for meanwhile."""
+        while True:
+            try:
+                work.wait(_LOOK_EVERY)
+                return
+            except RuntimeError as error:
+                if _STILL_RUNNING not in str(error):
+                    raise self.failure(error) from None
+            reason = self._reason()
+            if reason is not None:
+                raise reason
 
     def at_end(self, act: Callable[[], None]) -> None:
         """Also when this rank leaves."""
@@ -115,16 +125,19 @@ class Group:
             return error
         until = time.monotonic() + _REASON_S
         while time.monotonic() < until:
-            try:
-                reason = meeting.read_failure(self._store, self.spec)
-            except RuntimeError:
-                return GroupFailed("rank 0 is gone")
-            if reason is not None:
+            if (reason := self._reason()) is not None:
                 return reason
             time.sleep(meeting.POLL_S)
         # "[file:line] what happened"
         text = str(error).strip().partition("\n")[0].rpartition("] ")[2] or repr(error)
         return GroupFailed(f"rank {self.rank} lost the group: {text}")
+
+    def _reason(self) -> EllmError | GroupFailed | None:
+        """What another rank has said that it failed with."""
+        try:
+            return meeting.read_failure(self._store, self.spec)
+        except RuntimeError:  # the store is in rank 0's process
+            return GroupFailed("rank 0 is gone")
 
     def agree_least(self, values: Sequence[int]) -> list[int]:
         """The least of each value over all ranks."""
@@ -163,12 +176,16 @@ class Group:
         self.close()
 
     def close(self) -> None:
-        """Leave; the others' collectives fail from now on."""
+        """Leave."""
         gloo, self._gloo = self._gloo, None
         if gloo is not None:
             for act in self._at_end:
                 act()
-            gloo.abort()
+            # Its end waits for collectives under way, and those of a group that has failed take their time.
+            dropped = [gloo]
+            del gloo
+            if self._failed:
+                threading.Thread(target=dropped.clear, name="ellm-group-end", daemon=True).start()
 
     def _broadcast(self, message: bytes | None) -> bytes:
         """8 bytes of length, the beginning, and in a second message what is longer."""

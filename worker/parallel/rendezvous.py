@@ -23,6 +23,7 @@ from ellm.worker.api.errors import ConfigError, EllmError
 _distributed: Any = dist
 
 POLL_S = 0.02
+_REPORT_S = 5.0
 _CONNECT_S = 60.0  # ranks that are all there connect to each other within it
 
 
@@ -84,8 +85,9 @@ class Rendezvous:
 def report_death(spec: RankSpec, rank: int, reason: str) -> None:
     """Tell a group that is not ready yet that `rank` will not come. From any process; no error if the group
     is gone itself."""
-    with contextlib.suppress(RuntimeError):
-        write_failure(_client(spec, 5.0), rank, GroupFailed(reason))
+    with contextlib.suppress(RuntimeError, OSError):
+        socket.create_connection((spec.host, spec.port), _REPORT_S).close()  # a client would try for long
+        write_failure(_client(spec, _REPORT_S), rank, GroupFailed(reason))
 
 
 def meet(spec: RankSpec, rendezvous: Rendezvous | None) -> Any:
