@@ -16,6 +16,7 @@ import json
 import random
 import statistics
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -81,20 +82,40 @@ def setting(args: argparse.Namespace) -> ChaosSetting:
     return ChaosSetting(config, args.nodes, args.workers, args.pairs, args.routers, tokenizer, args.policy)
 
 
-async def disturb(cluster: ChaosCluster, args: argparse.Namespace) -> tuple[OpenLoop, list[Fault]]:
-    """The whole run: learn the answers, then faults under load."""
+async def learned(cluster: ChaosCluster, args: argparse.Namespace) -> list[Template]:
+    """The templates, and what an undisturbed server says to them."""
     model = served_name(cluster.setting.config.model)
     templates = make_templates(args.templates, args.tokens, args.seed, model)
     await learn("127.0.0.1", cluster.port, templates, args.streams // 2)
     templates += with_stops(templates)
     await learn("127.0.0.1", cluster.port, templates, args.streams)  # and once more, in another company
+    return templates
+
+
+def disturb(cluster: ChaosCluster, args: argparse.Namespace) -> tuple[OpenLoop, list[Fault]]:
+    """The whole run: learn the answers, then faults under load. Ray wants its nodes to be started by the main
+    thread: the load has a thread of its own."""
+    templates = asyncio.run(learned(cluster, args))
     tokens = statistics.mean(t.body["max_tokens"] for t in templates)
     choices = statistics.mean(t.body.get("n", 1) for t in templates)
     rate = args.streams / (tokens * choices * args.step_ms / 1000)
     print(f"{len(templates)} templates; {rate:.1f} requests/s", flush=True)
     loop = OpenLoop("127.0.0.1", cluster.port, templates, rate, args.seed)
-    until = asyncio.Event()
-    load = asyncio.create_task(loop.run(until))
+    over = threading.Event()
+    load = threading.Thread(target=lambda: asyncio.run(loop.run(over.is_set)))
+    load.start()
+    try:
+        applied = apply_all(cluster, loop, args)
+        while len(loop.answers) + loop.num_open < args.min_requests:
+            time.sleep(0.5)
+    finally:
+        over.set()
+        load.join()
+    return loop, applied
+
+
+def apply_all(cluster: ChaosCluster, loop: OpenLoop, args: argparse.Namespace) -> list[Fault]:
+    """Every kind of fault as often as asked for, in random order, one after the other."""
     faults = Faults(cluster, args.min_streams)
     order = [kind for kind in args.kinds.split(",") for _ in range(args.each)]
     random.Random(args.seed).shuffle(order)
@@ -103,14 +124,14 @@ async def disturb(cluster: ChaosCluster, args: argparse.Namespace) -> tuple[Open
     while order:
         kind = order.pop(0)
         try:
-            fault = await asyncio.to_thread(faults.apply, kind)
+            fault = faults.apply(kind)
         except TimeoutError as error:  # no worker has enough streams now: later, then
             retries -= 1
             print(f"{kind} is put off: {error}; {faults.state()}", flush=True)
-            if retries:
-                order.append(kind)
-                continue
-            raise
+            if not retries:
+                raise
+            order.append(kind)
+            continue
         applied.append(fault)
         errors = [a.error for a in loop.answers if a.error]
         took_s = fault.recovered_s and round(fault.recovered_s, 1)
@@ -120,12 +141,8 @@ async def disturb(cluster: ChaosCluster, args: argparse.Namespace) -> tuple[Open
             f"{len(loop.answers)} requests, {len(errors)} failed {errors[-3:]}",
             flush=True,
         )
-        await asyncio.sleep(SETTLE_S)
-    while len(loop.answers) + loop.num_open < args.min_requests:
-        await asyncio.sleep(0.5)
-    until.set()
-    await load
-    return loop, applied
+        time.sleep(SETTLE_S)
+    return applied
 
 
 def judge(loop: OpenLoop, templates: list[Template], faults: list[Fault]) -> dict[str, Any]:
@@ -211,7 +228,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(
             f"ready after {time.monotonic() - start:.0f} s: {[r['id'] for r in cluster.rows()]}", flush=True
         )
-        loop, faults = asyncio.run(disturb(cluster, args))
+        loop, faults = disturb(cluster, args)
         verdict = judge(loop, loop.templates, faults) | leaks(cluster)
     with contextlib.suppress(TimeoutError):
         wait_until(lambda: not cluster.left_behind(), 20)

@@ -10,7 +10,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -208,10 +208,10 @@ class OpenLoop:
     def num_open(self) -> int:
         return len(self._open)
 
-    async def run(self, until: asyncio.Event) -> None:
-        """Returns when `until` is set and everything sent before has ended."""
+    async def run(self, over: Callable[[], bool]) -> None:
+        """Returns when it is `over` and everything sent before has ended."""
         due = time.monotonic()
-        while not until.is_set():
+        while not over():
             number = self._rng.randrange(len(self.templates))
             task = asyncio.create_task(self._one(number))
             self._open.add(task)
