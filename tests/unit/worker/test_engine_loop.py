@@ -196,6 +196,18 @@ def test_a_change_of_pressure_is_told_before_a_report_is_due(running: list[Engin
     assert len(hurried) <= seen + 1  # nothing changes any more
 
 
+def test_a_step_takes_as_long_as_it_shall_at_least(running: list[EngineLoop]) -> None:
+    executor, sink = HeldExecutor(0.0), Sink()
+    _, loop = make_engine(executor, worker_config(min_step_s=0.02))
+    running.append(loop)
+    loop.start(sink)
+    begun = time.monotonic()
+    loop.submit("router", 0, [request("a", 10)])
+    wait_until(lambda: sink.finished() == {"a"})
+    assert time.monotonic() - begun >= 0.2
+    assert sink.tokens()["a"] == expected_tokens(request("a", 10))
+
+
 def test_stop_ends_both_threads_and_closes_the_executor() -> None:
     others = set(threading.enumerate())
     executor, sink = HeldExecutor(0.01), Sink()
