@@ -2,8 +2,9 @@
 
 A key's limit holds over the whole cluster, and requests are admitted by routers that ask nobody. So each
 gets a share of the limit by what its clients asked for of late: max-min fair (nobody gets more than it asked
-while another gets less than an even share), and what nobody asked for is spread evenly, for clients that
-come anew. The shares of all routers add up to the limit. A router that hears nothing falls back to limit / N.
+while another gets less than an even share; a tenth of that always), and what nobody asked for is spread
+evenly, for clients that come anew. The shares of all routers add up to the limit. A router that hears nothing
+falls back to limit / N.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ellm.cluster.api.guidance import TenantBudget
 from ellm.cluster.api.view import RouterNote, TenantUse
+
+ALWAYS = 0.1  # of an even share: the first client that comes to a router is not turned away
 
 
 def lend(notes: Sequence[RouterNote]) -> dict[str, tuple[TenantBudget, ...]]:
@@ -41,9 +44,10 @@ def shares(limit: float | None, demands: Mapping[str, float]) -> dict[str, float
     if limit is None:
         return dict.fromkeys(demands, -1.0)
     left, given = max(0.0, limit), {}
+    least = left * ALWAYS / len(demands)
     waiting = sorted(demands, key=lambda router: (demands[router], router))
     for index, router in enumerate(waiting):
-        given[router] = min(max(0.0, demands[router]), left / (len(waiting) - index))
+        given[router] = min(max(least, demands[router]), left / (len(waiting) - index))
         left -= given[router]
     return {router: given[router] + left / len(demands) for router in demands}
 

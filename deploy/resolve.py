@@ -21,11 +21,12 @@ def resolve(config: EllmConfig) -> EllmConfig:
     """The config with device, STRICT, name and threads decided. Raises ConfigError."""
     here = config.cluster.address is None
     ranks = sum(model.num_workers * model.worker.tensor_parallel_size for model in config.served)
-    models = tuple(
-        replace(model, worker=_resolve_one(model.worker, here, ranks)) for model in config.models
-    )
+    models = tuple(replace(model, worker=_resolve_one(model.worker, here, ranks)) for model in config.models)
     worker = models[0].worker if models else _resolve_one(config.worker, here, ranks)
-    return replace(config, worker=worker, models=models)
+    router = config.router
+    if router.api_key_file is not None:  # routers start elsewhere
+        router = replace(router, api_key_file=os.path.abspath(os.path.expanduser(router.api_key_file)))
+    return replace(config, worker=worker, models=models, router=router)
 
 
 def _resolve_one(worker: WorkerConfig, here: bool, ranks: int) -> WorkerConfig:

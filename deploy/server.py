@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 import types
+from pathlib import Path
 from typing import Any
 
 from ellm.deploy import application, ports, ray_cluster, workers
@@ -19,6 +20,7 @@ from ellm.deploy.http_client import RequestFailed, Server
 from ellm.deploy.progress import Progress
 from ellm.deploy.resolve import num_cores
 from ellm.deploy.tree import EllmConfig, ServedModel, worker_deployment
+from ellm.router.keys import read_keys
 from ellm.router.policies import make_policy as router_policy
 from ellm.worker.api.config import SIMULATED, ModelConfig, WorkerConfig
 from ellm.worker.api.errors import ConfigError
@@ -98,6 +100,8 @@ def run(config: EllmConfig, parent: int) -> int:
 def check(config: EllmConfig) -> None:
     """All that can be known to be wrong before anything starts. Raises ConfigError."""
     router_policy(config.router.policy)
+    if config.router.api_key_file is not None:
+        read_keys(Path(config.router.api_key_file))
     problems = {model.name: problem for model in config.served if (problem := check_model(model.worker))}
     if len(problems) == len(config.served):  # of several, one that cannot be served stops no other
         raise next(iter(problems.values()))
@@ -231,6 +235,8 @@ def wait_until_ready(config: EllmConfig, progress: Progress, deadline: float) ->
 def worker_table(config: EllmConfig, num_workers: int) -> list[dict[str, Any]]:
     """The workers as a router sees them; it is given a moment to find so many."""
     key = config.router.admin_key or next(iter(config.router.api_keys), None)
+    if key is None and config.router.api_key_file is not None:
+        return []  # only those who hold a key may see it
     server = Server(base_url(config), key, timeout_s=5.0)
     deadline = time.monotonic() + FIND_S
     while True:
@@ -251,7 +257,8 @@ def announce(config: EllmConfig) -> None:
         "max_tokens": 32,
         "temperature": 0,
     }
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.router.api_keys else ""
+    needed = config.router.api_keys or config.router.api_key_file is not None
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if needed else ""
     print(f"\nReady: {url}\n")
     print(f"  curl {url}/v1/completions -H 'Content-Type: application/json'{key} \\")
     print(f"    -d '{json.dumps(body)}'")

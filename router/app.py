@@ -29,6 +29,7 @@ from ellm.router.errors import BodyTooLarge, UnknownRoute, WrongMethod
 from ellm.router.exchange import Exchange, Service
 from ellm.router.guidance import ControllerLine, GuidanceBook, GuidanceLoop
 from ellm.router.http_bodies import JSON_TYPE, read_json, send_error
+from ellm.router.keys import KeyRing
 from ellm.router.metrics import CONTENT_TYPE, RouterMetrics
 from ellm.router.metrics_page import GuidanceMetrics, MetricsPage
 from ellm.router.models import Models
@@ -41,6 +42,7 @@ from ellm.router.openai.schema import (
     TokenizeRequest,
     parse,
 )
+from ellm.router.tenants import TenantLimits
 from ellm.router.tokenizer import Tokenizer, in_text_thread
 from ellm.worker.api.channel import WorkerDirectory
 from ellm.worker.api.errors import EllmError, InvalidRequest, PromptTooLong
@@ -66,7 +68,9 @@ class ModelSource:
     directory: WorkerDirectory
 
 
-def make_service(source: ModelSource, config: RouterConfig, clock: Callable[[], float]) -> Service:
+def make_service(
+    source: ModelSource, config: RouterConfig, tenants: TenantLimits, clock: Callable[[], float]
+) -> Service:
     """Raises ConfigError for a tokenizer that cannot be read."""
     name, tokenizer = source.name, source.tokenizer
     if isinstance(tokenizer, Path):
@@ -80,6 +84,7 @@ def make_service(source: ModelSource, config: RouterConfig, clock: Callable[[], 
         converter=Converter(tokenizer, config.limits),
         dispatcher=Dispatcher(source.directory, config, metrics, clock),
         metrics=metrics,
+        tenants=tenants,
     )
 
 
@@ -95,11 +100,18 @@ def create_app(
     """Starting the app (its lifespan) opens the lines to the workers. `broken`: models that cannot be served,
     and why. Without a `controller` nobody advises. `echo_request_id` is off where the server around the app
     does it. Raises ConfigError."""
-    models = Models([make_service(source, config, clock) for source in sources], broken)
-    services = models.services.values()
+    keys = KeyRing(config.api_keys, None if config.api_key_file is None else Path(config.api_key_file))
     book = GuidanceBook(config.num_replicas)
+    tenants = TenantLimits(book.budget, lambda: book.num_routers)
+    models = Models([make_service(source, config, tenants, clock) for source in sources], broken)
+    services = models.services.values()
     guidance = GuidanceLoop(
-        book, controller, models.links, prompts=lambda: [s.dispatcher.poison for s in services], clock=clock
+        book,
+        controller,
+        models.links,
+        uses=lambda: tenants.uses(clock()),
+        prompts=lambda: [service.dispatcher.poison for service in services],
+        clock=clock,
     )
     page = MetricsPage([*(service.metrics for service in services), GuidanceMetrics(book, clock)])
 
@@ -119,7 +131,7 @@ def create_app(
     app.state.models = models
     app.state.guidance = book
     app.add_middleware(
-        Edge, api_keys=config.api_keys, admin_key=config.admin_key, echo_request_id=echo_request_id
+        Edge, keys=keys, admin_key=config.admin_key, echo_request_id=echo_request_id, clock=clock
     )
     if config.cors_origins:
         app.add_middleware(

@@ -41,7 +41,8 @@ class RouterConfig:
     tokenizer: str | None = None  # a folder or hub id; None: the model's own
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     failover: FailoverConfig = field(default_factory=FailoverConfig)
-    api_keys: tuple[str, ...] = ()  # empty: open
+    api_keys: tuple[str, ...] = ()  # without these and a file of keys the server is open
+    api_key_file: str | None = None  # of hashed keys with limits, as `ellm keys` writes it
     admin_key: str | None = None
     cors_origins: tuple[str, ...] = ()  # empty: off
     refresh_s: float = 1.0  # of the worker directory

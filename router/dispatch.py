@@ -61,7 +61,7 @@ class Dispatcher:
         self.router_id = uuid.uuid4().hex[:12]
         self.links: dict[str, WorkerLink] = {}
         self.num_lost = 0  # workers lost so far
-        self.admission = Admission(config.limits.max_inflight)
+        self.admission = Admission(config.limits.max_inflight, self._ready_reports)
         self.gate = WorkerGate(config.queue_timeout_s)
         self._directory = directory
         self._config = config
@@ -97,6 +97,9 @@ class Dispatcher:
     @property
     def ready_links(self) -> list[WorkerLink]:
         return [link for link in self.links.values() if link.ready]
+
+    def _ready_reports(self) -> list[WorkerReport]:
+        return [link.report for link in self.ready_links if link.report is not None]
 
     def info(self) -> WorkerInfo | None:
         """What the workers serve; they all serve the same model."""

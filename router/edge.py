@@ -9,14 +9,16 @@ from __future__ import annotations
 import hmac
 import logging
 import re
+import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import blake2b
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ellm.router.errors import Unauthorized
 from ellm.router.http_bodies import ClientLeft, header, send_error
+from ellm.router.keys import ApiKey, KeyRing
 from ellm.worker.api.errors import EllmError
 
 log = logging.getLogger(__name__)
@@ -33,8 +35,13 @@ class RequestContext:
     """What the edge knows of a request."""
 
     request_id: str
-    tenant: str  # stands for the key; "" where none is needed
+    key: ApiKey | None  # None where none is needed
     send: Send  # past the framework's own layers, which would each pass on every chunk
+
+    @property
+    def tenant(self) -> str:
+        """Stands for the key; "" where none is needed."""
+        return "" if self.key is None else self.key.id
 
 
 def request_id(scope: Scope) -> str:
@@ -54,13 +61,15 @@ class Edge:
     def __init__(
         self,
         app: ASGIApp,
-        api_keys: tuple[str, ...] = (),
+        keys: KeyRing,
         admin_key: str | None = None,
         echo_request_id: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app = app
         self._echo = echo_request_id
-        self._keys = [key.encode() for key in api_keys]
+        self._keys = keys
+        self._clock = clock
         self._admin_key = None if admin_key is None else admin_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,7 +89,7 @@ class Edge:
             await send(message)
 
         try:
-            scope[CONTEXT] = RequestContext(ident, self._tenant(scope), send_with_id)
+            scope[CONTEXT] = RequestContext(ident, self._owner(scope), send_with_id)
             await self._app(scope, receive, send_with_id)
         except EllmError as error:
             if not started:
@@ -92,18 +101,18 @@ class Edge:
             if not started:
                 await send_error(send_with_id, EllmError("internal error"))
 
-    def _tenant(self, scope: Scope) -> str:
-        """Raises Unauthorized."""
-        path, key = scope["path"], bearer(scope).encode()
+    def _owner(self, scope: Scope) -> ApiKey | None:
+        """Whose key it is; None where none is needed. Raises Unauthorized."""
+        path, key = scope["path"], bearer(scope)
         if path in OPEN_PATHS:
-            return ""
+            return None
         if self._admin_key is not None and path.startswith(ADMIN_PREFIX):
-            if not hmac.compare_digest(key, self._admin_key):
+            if not hmac.compare_digest(key.encode(), self._admin_key):
                 raise Unauthorized("this needs the admin key: Authorization: Bearer KEY")
-            return ""
-        if not self._keys:
-            return ""
-        # Every key is compared, so that the time does not tell which one was near.
-        if not any([hmac.compare_digest(key, known) for known in self._keys]):
+            return None
+        if not self._keys.needed:
+            return None
+        owner = self._keys.find(key, self._clock())
+        if owner is None:
             raise Unauthorized("this needs an API key: Authorization: Bearer KEY")
-        return blake2b(key, digest_size=8).hexdigest()
+        return owner

@@ -2,6 +2,7 @@
 
 EllmError
 ├── Unauthorized     401 invalid_api_key
+├── RateLimited      429 rate_limit_exceeded (with retry_after_s)
 ├── UnknownRoute     404 not_found
 ├── WrongMethod      405 method_not_allowed
 └── BodyTooLarge     413 request_too_large
@@ -20,6 +21,14 @@ class Unauthorized(EllmError):
     status = 401
     code = "invalid_api_key"
     kind = "authentication_error"
+
+
+class RateLimited(EllmError):
+    """The API key has used up its rate; it may come again after `retry_after_s`."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+    kind = "rate_limit_error"
 
 
 class UnknownRoute(EllmError):

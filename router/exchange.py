@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -28,6 +28,7 @@ from ellm.router.http_bodies import (
     send_json,
     stream_start,
 )
+from ellm.router.keys import ApiKey
 from ellm.router.metrics import RouterMetrics
 from ellm.router.openai.answer import Answer, ChatShape, CompletionShape
 from ellm.router.openai.convert import Converter, Job, ModelBounds
@@ -35,6 +36,7 @@ from ellm.router.openai.schema import ChatRequest, CompletionRequest, parse
 from ellm.router.paced_stream import PacedStream
 from ellm.router.service_level import ServiceLevel, with_headers
 from ellm.router.sinks import EventStream, Gathered
+from ellm.router.tenants import TenantLimits
 from ellm.router.tokenizer import Tokenizer
 from ellm.worker.api.errors import DeadlineExceeded, EllmError
 
@@ -54,6 +56,7 @@ class Service:
     converter: Converter
     dispatcher: Dispatcher
     metrics: RouterMetrics
+    tenants: TenantLimits
 
     async def bounds(self) -> ModelBounds:
         """Raises Unavailable when no worker is up in time."""
@@ -107,14 +110,19 @@ class Exchange(Response):
         admission = service.dispatcher.admission
         admission.enter(1)
         try:
+            if context.key is not None:
+                service.tenants.enter(context.key, arrived_at)
             job = await service.job(self._kind, with_headers(body, scope["headers"]))
         finally:
             admission.leave(1)
+        job = in_class(job, context.key)
         shape = ChatShape() if self._kind == "chat" else CompletionShape()
         answer = Answer(shape, job, service.tokenizer, service.model, service.fingerprint)
         salt = f"{context.tenant}/{job.cache_salt}" if context.tenant or job.cache_salt else ""
         session = header(scope, b"x-session-id")
         generation = Generation(job, service.dispatcher, service.tokenizer, arrived_at, salt, session)
+        generation.tenant = context.tenant
+        self._pay(context.key, generation.usage().prompt_tokens)
         try:
             if job.stream:
                 await self._stream(generation, answer, send)
@@ -122,6 +130,11 @@ class Exchange(Response):
                 await self._whole(generation, answer, send)
         finally:
             generation.close()
+            self._pay(context.key, generation.usage().completion_tokens)
+
+    def _pay(self, key: ApiKey | None, tokens: int) -> None:
+        if key is not None:
+            self._service.tenants.spend(key, tokens, self._service.dispatcher.clock())
 
     async def _whole(self, generation: Generation, answer: Answer, send: Send) -> None:
         sink = Gathered(generation, answer)
@@ -163,6 +176,15 @@ class Exchange(Response):
         error = DeadlineExceeded(f"the request took longer than {deadline_s:g} s")
         left = deadline_s - (self._service.dispatcher.clock() - generation.arrived_at)
         return asyncio.get_running_loop().call_later(max(0.0, left), end, error)
+
+
+def in_class(job: Job, key: ApiKey | None) -> Job:
+    """The job in its key's class: no request of a key runs before those of the class."""
+    if key is None or key.priority is None:
+        return job
+    asked = job.level.priority
+    priority = key.priority if asked == 0 else max(asked, key.priority)
+    return replace(job, level=replace(job.level, priority=priority))
 
 
 async def _while_client_stays(receive: Receive, work: Callable[[], Awaitable[None]]) -> None:

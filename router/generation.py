@@ -37,6 +37,7 @@ class Generation:
         self.arrived_at = arrived_at
         self._salt = salt
         self._session_id = session_id
+        self.tenant = ""  # stands for the API key
         dispatcher.admission.enter(job.num_sequences)
         self._admitted = job.num_sequences
 
@@ -77,6 +78,7 @@ class Generation:
             sequence = LiveSequence(f"{prefix}-{index}", index, prompt.ids, sampling, sink, detokenizer)
             sequence.choice_index = index % job.n
             sequence.salt = self._salt
+            sequence.tenant = self.tenant
             sequence.arrived_at = self.arrived_at
             sequence.serve_at(job.level)
             matcher = None if strings is None else StopMatcher(strings, job.include_stop)

@@ -19,6 +19,7 @@ from ellm.router.attainment import Attainment
 from ellm.router.histogram import E2E_BUCKETS, ITL_BUCKETS, TTFT_BUCKETS, Histogram
 from ellm.router.policies.candidates import FALLBACKS
 from ellm.router.sequence import Sequence as LiveSequence
+from ellm.router.usage import Usage
 from ellm.worker.api.errors import EllmError
 from ellm.worker.api.output import FinishReason
 from ellm.worker.api.report import WorkerInfo, WorkerReport
@@ -123,6 +124,7 @@ class RouterMetrics(Collector):
         self._folded: Counter[str] = Counter()  # totals of those that do not come back
         self._reports: dict[str, tuple[WorkerInfo, WorkerReport, float]] = {}
         self._attainment = Attainment()
+        self._usage = Usage()
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -141,6 +143,7 @@ class RouterMetrics(Collector):
     def sequence_ended(self, sequence: LiveSequence, reason: FinishReason) -> None:
         self.finished[reason] += 1
         self._attainment.ended(sequence, reason)
+        self._usage.ended(sequence, reason)
         if reason not in ("stop", "length") or not sequence.first_token_at:
             return
         now = self._clock()
@@ -195,6 +198,7 @@ class RouterMetrics(Collector):
         what = "Choices that could not go by reports, or by the controller's advice."
         yield self._counter("ellm_router_fallbacks", what, "reason", fallbacks)
         yield from self._attainment.families(self._model)
+        yield from self._usage.families(self._model)
         yield from self._of_workers()
 
     def _observe(self, name: str, value: float) -> None:

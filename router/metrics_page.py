@@ -47,7 +47,7 @@ class GuidanceMetrics:
 
     def collect(self) -> Iterator[Metric]:
         fallbacks = CounterMetricFamily(
-            "ellm_controller_absences", "Times this router began to do without advice, or asked in vain.", labels=["reason"]
+            "ellm_controller_absences", "Times this router had to do without advice.", labels=["reason"]
         )
         for reason, count in sorted(self._book.fallbacks.items()):
             fallbacks.add_metric([reason], count)

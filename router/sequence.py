@@ -96,6 +96,7 @@ class Sequence:
         "salt",
         "sampling",
         "sink",
+        "tenant",
         "token_at",
     )
 
@@ -117,6 +118,7 @@ class Sequence:
         self.sink = sink
         self.detokenizer = detokenizer
         self.salt = ""
+        self.tenant = ""  # stands for the API key
         self.attempt = 0
         self.num_deaths = 0  # workers that died with it
         self.num_moves = 0  # times it was moved, deaths included

