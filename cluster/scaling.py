@@ -2,8 +2,8 @@
 
 A worker's load is the largest of three shares; 1 is full:
 
-    memory     (context of all admitted requests + prompts in the queue) / tokens its pool holds.
-               Context without KV counts: the headroom may look well only because much was dropped.
+    memory     (context of all admitted requests, also parked ones, + prompts in the queue) / its pool's
+               tokens. Context without KV counts: the headroom may look well only because much was dropped.
     sequences  (running + waiting + parked) / what the scheduler runs at most
     backlog    (queued prompt tokens / prefill rate + what must be brought back) / `backlog_s`
 
@@ -93,7 +93,8 @@ def worker_load(track: Track, config: ScalingConfig) -> float:
     if report is None:
         return 0.0
     pool = report.num_blocks * track.info.block_size
-    memory = (report.running_tokens + report.waiting_tokens) / pool if pool > 0 else 0.0
+    context = report.running_tokens + report.parked_tokens + report.waiting_tokens
+    memory = context / pool if pool > 0 else 0.0
     held = report.num_running + report.num_waiting + report.num_parked
     sequences = held / report.max_running if report.max_running > 0 else 0.0
     queued = report.waiting_tokens + report.prefill_tokens

@@ -1,6 +1,6 @@
 """Serve's autoscaling policy for workers: as many as the controller says, and otherwise as many as there are.
 
-It runs in Serve's own controller, several times a second for every deployment, so it never waits: it asks, and
+It runs in Serve's own controller, several times a second for each deployment, so it never waits: it asks, and
 goes by the last answer. Serve sees no requests of ours, so its own figures say nothing here; hysteresis and
 bounds are the brain's (cluster/scaling.py), Serve applies its bounds once more. Serve ships this module by
 value: it imports nothing of ours.

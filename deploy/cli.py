@@ -21,6 +21,7 @@ COMMANDS = {
     "simulate": "compare scheduling policies on a modelled GPU, without one",
     "keys": "make, list and revoke API keys",
     "status": "show the workers of a running server",
+    "top": "watch the workers of a running server",
     "drain": "empty one worker without losing a request",
     "version": "print the versions of eLLM and what it runs on",
 }

@@ -36,6 +36,11 @@ class Server:
         with self._open(path, None) as response:
             return _json(self.url + path, response.read())
 
+    def text(self, path: str) -> str:
+        """The body of a GET as text."""
+        with self._open(path, None) as response:
+            return response.read().decode(errors="replace")
+
     def probe(self, path: str) -> None:
         """Returns if a GET is answered with 200."""
         with self._open(path, None):

@@ -73,5 +73,6 @@ def _entry(link: WorkerLink) -> dict[str, Any]:
         **info,
         "memory": dict(info["memory"]),
         "num_here": len(link.live),  # sequences of this router
+        "weight": link.replica.weight,  # as the controller advises
         "silence_s": round(link.watch.silence_s, 3),
     }

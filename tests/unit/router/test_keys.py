@@ -60,7 +60,7 @@ def test_plain_keys_and_those_of_a_file_live_together(path: Path) -> None:
 )
 def test_a_file_that_is_none_is_refused(path: Path, text: str) -> None:
     path.write_text(text)
-    with pytest.raises(ConfigError, match="keys.json"):
+    with pytest.raises(ConfigError, match=r"keys\.json"):
         KeyRing((), path)
     with pytest.raises(ConfigError, match="cannot read"):
         read_keys(path.parent / "absent")
