@@ -57,8 +57,8 @@ class Headroom:
             return Choice(less_loaded(self._random, there.replicas).replica_id, STALE)
         prefixes = Prefixes(request, there.replicas, now)
         costs, slopes = self._costs(request, there.replicas, prefixes.tokens)
-        expected = sum([r.foreign_rate * r.stale_s(now) for r in there.replicas if r.foreign_rate])
-        chosen = there.replicas[self._draw(costs, slopes, expected)]
+        expected = sum([r.foreign_rate * (now - r.known_since) for r in there.replicas if r.foreign_rate])
+        chosen = there.replicas[self._draw(costs, slopes, max(0.0, expected))]
         return Choice(chosen.replica_id, there.fallback or "headroom", prefixes.placed(chosen))
 
     def _costs(

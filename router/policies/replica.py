@@ -34,6 +34,7 @@ class Replica:
         "digest",
         "foreign_rate",
         "free_tokens",
+        "known_since",
         "max_running",
         "num_held",
         "num_unseen",
@@ -60,6 +61,9 @@ class Replica:
         self.block_size = block_size
         self.report = _NOTHING
         self.reported_at = -inf  # before the first
+        # How far back what is known goes, at least: reports travel, and one that does not count what was sent
+        # long ago is older than its arrival.
+        self.known_since = inf
         self.ready = False  # as the report says
         self.weight = 1.0  # the controller's
         self.admit_tokens = inf  # prompt tokens that this router may still send it
@@ -100,14 +104,6 @@ class Replica:
         """Of the report, at least 0; infinite before the first."""
         return max(0.0, now - self.reported_at)
 
-    def stale_s(self, now: float) -> float:
-        """How far back what is known here goes, at least: reports travel, and one that does not count what
-        was sent long ago is older than its arrival. 0 before the first report."""
-        since = self.reported_at
-        if self._sent and self._sent[0][4] < since:
-            since = self._sent[0][4]
-        return now - since if -inf < since < now else 0.0
-
     def place(self, num: int, rows: int, tokens: int) -> None:
         """`num` sequences are about to be sent; `tokens` of prompts, of which `rows` need computing."""
         self.num_unseen += num
@@ -135,6 +131,7 @@ class Replica:
                 others += seq
         while self._sent and self._sent[0][0] <= seen:
             self.withdraw(*self._sent.popleft()[1:4])
+        self.known_since = min(now, self._sent[0][4]) if self._sent else now
         self._count_others(others, now)
         self.report, self.reported_at = report, now
         self.ready = report.state == "ready"
