@@ -112,6 +112,10 @@ class RouterMetrics(Collector):
                 Histogram(ITL_BUCKETS), "Mean time per token after the first."
             ),
             "ellm_e2e_request_latency_seconds": (Histogram(E2E_BUCKETS), "From arrival to the last token."),
+            "ellm_request_queue_time_seconds": (Histogram(E2E_BUCKETS), "In a worker's queue."),
+            "ellm_request_prefill_time_seconds": (
+                Histogram(E2E_BUCKETS), "From arrival to the first token, but for the worker's queue."
+            ),
             "ellm_request_decode_time_seconds": (Histogram(E2E_BUCKETS), "From the first token to the last."),
         }  # fmt: skip
         self.token_interval = self._histograms["ellm_inter_token_latency_seconds"][0].observe
@@ -147,7 +151,11 @@ class RouterMetrics(Collector):
         if reason not in ("stop", "length") or not sequence.first_token_at:
             return
         now = self._clock()
-        self._observe("ellm_time_to_first_token_seconds", sequence.first_token_at - sequence.arrived_at)
+        first_token_s = sequence.first_token_at - sequence.arrived_at
+        self._observe("ellm_time_to_first_token_seconds", first_token_s)
+        self._observe("ellm_request_queue_time_seconds", sequence.queue_time_s)
+        prefill_s = max(0.0, first_token_s - sequence.queue_time_s)
+        self._observe("ellm_request_prefill_time_seconds", prefill_s)
         self._observe("ellm_e2e_request_latency_seconds", now - sequence.arrived_at)
         decode_s = sequence.token_at - sequence.first_token_at
         self._observe("ellm_request_decode_time_seconds", decode_s)

@@ -90,6 +90,7 @@ class Sequence:
         "output_ids",
         "prompt_ids",
         "prompt_logprobs",
+        "queue_time_s",
         "request_id",
         "retry_after_s",
         "room_in_s",
@@ -133,6 +134,7 @@ class Sequence:
         self.error: EllmError | tuple[str, str] | None = None
         self.arrived_at = 0.0
         self.first_token_at = 0.0
+        self.queue_time_s = 0.0  # in the worker that made the first token
         self.token_at = 0.0
         self.level = NO_PROMISE
         self.late = False  # a token came after its deadline
@@ -201,6 +203,7 @@ class Sequence:
             self.prompt_logprobs = output.prompt_logprobs
         if not self.output_ids:
             self.num_cached_tokens = output.num_cached_tokens
+            self.queue_time_s = output.queue_time_s
         if output.token_ids:
             self.token_at = now
             self.first_token_at = self.first_token_at or now

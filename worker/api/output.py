@@ -36,3 +36,4 @@ class SequenceOutput:
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
     error: tuple[str, str] | None = None  # (code of the error tree, message), with finish_reason "error"
     retry_after_s: float | None = None  # of an error that passes
+    queue_time_s: float = 0.0  # with the first output: how long it waited in this worker until it was let in

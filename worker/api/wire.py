@@ -67,6 +67,7 @@ def pack_output(output: SequenceOutput) -> Message:
         output.num_cached_tokens,
         output.error,
         output.retry_after_s,
+        output.queue_time_s,
     )
 
 

@@ -122,6 +122,7 @@ class Completion:
             logprobs,
             self._prompt_scores(seq) if index == 0 else None,
             seq.num_cached_tokens or 0,
+            queue_time_s=seq.admitted_at - seq.arrived_at if index == 0 else 0.0,
         )
 
     def _end_scored(self, seq: Sequence, now: float) -> SequenceOutput:

@@ -54,6 +54,7 @@ class Residency:
         held = seq.num_computed
         if seq.num_cached_tokens is None:
             seq.num_cached_tokens = min(held, seq.num_prompt)
+            seq.admitted_at = now
             state.totals.prompt_tokens += seq.num_prompt
             if state.prefix_caching:
                 state.totals.prefix_queries += len(seq.tokens)

@@ -36,6 +36,7 @@ class Sequence:
     """Owned by EngineCore alone; nothing outside the engine holds one."""
 
     __slots__ = (
+        "admitted_at",
         "arrived_at",
         "block_hashes",
         "epoch",
@@ -100,6 +101,7 @@ class Sequence:
         self.first_token_at: float | None = None  # the first that this engine made
         self.first_index = self.num_prompt  # its position
         self.arrived_at = 0.0
+        self.admitted_at = 0.0  # for the first time
         self.tpot_slo_s = request.tpot_slo_s
         self.ttft_slo_s = request.ttft_slo_s
         self.late = False  # a token came after its deadline, the first among them

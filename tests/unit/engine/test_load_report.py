@@ -125,3 +125,14 @@ def test_pressure_changes_with_memory_and_with_those_who_wait() -> None:
     assert len({idle, queued, running}) == 3
     driver.add(request("b", 10, seed=1, max_tokens=20, ignore_eos=True))
     assert driver.core.pressure not in {idle, running}
+
+
+def test_the_first_output_says_how_long_its_request_waited() -> None:
+    driver = EngineDriver(scheduler=plain(max_num_seqs=1))
+    driver.add(request("a", 10, max_tokens=5, ignore_eos=True))
+    driver.add(request("b", 10, seed=1, max_tokens=5, ignore_eos=True))
+    driver.run()
+    waited = {name: [output.queue_time_s for output in outputs] for name, outputs in driver.outputs.items()}
+    assert waited["a"] == [0.0] * 5
+    assert waited["b"][0] > 0.04  # five steps of 10 ms
+    assert waited["b"][1:] == [0.0] * 4

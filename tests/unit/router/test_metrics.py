@@ -37,18 +37,23 @@ def test_the_endpoint_has_the_fields_names(client: httpx.Client) -> None:
     for name in (
         "ellm_time_to_first_token_seconds", "ellm_inter_token_latency_seconds",
         "ellm_time_per_output_token_seconds", "ellm_e2e_request_latency_seconds",
+        "ellm_request_queue_time_seconds", "ellm_request_prefill_time_seconds",
+        "ellm_request_decode_time_seconds",
     ):  # fmt: skip
         assert names[name] == "histogram"
     for name in (
         "ellm_prompt_tokens", "ellm_generation_tokens", "ellm_num_preemptions", "ellm_request_success",
         "ellm_prefix_cache_queries", "ellm_prefix_cache_hits", "ellm_router_failovers",
-        "ellm_admission_rejections", "ellm_router_decisions",
+        "ellm_admission_rejections", "ellm_router_decisions", "ellm_streamed_tokens",
+        "ellm_recomputed_tokens", "ellm_hole_tokens",
     ):  # fmt: skip
         assert names[name] == "counter"
         assert f"{name}_total" in response.text
     for name in (
         "ellm_num_requests_running", "ellm_num_requests_waiting", "ellm_kv_cache_usage_perc",
         "ellm_kv_cache_headroom_tokens", "ellm_router_report_age_seconds", "ellm_step_time_seconds",
+        "ellm_host_kv_usage_perc", "ellm_uncached_tokens", "ellm_uncached_token_ratio",
+        "ellm_parked_requests", "ellm_recompute_debt_seconds", "ellm_prefill_rate_tokens_per_second",
     ):  # fmt: skip
         assert names[name] == "gauge"
     assert ":" not in "".join(names)
