@@ -54,6 +54,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--min-streams", type=int, default=8, help="past their first token, of a victim")
     parser.add_argument("--min-requests", type=int, default=2000)
+    parser.add_argument("--minutes", type=float, default=240.0, help="no fault begins after so long")
     parser.add_argument("--model", default=str(TOKENIZER), help="a checkpoint, or simulated:...")
     parser.add_argument("--templates", type=int, default=48)
     parser.add_argument("--nodes", type=int, default=3)
@@ -115,13 +116,14 @@ def disturb(cluster: ChaosCluster, args: argparse.Namespace) -> tuple[OpenLoop, 
 
 
 def apply_all(cluster: ChaosCluster, loop: OpenLoop, args: argparse.Namespace) -> list[Fault]:
-    """Every kind of fault as often as asked for, in random order, one after the other."""
+    """Every kind of fault as often as asked for, one after the other: each round in an order of its own."""
     faults = Faults(cluster, args.min_streams)
-    order = [kind for kind in args.kinds.split(",") for _ in range(args.each)]
-    random.Random(args.seed).shuffle(order)
+    rng, kinds = random.Random(args.seed), args.kinds.split(",")
+    order = [kind for _ in range(args.each) for kind in rng.sample(kinds, len(kinds))]
     applied: list[Fault] = []
     retries = 2 * len(order)
-    while order:
+    until = time.monotonic() + 60 * args.minutes
+    while order and time.monotonic() < until:
         kind = order.pop(0)
         try:
             fault = faults.apply(kind)
