@@ -9,7 +9,7 @@ falls back to limit / N.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from ellm.cluster.api.guidance import TenantBudget
 from ellm.cluster.api.view import RouterNote, TenantUse
@@ -18,38 +18,41 @@ ALWAYS = 0.1  # of an even share: the first client that comes to a router is not
 
 
 def lend(notes: Sequence[RouterNote]) -> dict[str, tuple[TenantBudget, ...]]:
-    """Router id -> what it may spend per second for each key that has a limit and was used anywhere."""
-    uses: dict[str, dict[str, TenantUse]] = {}  # tenant -> router id -> its use
-    for note in notes:
+    """Router id -> what it may spend per second for each key that has a limit and was used anywhere.
+    O(routers * keys), and a sort of the routers for each key that asks for more than it may have."""
+    uses: dict[str, list[tuple[int, TenantUse]]] = {}  # tenant -> (place of the router, its use)
+    for place, note in enumerate(notes):
         for use in note.uses:
             if use.max_requests_per_s is not None or use.max_tokens_per_s is not None:
-                uses.setdefault(use.tenant, {})[note.router_id] = use
-    lent: dict[str, list[TenantBudget]] = {note.router_id: [] for note in notes}
-    for tenant, by_router in sorted(uses.items()):
-        requests = {
-            router: by_router[router].requests_per_s if router in by_router else 0.0 for router in lent
-        }
-        tokens = {router: by_router[router].tokens_per_s if router in by_router else 0.0 for router in lent}
+                uses.setdefault(use.tenant, []).append((place, use))
+    lent: list[list[TenantBudget]] = [[] for _ in notes]
+    for tenant, placed in sorted(uses.items()):
+        requests, tokens = [0.0] * len(notes), [0.0] * len(notes)
+        for place, use in placed:
+            requests[place], tokens[place] = use.requests_per_s, use.tokens_per_s
         # A key whose limits were just changed is seen differently by routers: the tighter one holds.
-        max_requests = _least(use.max_requests_per_s for use in by_router.values())
-        max_tokens = _least(use.max_tokens_per_s for use in by_router.values())
-        by_request, by_token = shares(max_requests, requests), shares(max_tokens, tokens)
-        for router in lent:
-            lent[router].append(TenantBudget(tenant, by_request[router], by_token[router]))
-    return {router: tuple(budgets) for router, budgets in lent.items()}
+        by_request = shares(_least(use.max_requests_per_s for _, use in placed), requests)
+        by_token = shares(_least(use.max_tokens_per_s for _, use in placed), tokens)
+        for budgets, request_share, token_share in zip(lent, by_request, by_token, strict=True):
+            budgets.append(TenantBudget(tenant, request_share, token_share))
+    return {note.router_id: tuple(budgets) for note, budgets in zip(notes, lent, strict=True)}
 
 
-def shares(limit: float | None, demands: Mapping[str, float]) -> dict[str, float]:
+def shares(limit: float | None, demands: Sequence[float]) -> list[float]:
     """Max-min fair shares of `limit`, the rest spread evenly; -1 for each where there is no limit."""
     if limit is None:
-        return dict.fromkeys(demands, -1.0)
-    left, given = max(0.0, limit), {}
+        return [-1.0] * len(demands)
+    left = max(0.0, limit)
     least = left * ALWAYS / len(demands)
-    waiting = sorted(demands, key=lambda router: (demands[router], router))
-    for index, router in enumerate(waiting):
-        given[router] = min(max(least, demands[router]), left / (len(waiting) - index))
-        left -= given[router]
-    return {router: given[router] + left / len(demands) for router in demands}
+    given = [demand if demand > least else least for demand in demands]
+    spare = left - sum(given)
+    if spare < 0.0:  # not everyone can have what it asks for: fill up from the modest to the greedy
+        order = sorted(range(len(given)), key=given.__getitem__)
+        for index, place in enumerate(order):
+            given[place] = min(given[place], left / (len(order) - index))
+            left -= given[place]
+        return given
+    return [share + spare / len(given) for share in given]
 
 
 def _least(limits: Iterable[float | None]) -> float | None:

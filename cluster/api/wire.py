@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import cache
 from typing import Any
 
 from ellm.cluster.api.guidance import Guidance, TenantBudget, WorkerGuidance
@@ -52,12 +53,17 @@ def unpack_guidance(message: Sequence[Any]) -> Guidance:
     return replace(guidance, held_back=tuple(guidance.held_back))
 
 
+@cache
+def _names(cls: type[Any]) -> tuple[str, ...]:
+    return tuple(item.name for item in fields(cls))
+
+
 def _values(obj: Any) -> tuple[Any, ...]:
-    return tuple(getattr(obj, item.name) for item in fields(obj))
+    return tuple([getattr(obj, name) for name in _names(type(obj))])
 
 
 def _make(cls: type[Any], values: Sequence[Any]) -> Any:
-    return cls(*values[: len(fields(cls))])
+    return cls(*values[: len(_names(cls))])
 
 
 def _check(message: Sequence[Any], kind: str) -> list[Any]:
