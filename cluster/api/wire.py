@@ -54,7 +54,7 @@ def unpack_guidance(message: Sequence[Any]) -> Guidance:
 
 
 @cache
-def _names(cls: type[Any]) -> tuple[str, ...]:
+def _names(cls: Any) -> tuple[str, ...]:
     return tuple(item.name for item in fields(cls))
 
 
