@@ -167,6 +167,33 @@ def test_a_supervisor_that_stood_still_does_not_take_its_old_reading_for_the_ran
     run(test)
 
 
+def test_a_machine_that_stood_still_loses_no_worker(pair: None) -> None:
+    """Supervisors and ranks alike: their clocks say that no step was finished for too long."""
+
+    async def test() -> None:
+        directory = RayDirectory()
+        before = await workers(directory)
+        router = Router(before[0])
+        await router.submit(request("a", 1500))  # 7.5 s
+        await until(lambda: router.outputs)
+        frozen = supervisor_pids() + rank_pids()
+        for pid in frozen:
+            os.kill(pid, signal.SIGSTOP)
+        await asyncio.sleep(2 * CONFIG.stall_s)
+        for pid in frozen:
+            os.kill(pid, signal.SIGCONT)
+        await asyncio.sleep(CONFIG.stall_s + 1.0)
+        assert [c.info.epoch for c in await workers(directory)] == [c.info.epoch for c in before]
+        await router.close()
+        again = Router(before[0], "again")
+        await again.submit(request("b", 20))
+        await until(lambda: again.finished() == {"b"})
+        await until(lambda: again.reports[-1].num_running == 0)  # what nobody reads was dropped
+        await again.close()
+
+    run(test)
+
+
 def test_a_killed_supervisor_takes_its_rank_along(pair: None) -> None:
     async def test() -> None:
         directory = RayDirectory()
