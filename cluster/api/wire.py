@@ -59,10 +59,10 @@ def _names(cls: Any) -> tuple[str, ...]:
 
 
 def _values(obj: Any) -> tuple[Any, ...]:
-    return tuple([getattr(obj, name) for name in _names(type(obj))])
+    return tuple([getattr(obj, name) for name in _names(obj.__class__)])
 
 
-def _make(cls: type[Any], values: Sequence[Any]) -> Any:
+def _make(cls: Any, values: Sequence[Any]) -> Any:
     return cls(*values[: len(_names(cls))])
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,9 +15,12 @@ from support.router_server import EchoWorker, RouterServer, router_config, wait_
 from ellm.cluster.api.guidance import TenantBudget
 from ellm.cluster.api.view import RouterNote
 from ellm.cluster.budgets import lend
+from ellm.router.admission import Admission
 from ellm.router.errors import RateLimited
 from ellm.router.keys import ApiKey, new_key, write_keys
 from ellm.router.tenants import TenantLimits
+from ellm.worker.api.errors import QueueFull
+from ellm.worker.api.report import WorkerReport
 
 KEY = ApiKey("k", requests_per_s=10.0)
 
@@ -165,3 +171,37 @@ def test_a_keys_class_bounds_what_its_requests_ask_for(
         assert post(server, keys["late"], **body).status_code == 200
     wait_until(lambda: len(seen) == 3)
     assert seen == [7, 7, 20]
+
+
+def test_usage_survives_a_failover_and_is_counted_once(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    stored, plain = new_key(ApiKey("", tokens_per_min=60_000.0))
+    write_keys(path, [stored])
+    workers = [EchoWorker(0, step_s=0.01), EchoWorker(1, step_s=0.01)]
+    with RouterServer(workers, router_config(api_key_file=str(path))) as server:
+        dispatcher = server.service.dispatcher
+        wait_until(lambda: len(dispatcher.ready_links) == 2)
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(post, server, plain, max_tokens=100, ignore_eos=True)
+            wait_until(lambda: any(link.live for link in dispatcher.links.values()), 10)
+            time.sleep(0.3)
+            hit = next(link for link in dispatcher.links.values() if link.live)
+            victim = next(w for w in workers if w.channel.info.epoch == hit.info.epoch)
+            server.on_loop(victim.channel.sever)
+            assert answer.result(30).status_code == 200
+        text = server.service.metrics.text().decode()
+        assert sum(server.service.metrics.failovers.values()) == 1
+        labels = f'model_name="pydoc-5m",tenant="{stored.key.id}"'
+        assert f'ellm_tenant_requests_total{{finished_reason="length",{labels}}} 1.0' in text
+        assert f"ellm_tenant_generation_tokens_total{{{labels}}} 100.0" in text
+
+
+def test_a_full_router_names_a_time_from_the_backlog() -> None:
+    slow = WorkerReport(seq=1, waiting_tokens=30_000, prefill_rate_tok_s=1000.0)
+    fast = WorkerReport(seq=1, waiting_tokens=30_000, prefill_rate_tok_s=10_000.0, recompute_debt_s=0.5)
+    for reports, expected in (((slow,), 30.0), ((slow, fast), 3.5), ((), 1.0)):
+        admission = Admission(2, lambda reports=reports: reports)  # type: ignore[misc]
+        admission.enter(2)
+        with pytest.raises(QueueFull) as raised:
+            admission.enter(1)
+        assert raised.value.retry_after_s == expected
