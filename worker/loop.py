@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 LoopState = Literal["new", "running", "stopped", "failed"]
 Publish = Callable[[list[SequenceOutput]], None]
-HURRY_S = 0.02  # a report made for a change of pressure is at least so much younger than the one before
+HURRY_S = 0.02  # a report made for a change is at least so much younger than the one before
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +134,7 @@ class EngineLoop:
         self._busy = False
         self._progress_at = self._report_at = clock()
         self._pressure = core.pressure
+        self._submitted = False  # since the last report
         self._thread = threading.Thread(target=self._guarded_run, name="ellm-engine", daemon=True)
         self.state: LoopState = "new"
         self.failure: BaseException | None = None
@@ -216,8 +217,8 @@ class EngineLoop:
             self._progress_at = now
         pressure, age_s = self._core.pressure, now - self._report_at
         changed = pressure != self._pressure and age_s >= HURRY_S
-        if changed or age_s >= self._report_s:
-            self._pressure = pressure
+        if changed or age_s >= self._report_s or (self._submitted and age_s >= HURRY_S):
+            self._pressure, self._submitted = pressure, False
             self._renew_report(now)
         if changed:
             self._hurry()
@@ -238,7 +239,7 @@ class EngineLoop:
             case _Submit(router_id, seq, requests):
                 self._add(requests)
                 self._submit_seqs[router_id] = max(seq, self._submit_seqs.get(router_id, -1))
-                self._report_at = 0.0  # load has changed: say so soon
+                self._submitted = True  # load has changed: say so soon
             case _Abort(ids):
                 now = self._clock()
                 for request_id, attempt in ids:
