@@ -68,6 +68,7 @@ class Group:
         self._frame = torch.zeros(_FRAME_BYTES, dtype=torch.uint8)
         self._failed = False
         self._at_end: list[Callable[[], None]] = []
+        self._listener = None if spec.rank == 0 else meeting.Listener(spec)
 
     @staticmethod
     def join(spec: RankSpec, rendezvous: Rendezvous | None = None) -> Group:
@@ -133,11 +134,10 @@ class Group:
         return GroupFailed(f"rank {self.rank} lost the group: {text}")
 
     def _reason(self) -> EllmError | GroupFailed | None:
-        """What another rank has said that it failed with."""
-        try:
-            return meeting.read_failure(self._store, self.spec)
-        except RuntimeError:  # the store is in rank 0's process
-            return GroupFailed("rank 0 is gone")
+        """What another rank has said that it failed with. The store is in rank 0's process."""
+        if self._listener is not None:
+            return self._listener.heard
+        return meeting.read_failure(self._store, self.spec)
 
     def agree_least(self, values: Sequence[int]) -> list[int]:
         """The least of each value over all ranks."""
@@ -171,12 +171,15 @@ class Group:
         """Tell the others why this rank gives up, and leave. It may be called twice."""
         if not self._failed:
             self._failed = True
-            with contextlib.suppress(RuntimeError):
-                meeting.write_failure(self._store, self.rank, error)
+            if self._reason() is None:  # the first failure is what the others must know
+                with contextlib.suppress(RuntimeError):
+                    meeting.write_failure(self._store, self.rank, error)
         self.close()
 
     def close(self) -> None:
         """Leave."""
+        if self._listener is not None:
+            self._listener.stop()
         gloo, self._gloo = self._gloo, None
         if gloo is not None:
             for act in self._at_end:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ _distributed: Any = dist
 
 POLL_S = 0.02
 _REPORT_S = 5.0
+_LISTEN_S = 0.2
 _CONNECT_S = 60.0  # ranks that are all there connect to each other within it
 
 
@@ -124,6 +126,29 @@ def connect(spec: RankSpec, store: Any) -> Any:
         with contextlib.suppress(RuntimeError):
             failure = read_failure(store, spec)
         raise failure or GroupFailed(f"rank {spec.rank} cannot reach the others: {error}") from None
+
+
+class Listener:
+    """Hears what ranks fail with, for a rank that waits for something else. It has a connection of its own:
+    if rank 0's process stands still, so does whoever asks the store."""
+
+    def __init__(self, spec: RankSpec) -> None:
+        self.heard: EllmError | GroupFailed | None = None
+        self._spec = spec
+        self._stopped = threading.Event()
+        threading.Thread(target=self._run, name="ellm-group-listener", daemon=True).start()
+
+    def stop(self) -> None:
+        """Soon; nobody waits for it."""
+        self._stopped.set()
+
+    def _run(self) -> None:
+        try:
+            store = _client(self._spec, _CONNECT_S)
+            while self.heard is None and not self._stopped.wait(_LISTEN_S):
+                self.heard = read_failure(store, self._spec)
+        except RuntimeError:
+            self.heard = GroupFailed("rank 0 is gone")
 
 
 def write_failure(store: Any, rank: int, error: BaseException) -> None:
