@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from ray.experimental import internal_kv
 
 from ellm.worker.api.actor_name import actor_name, epoch_of, is_rank, rank_name, worker_id_of
 from ellm.worker.api.config import WorkerConfig
 from ellm.worker.api.errors import ConfigError
-from ellm.worker.restart_pause import FREE, MAX_S, pause_s
+from ellm.worker.restart_pause import FREE, MAX_S, FailureCount, pause_s
 from ellm.worker.supervisor import check_group, check_room, worker_application
 
 NODES = [{"CPU": 8.0}, {"CPU": 64.0, "GPU": 4.0}, {"CPU": 64.0, "GPU": 8.0}]
@@ -54,3 +55,18 @@ def test_only_rank_0_has_a_name_that_routers_look_for() -> None:
     assert is_rank(name)
     assert is_rank(follower)
     assert not is_rank("ellm-controller")
+
+
+def test_failures_are_counted_over_incarnations_and_forgotten_after_a_success(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store: dict[bytes, bytes] = {}
+    monkeypatch.setattr(internal_kv, "_internal_kv_get", store.get)
+    monkeypatch.setattr(
+        internal_kv, "_internal_kv_put", lambda key, value, overwrite: store.__setitem__(key, value)
+    )
+    assert FailureCount("w0:config").read() == 0
+    assert [FailureCount("w0:config").failed() for _ in range(5)] == [1, 2, 3, 4, 5]
+    assert FailureCount("w1:config").read() == FailureCount("w0:another").read() == 0
+    FailureCount("w0:config").succeeded()
+    assert FailureCount("w0:config").read() == 0
