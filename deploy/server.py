@@ -116,7 +116,10 @@ def check_model(worker: WorkerConfig) -> ConfigError | None:
     try:
         engine_policy(worker.scheduler)
         if not worker.model.path.startswith(SIMULATED):
-            check_fits(worker.model, inspect_checkpoint(worker.model.path, worker.model.revision))
+            check_fits(
+                worker.model,
+                inspect_checkpoint(worker.model.path, worker.model.revision, worker.tensor_parallel_size),
+            )
     except ConfigError as error:
         return error
     return None

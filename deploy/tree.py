@@ -171,8 +171,6 @@ def validate(config: EllmConfig) -> None:
             )
         if model.min_workers < model.max_workers and not config.controller.enabled:
             raise ConfigError("max_workers needs the controller", param="controller.enabled")
-    if config.worker.tensor_parallel_size != 1:
-        raise ConfigError("only one rank per worker is supported so far (--tp 1)", param="tp")
     limits = config.router.limits
     for what, least, most in (
         ("slo_ms", limits.min_slo_ms, limits.max_slo_ms),

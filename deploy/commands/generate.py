@@ -24,6 +24,7 @@ CONFIG_FLAGS = {
     "--max-model-len": ("max_model_len", "TOKENS"),
     "--kv-blocks": ("kv_blocks", "N"),
     "--threads": ("threads", "N"),
+    "--tp": ("tp", "RANKS"),
 }
 
 
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = args.prompt or ([sys.stdin.read()] if not sys.stdin.isatty() else [])
     if not prompts:
         raise ConfigError("no prompt: give --prompt TEXT, or text on standard input")
-    inspect_checkpoint(worker.model.path, worker.model.revision)
+    inspect_checkpoint(worker.model.path, worker.model.revision, worker.tensor_parallel_size)
 
     from ellm.deploy.generation import generate
 

@@ -12,6 +12,7 @@ from ellm.worker.api.errors import ConfigError
 from ellm.worker.model.architecture import Architecture, parse_architecture
 from ellm.worker.model.hub import local_folder
 from ellm.worker.model.safetensors_files import ITEM_BYTES, TensorEntry, find_tensors, read_json
+from ellm.worker.model.shard import check_sharding
 from ellm.worker.model.weights import expected_shapes
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -49,13 +50,15 @@ def check_tokenizer(folder: Path) -> None:
         raise ConfigError(f"no tokenizer in {folder} (looked for {', '.join(_TOKENIZER_FILES)})")
 
 
-def inspect_checkpoint(path: str, revision: str | None = None) -> Architecture:
+def inspect_checkpoint(path: str, revision: str | None = None, tensor_parallel_size: int = 1) -> Architecture:
     """Find (or download) the checkpoint `path` and check all that can be checked without reading weights.
 
-    Raises ConfigError naming the architecture, key, tensor or file that cannot work.
+    Raises ConfigError naming the architecture, key, tensor or file that cannot work, or what so many ranks
+    cannot share.
     """
     folder = local_folder(path, revision)
     arch = read_architecture(folder)
+    check_sharding(arch, tensor_parallel_size)
     check_weights(folder, arch)
     check_tokenizer(folder)
     return arch

@@ -58,7 +58,7 @@ def test_print_config_is_yaml_that_loads_again(capsys: pytest.CaptureFixture[str
         (["serve", "--set", "worker.cach.num_blocks=1"], "unknown key worker.cach.num_blocks; did you mean"),
         (["serve", "--config", "none.yaml"], "cannot read none.yaml"),
         (["serve", "--workers", "0"], "cluster.num_workers: 0 is not between 1"),
-        (["serve", "--tp", "2"], "only one rank per worker"),
+        (["serve", "--tp", "5"], "tensor_parallel_size = 5 does not divide the model's"),
         (["serve", "--set", "policy=magic"], "magic"),
         (["serve", "--set", "worker.scheduler.policy=magic"], "magic"),
         (["serve", "--device", "cpu", "--dtype", "float16"], "float16 is not supported on a CPU"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 from typing import Any
 
 import pytest
@@ -65,3 +66,9 @@ def test_a_chat_goes_through_the_template(capsys: pytest.CaptureFixture[str]) ->
 def test_a_bad_value_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["generate", "--prompt", "x", *FLAGS, "--top-p", "2"]) == 1
     assert capsys.readouterr().err == "ellm generate: top_p must be in (0, 1]\n"
+
+
+def test_two_ranks_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    drawn = ["--temperature", "1", "--seed", "3"]
+    assert generate(capsys, "--tp", "2", *drawn) == generate(capsys, *drawn)
+    assert not multiprocessing.active_children()
