@@ -14,7 +14,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-from ellm.deploy import application, ports, ray_cluster, workers
+from ellm.deploy import application, ports, ray_cluster, room, workers
 from ellm.deploy.application import DeployFailed
 from ellm.deploy.http_client import RequestFailed, Server
 from ellm.deploy.progress import Progress
@@ -158,6 +158,7 @@ def start_application(config: EllmConfig, progress: Progress) -> None:
     In a cluster that stays, nothing is left half started.
     """
     application.check_room(config)
+    check_room(config, progress)
     target = application.build(config)
     try:
         application.deploy(target)
@@ -166,6 +167,14 @@ def start_application(config: EllmConfig, progress: Progress) -> None:
         if config.cluster.address is not None:
             take_down(config)
         raise
+
+
+def check_room(config: EllmConfig, progress: Progress) -> None:
+    """A cluster of our own has what it has; one that was joined may grow. Raises ConfigError."""
+    for line in room.problems(config, room.nodes()):
+        if config.cluster.address is None and len(config.served) == 1:
+            raise ConfigError(line, param="tp")
+        progress.line(f"{line}; waiting for room")
 
 
 def take_down(config: EllmConfig) -> None:
