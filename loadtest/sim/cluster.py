@@ -101,7 +101,7 @@ class Cluster:
             for n in range(num)
         ]
         for replica in self._replicas:
-            replica.times = times
+            replica.times, replica.watches = times, False
         self._times = times
         self._routers = [SimRouter(f"r{i}", num, policy) for i, policy in enumerate(policies)]
         self._router_of = [Random(f"{seed} {i}").randrange(len(policies)) for i in range(len(requests))]

@@ -77,6 +77,7 @@ class Replica:
         self._slos = (tpot_slo_s, ttft_slo_s)
         self._on_plan = on_plan
         self._on_tokens = on_tokens or (lambda count: None)
+        self.watches = True  # the uncached ratio, and how far it is; a cluster asks for reports enough
         self.times = {str(i): array("d") for i in range(len(requests))}
         self._outstanding: deque[BatchPlan] = deque()
         self._running: StepResult | None = None  # of the first outstanding plan
@@ -187,10 +188,10 @@ class Replica:
             times[output.request_id].append(now)
         self._num_steps += 1
         self._num_decode += plan.num_decode
-        if self._num_steps % _REPORT_EVERY == 0:
+        if self.watches and self._num_steps % _REPORT_EVERY == 0:
             ratio = self._core.report(now).uncached_token_ratio
             self._uncached_s += ratio * (now - self._reported_at)
             self._reported_at = now
-        if self._num_steps % _PROGRESS_EVERY == 0:
+        if self.watches and self._num_steps % _PROGRESS_EVERY == 0:
             self._on_tokens(self._core.report(now).generation_tokens)
         return outputs

@@ -27,6 +27,7 @@ from ellm.router.policies.prefixes import Prefixes
 from ellm.router.policies.replica import Replica
 
 _ROW_S, _STEP_S = 1e-4, 0.02  # where no worker has told any
+_STEPS = 2.5  # that every prompt waits for: two are planned already, and it comes while the first runs
 _REQUEST_S = 1e-6  # of each sequence: fewer are better where nothing else tells workers apart
 _MIN_WEIGHT, _MIN_SLOPE = 1e-6, 1e-9
 
@@ -35,9 +36,9 @@ _MIN_WEIGHT, _MIN_SLOPE = 1e-6, 1e-9
 class Constants:
     """Frozen on one seed of the simulator and judged on others: docs/routing.md."""
 
-    decode: float = 0.1  # a second of decoding, in seconds of waiting
+    decode: float = 0.2  # a second of decoding, in seconds of waiting
     knee: float = 0.85  # share of memory promised, from which the barrier rises
-    barrier: float = 8.0  # of a step's time, at a full pool; squared in between
+    barrier: float = 0.5  # of a step's time, at a full pool; squared in between
     draws: int = 2
 
 
@@ -79,6 +80,7 @@ class Headroom:
             step_s += (
                 r.step_sequence_s * requests + r.step_token_s * (r.tokens_held + r.unseen_tokens) + added
             )
+            wait += _STEPS * step_s
             free = r.free_tokens - r.unseen_tokens - room
             roomy = knee * r.capacity_tokens  # 0 where the memory is not known
             if free < 0.0 < roomy:

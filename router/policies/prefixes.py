@@ -19,13 +19,13 @@ class Prefixes:
         self._now = now
         self._by_size: dict[int, PromptKeys] = {}  # by block size
         self.tokens: dict[ReplicaId, int] = {}
-        keys, size = None, 0
+        keys, first, size = None, None, 0
         for replica in replicas:
             if keys is None or replica.block_size != size:
                 size = replica.block_size
                 keys = self._keys(size)
-            first = keys.key(0)
-            if first is None or (first not in replica.digest.keys and first not in replica.recent):
+                first = keys.key(0)
+            if first is None or (first not in replica.digest.keys and first not in replica.recent.by_first):
                 continue
             places = num_places(keys, replica.digest, replica.recent, now)
             if places:

@@ -54,34 +54,36 @@ class PromptKeys:
 
 
 class RecentPrompts:
-    """What was sent to a worker and is not in its digest yet; of prompts that begin alike, the last."""
+    """What was sent to a worker and is not in its digest yet; of prompts that begin alike, the last.
+    `by_first`: by the first key, oldest first; for looking only."""
 
-    __slots__ = ("_by_first",)
+    __slots__ = ("by_first",)
 
     def __init__(self) -> None:
-        self._by_first: dict[Key, tuple[PromptKeys, float]] = {}
-
-    def __contains__(self, first: Key) -> bool:
-        return first in self._by_first
+        self.by_first: dict[Key, tuple[PromptKeys, float]] = {}
 
     def add(self, keys: PromptKeys, now: float) -> None:
         first = keys.key(0)
         if first is None:
             return
-        self._by_first.pop(first, None)
-        while len(self._by_first) >= _REMEMBERED:
-            del self._by_first[next(iter(self._by_first))]
-        self._by_first[first] = (keys, now)
+        sent = self.by_first
+        sent.pop(first, None)
+        while sent:  # a prompt is not to be held much longer than it can be of use
+            oldest = next(iter(sent))
+            if len(sent) < _REMEMBERED and 0.0 <= now - sent[oldest][1] < _REMEMBERED_S:
+                break
+            del sent[oldest]
+        sent[first] = (keys, now)
 
     def num_places(self, keys: PromptKeys, now: float) -> int:
         """Leading kept depths that `keys` shares with a prompt sent lately."""
         first = keys.key(0)
-        found = self._by_first.get(first) if first is not None else None
+        found = self.by_first.get(first) if first is not None else None
         if first is None or found is None:
             return 0
         other, at = found
         if not 0.0 <= now - at < _REMEMBERED_S:
-            del self._by_first[first]
+            del self.by_first[first]
             return 0
         place = 1
         while (key := keys.key(place)) is not None and key == other.key(place):

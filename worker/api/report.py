@@ -69,7 +69,7 @@ class WorkerReport:
     saved_tokens: int = 0  # KV copied to the host
     loaded_tokens: int = 0  # KV copied back
     # Of this moment, again: what a router and the controller predict with.
-    prefill_rate_tok_s: float = 0.0  # prompt rows per second of steps with any; average
+    prefill_rate_tok_s: float = 0.0  # prompt rows per second while prompts are computed or wait; average
     parked_tokens: int = 0  # context of parked requests, cached or not
     host_tokens: int = 0  # of the uncached: they have a copy in the host tier
     dropped_now_tokens: int = 0  # of the uncached: they must be computed again

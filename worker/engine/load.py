@@ -21,6 +21,7 @@ from ellm.worker.engine.uncached import debt_s, uncached
 
 _SMOOTHING = 0.05  # of a new step in the moving averages
 _MIN_RETRY_S, _MAX_RETRY_S = 1.0, 60.0
+_LEAST_RATE = 0.05  # of a full step's rows per second: a queue that stands still for a moment goes on
 _RECENT_S = 60.0  # an end longer ago says nothing of attainment now
 _LEVELS = 8  # of headroom and uncached tokens: crossing one is a change worth telling
 
@@ -35,7 +36,7 @@ class Load:
         self._last_progress = 0.0
         self._finishes: deque[float] = deque(maxlen=64)  # when the last requests ended
         self._hole_tokens = 0  # as of the last step
-        self._prefill = (0.0, 0.0)  # rows * rows, rows * seconds of steps with any, forgetting
+        self._prefill = (0.0, 0.0)  # weight * rows, weight * seconds of steps with prompts, forgetting
         self._load_cost = LinkCost(state.limits.block_bytes)
 
     def work_came(self, now: float) -> None:
@@ -55,10 +56,7 @@ class Load:
         self._step_time_s += share * (elapsed_s - self._step_time_s)
         rows = plan.num_rows - plan.num_decode - (totals.hole_tokens - self._hole_tokens)
         self._hole_tokens = totals.hole_tokens
-        if rows > 0:
-            keep = 1.0 - _SMOOTHING
-            squares, times = self._prefill
-            self._prefill = (keep * squares + rows * rows, keep * times + rows * elapsed_s)
+        self._note_prompts(rows, elapsed_s)
         self._note_copies(result.copy_times)
         self._finishes.extend(now for output in outputs if output.finish_reason is not None)
 
@@ -130,15 +128,23 @@ class Load:
         if times is not None:
             self._load_cost.observe(times.loaded_bytes, times.loaded_s)
 
+    def _note_prompts(self, rows: int, elapsed_s: float) -> None:
+        """A step weighs by its prompt rows: a few short prompts say nothing of a long one. Where prompts go
+        on waiting behind it, it gave them all that SLOs, memory and places allow: it weighs as a full one."""
+        weight = self._state.config.max_step_tokens if len(self._state.waiting) else max(0, rows)
+        if weight:
+            keep = 1.0 - _SMOOTHING
+            done, times = self._prefill
+            self._prefill = (keep * done + weight * max(0, rows), keep * times + weight * elapsed_s)
+
     def _prefill_rate(self, cost_model: CostModel) -> float:
-        """Rows per second, each step weighing by its rows: a few short prompts say nothing of a long one.
-        Before the first prompt what the cost model predicts of a full step; 0 where it knows nothing."""
-        squares, times = self._prefill
-        if times > 0.0:
-            return squares / times
+        """Rows per second. Before the first prompt what the cost model predicts of a full step, and never
+        less than a fraction of that; 0 where nothing is known."""
         rows = self._state.config.max_step_tokens
         seconds = cost_model.predict(StepFeatures(rows, 0, rows, rows * (rows + 1) // 2, 1))
-        return rows / seconds if seconds > 0.0 else 0.0
+        full = rows / seconds if seconds > 0.0 else 0.0
+        done, times = self._prefill
+        return max(done / times, _LEAST_RATE * full) if times > 0.0 else full
 
     def _decode_step(self, cost_model: CostModel) -> tuple[float, float, float]:
         """A step of decode rows alone as a line through two that the pool has room for."""
