@@ -34,10 +34,15 @@ class TensorParallelExecutor:
     """`execute` and `close` may be called by any one thread at a time."""
 
     def __init__(
-        self, local: LocalExecutor, group: Group, on_failure: Callable[[Exception], None] | None = None
+        self,
+        local: LocalExecutor,
+        group: Group,
+        peers: GroupPeers,
+        on_failure: Callable[[Exception], None] | None = None,
     ) -> None:
         """See `load`."""
         self._local = local
+        self._peers = peers
         self._group = group
         self._on_failure = on_failure
         self._packer = PlanPacker(local.limits.block_size)
@@ -65,12 +70,13 @@ class TensorParallelExecutor:
         assert group.rank == 0
         assert group.size == config.tensor_parallel_size
         try:
-            local = LocalExecutor.load(config, progress, GroupPeers(group))
+            peers = GroupPeers(group)
+            local = LocalExecutor.load(config, progress, peers)
             group.ready()
         except BaseException as error:
             group.fail(error)
             raise
-        return TensorParallelExecutor(local, group, on_failure)
+        return TensorParallelExecutor(local, group, peers, on_failure)
 
     @property
     def limits(self) -> ModelLimits:
@@ -80,6 +86,11 @@ class TensorParallelExecutor:
     def local(self) -> LocalExecutor:
         """This rank's part."""
         return self._local
+
+    @property
+    def communication_s(self) -> float:
+        """Seconds that rank 0 has spent on sums so far, waiting for slower ranks included; on a CPU."""
+        return self._peers.communication_s
 
     def execute(self, plan: BatchPlan) -> StepResult:
         """Run one step on all ranks. Raises GroupFailed within `Timeouts.step_s` when a rank dies or stands

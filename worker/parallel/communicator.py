@@ -9,6 +9,7 @@ The GPU's way has not run on several GPUs yet.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ellm.worker.model.computation import Communicator, PendingSum
+from ellm.worker.model.computation import PendingSum
 from ellm.worker.model.shard import Shard
 from ellm.worker.parallel.group import Group
 
@@ -29,22 +30,22 @@ SMALL_BYTES = 1 << 19  # up to here one exchange beats the two rounds of a ring
 class _Sum:
     """An all-reduce in place."""
 
-    def __init__(self, group: Group, work: Any, part: Tensor) -> None:
-        self._group, self._work, self._part = group, work, part
+    def __init__(self, owner: GroupCommunicator, work: Any, part: Tensor) -> None:
+        self._owner, self._work, self._part = owner, work, part
 
     def wait(self) -> Tensor:
-        self._group.wait(self._work)
+        self._owner.wait(self._work)
         return self._part
 
 
 class _OrderedSum:
     """All parts, added by this rank."""
 
-    def __init__(self, group: Group, work: Any, parts: Tensor) -> None:
-        self._group, self._work, self._parts = group, work, parts  # [ranks, ...]
+    def __init__(self, owner: GroupCommunicator, work: Any, parts: Tensor) -> None:
+        self._owner, self._work, self._parts = owner, work, parts  # [ranks, ...]
 
     def wait(self) -> Tensor:
-        self._group.wait(self._work)
+        self._owner.wait(self._work)
         first, *others = self._parts.unbind(0)
         total = first if first.dtype == torch.float32 else first.float()
         for other in others:
@@ -69,6 +70,7 @@ class GroupCommunicator:
     def __init__(self, group: Group, backend: Callable[[], Any], *, ordered: bool, on_gpu: bool) -> None:
         """`backend`: asked for each time: whoever holds one keeps the connections of an ended group."""
         self.shard = Shard(group.rank, group.size)
+        self.spent_s = 0.0  # by this rank's thread, on asking for sums and waiting for them
         self._group = group
         self._backend = backend
         self._ordered = ordered
@@ -77,16 +79,27 @@ class GroupCommunicator:
 
     def begin_sum(self, part: Tensor) -> PendingSum:
         """part: any shape, the same on every rank."""
+        begun = time.perf_counter()
         part = part.contiguous()
+        pending: PendingSum
         if self._ordered or part.nbytes <= self._small_bytes:
             parts, work = self._begin_gather(part)
-            return _OrderedSum(self._group, work, parts)
-        return _Sum(self._group, self._start(lambda: self._backend().allreduce([part])), part)
+            pending = _OrderedSum(self, work, parts)
+        else:
+            work = self._start(lambda: self._backend().allreduce([part]))
+            pending = _Sum(self, work, part)
+        self.spent_s += time.perf_counter() - begun
+        return pending
+
+    def wait(self, work: Any) -> None:
+        begun = time.perf_counter()
+        self._group.wait(work)
+        self.spent_s += time.perf_counter() - begun
 
     def join_columns(self, part: Tensor) -> Tensor:
         """[n, c] of every rank -> [n, size * c]."""
         parts, work = self._begin_gather(part.contiguous())
-        self._group.wait(work)
+        self.wait(work)
         return parts.transpose(0, 1).reshape(part.shape[0], -1)
 
     def _begin_gather(self, part: Tensor) -> tuple[Tensor, Any]:
@@ -100,7 +113,7 @@ class GroupCommunicator:
         return _Queued(work) if self._on_gpu else work
 
 
-def make_communicator(group: Group, device: torch.device, *, ordered: bool) -> Communicator:
+def make_communicator(group: Group, device: torch.device, *, ordered: bool) -> GroupCommunicator:
     """For tensors on `device`. Raises GroupFailed."""
     if device.type == "cpu":
         return GroupCommunicator(group, lambda: group.gloo, ordered=ordered, on_gpu=False)

@@ -8,7 +8,7 @@ import torch
 
 from ellm.worker.executor.copies import Copier
 from ellm.worker.model.computation import Communicator
-from ellm.worker.parallel.communicator import make_communicator
+from ellm.worker.parallel.communicator import GroupCommunicator, make_communicator
 from ellm.worker.parallel.copies import GroupCopier
 from ellm.worker.parallel.group import Group
 
@@ -18,6 +18,7 @@ class GroupPeers:
 
     def __init__(self, group: Group) -> None:
         self._group = group
+        self._communicators: list[GroupCommunicator] = []
 
     @property
     def size(self) -> int:
@@ -32,7 +33,14 @@ class GroupPeers:
         return own
 
     def communicator(self, device: torch.device, *, ordered: bool) -> Communicator:
-        return make_communicator(self._group, device, ordered=ordered)
+        made = make_communicator(self._group, device, ordered=ordered)
+        self._communicators.append(made)
+        return made
+
+    @property
+    def communication_s(self) -> float:
+        """Of this rank's steps so far, spent on asking for sums and waiting for them; on a CPU."""
+        return sum(one.spent_s for one in self._communicators)
 
     def agree_least(self, values: Sequence[int]) -> list[int]:
         return self._group.agree_least(values)
