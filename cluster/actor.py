@@ -90,8 +90,14 @@ def claim_term() -> int:
 
 
 def _newest(term: int) -> Callable[[], Any]:
+    asked: asyncio.Task[bytes | None] | None = None
+
     async def newest_term() -> int:
-        claimed = await asyncio.to_thread(_internal_kv_get, f"{_TERM}:{term + 1}", namespace=NAMESPACE)
+        nonlocal asked
+        if asked is None or asked.done():  # a store that does not answer shall not take a thread at each tick
+            call = asyncio.to_thread(_internal_kv_get, f"{_TERM}:{term + 1}", namespace=NAMESPACE)
+            asked = asyncio.create_task(call)
+        claimed = await asyncio.shield(asked)
         return term if claimed is None else term + 1
 
     return newest_term

@@ -10,8 +10,8 @@ A worker's load is the largest of three shares; 1 is full:
 and a model's the mean over its serving workers, since routers spread requests over all. Above `high_load` for
 `up_after_s` the target is as many as bring it to `target_load`, at most twice what there is; a loaded model
 that breaks its promises gets one more. Below `low_load` for `down_after_s`, and if the others then stay under
-`high_load`, one less. After a change nothing happens for `cool_down_s`, nor while workers that were asked for
-are still to come. A controller that has just started takes what it finds for the target.
+`high_load`, one less. After a change nothing happens for `cool_down_s`, and nothing is added while workers
+that were asked for are still to come. A controller that has just started takes what it finds for the target.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ class Scaler:
         high = load > config.high_load or (load > _BUSY and kept < config.min_attainment)
         self._high_s = self._high_s + elapsed_s if high else 0.0
         self._low_s = self._low_s + elapsed_s if load < config.low_load else 0.0
-        if self._quiet_s < config.cool_down_s or not serving or len(serving) < self.target:
+        if self._quiet_s < config.cool_down_s or not serving:
             return None
-        if self._high_s >= config.up_after_s:
+        if self._high_s >= config.up_after_s and len(serving) >= self.target:
             wanted = max(len(serving) + 1, math.ceil(len(serving) * load / config.target_load))
             return self._decide(min(wanted, 2 * len(serving)), f"load {load:.2f}, attainment {kept:.2f}")
-        others = len(serving) - 1
-        if self._low_s >= config.down_after_s and others and load * len(serving) / others < config.high_load:
+        left = min(self.target - 1, len(serving))  # one that was asked for and never came is given up first
+        if self._low_s >= config.down_after_s and left and load * len(serving) / left < config.high_load:
             return self._decide(self.target - 1, f"load {load:.2f}")
         return None
 

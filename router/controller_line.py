@@ -16,11 +16,14 @@ class RayControllerLine:
     def __init__(self, find: Callable[[], Any]) -> None:
         self._find = find
         self._handle: Any = None
+        self._search: asyncio.Task[Any] | None = None
 
     async def exchange(self, note: Message) -> Message | None:
         """Raises RayError, TimeoutError."""
         if self._handle is None:
-            self._handle = await asyncio.to_thread(self._find)
+            if self._search is None or self._search.done():  # one that hangs shall not take more threads
+                self._search = asyncio.create_task(asyncio.to_thread(self._find))
+            self._handle = await asyncio.shield(self._search)
         try:
             answer: Message | None = await self._handle.exchange.remote(note)
         except Exception as error:

@@ -34,8 +34,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(status))
         return 0
-    rows = [COLUMNS, *(tuple(_cell(worker.get(name)) for name in COLUMNS) for worker in status["workers"])]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    several = len({worker.get("model") for worker in status["workers"]}) > 1
+    columns = (*COLUMNS[:1], "model", *COLUMNS[1:]) if several else COLUMNS
+    rows = [columns, *(tuple(_cell(worker.get(name)) for name in columns) for worker in status["workers"])]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0

@@ -86,6 +86,15 @@ def test_it_does_not_ask_again_while_what_it_asked_for_is_loading() -> None:
     assert len(elastic.targets) == 2  # what there is, and more
 
 
+def test_what_never_came_is_given_up_when_it_is_not_needed() -> None:
+    elastic = Elastic(2)
+    elastic.follow = lambda target: None  # type: ignore[method-assign]
+    elastic.run(20, 60_000)
+    assert elastic.targets[-1][1] == 4
+    elastic.run(200, 0)
+    assert elastic.targets[-1][1] == 1
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 200_000), min_size=1, max_size=40))
 def test_under_any_load_it_stays_in_bounds_and_calm(loads: list[int]) -> None:
