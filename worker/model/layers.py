@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ellm.kernels.ops import AttentionMeta, Linear, Ops
+from ellm.kernels.ops import AttentionMeta, Linear, Ops, SamplingBatch
 from ellm.worker.model.architecture import Architecture
 from ellm.worker.model.computation import Communicator, Computation
 from ellm.worker.model.loader import WeightReader
@@ -19,6 +19,7 @@ from ellm.worker.model.rope import RopeConfig
 
 LayerKV = tuple[Tensor, Tensor]  # keys, values: each [N, K, B, D]
 LayerStep = tuple[AttentionMeta, LayerKV]  # what one layer of a step works on
+GREEDY = SamplingBatch(None, None, None, None, None, None, None)
 
 
 class CausalModel(Protocol):
@@ -37,6 +38,10 @@ class CausalModel(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, E] -> [n, V] in the model's dtype, the same on every rank."""
+        ...
+
+    def likeliest(self, hidden: Tensor) -> Tensor:
+        """[n, E] -> ids [n] int64 of the largest logits, the lowest id of equals."""
         ...
 
 
@@ -76,14 +81,34 @@ class LmHead:
     """Logits of all the vocabulary, on every rank, from each rank's share."""
 
     def __init__(self, ops: Ops, weight: Tensor, vocab_size: int, communicator: Communicator) -> None:
+        """weight [V / ranks, E], padded."""
+        self._ops = ops
         self._linear = ops.linear(weight, None)
         self._vocab_size = vocab_size
         self._communicator = communicator
+        self._first = communicator.shard.rank * weight.shape[0]
+        self._own = min(weight.shape[0], vocab_size - self._first)  # without the padding
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[n, E] -> [n, V]."""
         logits = self._communicator.join_columns(self._linear(hidden))
         return logits if logits.shape[1] == self._vocab_size else logits[:, : self._vocab_size]
+
+    def likeliest(self, hidden: Tensor) -> Tensor:
+        """[n, E] -> ids [n] int64; of several ranks each tells its own largest logit alone."""
+        logits = self._linear(hidden)[:, : self._own]
+        ids = self._ops.sample(logits, GREEDY)
+        size = self._communicator.shard.size
+        if size == 1:
+            return ids
+        largest = logits.gather(1, ids.unsqueeze(1)).double()
+        told = self._communicator.join_columns(torch.cat((largest, (ids + self._first).unsqueeze(1)), 1))
+        best, chosen = told[:, 0], told[:, 1]
+        for rank in range(1, size):  # a later rank's ids are higher: it must have more than an equal
+            value, its_id = told[:, 2 * rank], told[:, 2 * rank + 1]
+            chosen = torch.where(value > best, its_id, chosen)
+            best = torch.maximum(value, best)
+        return chosen.long()
 
 
 class Attention:

@@ -94,3 +94,6 @@ class LlamaModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._head(hidden)
+
+    def likeliest(self, hidden: Tensor) -> Tensor:
+        return self._head.likeliest(hidden)

@@ -108,3 +108,6 @@ class OptModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._head(hidden)
+
+    def likeliest(self, hidden: Tensor) -> Tensor:
+        return self._head.likeliest(hidden)

@@ -125,9 +125,13 @@ class ModelRunner:
         if inputs.sample_rows is not None:
             hidden = hidden.index_select(0, inputs.sample_rows)
         states = [state for _, state in sampling]
-        logits = self._model.logits(hidden)
-        tokens = self._sampler.sample(logits, states, [entry.output_index for entry, _ in sampling])
-        scores = self._sampler.logprobs(logits, tokens, states)
+        scores = None
+        if all(state.plain for state in states):
+            tokens = self._model.likeliest(hidden)
+        else:
+            logits = self._model.logits(hidden)
+            tokens = self._sampler.sample(logits, states, [entry.output_index for entry, _ in sampling])
+            scores = self._sampler.logprobs(logits, tokens, states)
         self._inputs.remember(states, tokens)
         token_ids: list[int] = tokens.tolist()
         _count(states, token_ids)

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from ellm.kernels.ops import Ops, SamplingBatch
 from ellm.worker.api.output import TokenLogprobs
-from ellm.worker.model.layers import CausalModel
+from ellm.worker.model.layers import GREEDY, CausalModel
 from ellm.worker.model.sequences import SequenceState, TokenCounts
 from ellm.worker.model.staging import to_device
 
-GREEDY = SamplingBatch(None, None, None, None, None, None, None)
 _SCORED_BYTES = 64 * 1024 * 1024  # of float32 logits held at once for prompt log-probabilities
 
 
