@@ -127,12 +127,12 @@ class TensorParallelExecutor:
     def _ending_group(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:
+        except BaseException as error:  # an interrupt, too, leaves the others in the middle of a step
             if self.failure is None:
-                self.failure = error
-                self._group.fail(error)
+                self.failure = error if isinstance(error, Exception) else GroupFailed(repr(error))
+                self._group.fail(self.failure)
                 if self._on_failure is not None:
-                    self._on_failure(error)
+                    self._on_failure(self.failure)
             raise
 
     def _show_life(self) -> None:
@@ -146,8 +146,8 @@ class TensorParallelExecutor:
                 with self._ending_group():
                     self._say(ALIVE)
                     self._group.barrier()
-            except Exception:  # the edge: this thread's own
-                log.exception("the group has ended")
+            except Exception as error:  # the edge: this thread's own
+                log.error("the group has ended: %s", error)
                 return
             finally:
                 self._lock.release()
