@@ -1,8 +1,8 @@
 """Sums and gathers of a step's tensors over the ranks, by gloo on a CPU and NCCL on a GPU.
 
-A ring adds the parts of an element in an order that depends on where it lies in the message: from three ranks
-on the sum of a row depends on its company. Under STRICT, and for small messages on a CPU where it is faster,
-every rank therefore gets all parts and adds them in the order of ranks, in float32.
+A ring adds the parts of an element in an order that depends on where it lies in the message: from three
+ranks on the sum of a row depends on its company. There under STRICT, and for small messages on a CPU where
+it is faster, every rank therefore gets all parts and adds them in the order of ranks, in float32.
 
 The GPU's way has not run on several GPUs yet.
 """
@@ -73,7 +73,7 @@ class GroupCommunicator:
         self.spent_s = 0.0  # by this rank's thread, on asking for sums and waiting for them
         self._group = group
         self._backend = backend
-        self._ordered = ordered
+        self._ordered = ordered and group.size > 2  # a sum of two is the same either way round
         self._on_gpu = on_gpu
         self._small_bytes = 0 if on_gpu else SMALL_BYTES
 

@@ -130,6 +130,27 @@ def test_sums_and_columns(ordered: bool, rows: int) -> None:
         assert torch.equal(columns, torch.cat([base[:2, :3] * factor for factor in (1, 2, 3)], dim=1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_ranks_have_one_sum(dtype: torch.dtype) -> None:
+    """However it is made: by exchange for a small message, by a ring for a large one."""
+    row = (torch.randn(2, 512, generator=torch.Generator().manual_seed(2)) * 100).to(dtype)
+
+    def sums(group: Group) -> list[torch.Tensor]:
+        communicator = make_communicator(group, CPU, ordered=True)
+        found = []
+        for rows in (1, 7, SMALL_BYTES // 512):
+            for at in {0, rows // 2, rows - 1}:
+                part = torch.ones(rows, 512, dtype=dtype)
+                part[at] = row[group.rank]
+                found.append(communicator.begin_sum(part).wait()[at].clone())
+        return found
+
+    with ranks(2, sums) as (group, others):
+        found = sums(group) + others[0].result(30)
+    want = (row[0].float() + row[1].float()).to(dtype)
+    assert all(torch.equal(one, want) for one in found)
+
+
 def test_an_ordered_sum_does_not_depend_on_a_rows_company() -> None:
     """Of three ranks and more; a ring's does (see the decision on tensor parallelism)."""
     row = torch.randn(4, 256, generator=torch.Generator().manual_seed(1)) * torch.logspace(-4, 4, 256)
