@@ -7,6 +7,7 @@ twice: what is not answered in full is lost.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import time
@@ -112,6 +113,8 @@ async def ask(host: str, port: int, number: int, template: Template) -> Answer:
     finally:
         if writer is not None:
             writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
     answer.ended_at = time.monotonic()
     if not answer.error and not answer.whole:
         answer.error = "connection: it ended before the answer did"

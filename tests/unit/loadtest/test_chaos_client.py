@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,8 @@ def event(text: str, index: int = 0, reason: str | None = None) -> bytes:
 def asked(pieces: Sequence[bytes], status: str = "200 OK", *, whole: bool = True, n: int = 1) -> Answer:
     """What the client makes of a server that sends these pieces, cut anywhere, and ends the connection."""
 
+    served = asyncio.Event()
+
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(f"HTTP/1.1 {status}\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
@@ -33,12 +36,17 @@ def asked(pieces: Sequence[bytes], status: str = "200 OK", *, whole: bool = True
         if whole:
             writer.write(b"0\r\n\r\n")
         writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+        served.set()
 
     async def test() -> Answer:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         async with server:
             port = server.sockets[0].getsockname()[1]
-            return await ask("127.0.0.1", port, 0, Template({**BODY, "n": n}))
+            answer = await ask("127.0.0.1", port, 0, Template({**BODY, "n": n}))
+            await served.wait()
+            return answer
 
     return asyncio.run(asyncio.wait_for(test(), 10))
 
