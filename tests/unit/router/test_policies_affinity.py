@@ -125,3 +125,19 @@ def test_a_session_leaves_a_worker_that_is_too_busy() -> None:
     assert away is not None
     assert away.replica_id != home.replica_id
     assert away.reason == "session-busy"
+
+
+def test_of_many_workers_the_one_with_the_prefix_gets_a_closer_look() -> None:
+    """Forty are there, a dozen are looked at: the least busy, and whoever has the prefix."""
+    policy = make_policy("headroom", 1)
+    there = [replica(f"w{n}", prefill_tokens=1000 + 10 * n) for n in range(39)]
+    there.append(replica("has", PROMPT * 4, prefill_tokens=2000))
+    choice = policy.choose(RoutedRequest([*PROMPT * 4, 7]), there, 0.05)
+    assert choice is not None
+    assert choice.replica_id == "has"
+    others = Counter(
+        choice.replica_id
+        for _ in range(200)
+        if (choice := policy.choose(RoutedRequest([9] * 40), there, 0.05))
+    )
+    assert set(others) == {"w0"}
