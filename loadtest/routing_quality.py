@@ -200,10 +200,11 @@ def _measured(runs: Sequence[Figures]) -> str:
     """What the default policy's runs say beside the table."""
     mean = {key: fmean(run[key] for run in runs) for key in runs[0]}
     most = max(run["digest_bytes_per_s"] for run in runs)
+    fallbacks = sum(run["fallbacks"] for run in runs)
     return (
         f"In {OURS}'s runs {100 * mean['hit_share']:.1f} % of prompt tokens were found cached, and the "
         f"router's guess was off by {100 * mean['guess_error_share']:.2f} % of them; a digest took at most "
-        f"{most:.0f} bytes per second and worker; choices that fell back: {sum(run['fallbacks'] for run in runs):.0f}."
+        f"{most:.0f} bytes per second and worker; choices that fell back: {fallbacks:.0f}."
     )
 
 
