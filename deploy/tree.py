@@ -137,6 +137,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "router.limits.max_priority": (-(2**31 - 1), 2**31 - 1),
     "worker.tensor_parallel_size": (1, 64),
     "worker.num_threads": (1, 1024),
+    "worker.tp_overlap_rows": (2, 1 << 20),
     "worker.model.max_model_len": (1, 1 << 24),
     "worker.cache.block_size": (1, 1024),
     "worker.cache.num_blocks": (2, 1 << 31),

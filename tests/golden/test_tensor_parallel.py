@@ -68,7 +68,7 @@ def test_ranks_say_what_transformers_says(
     want = mixed(alone, feed_back=True)
     alone.close()
     # The halves of a step overlap on the torch body alone: two ways for the price of one.
-    config = golden.config(folder, jit=jit, tensor_parallel_size=size, tp_overlap=not jit)
+    config = golden.config(folder, jit=jit, tensor_parallel_size=size, tp_overlap=not jit, tp_overlap_rows=2)
     with ranks.group(config) as executor:
         got = mixed(executor, feed_back=False)
         assert executor.limits.num_blocks == 128
@@ -121,7 +121,7 @@ def test_no_token_depends_on_residency(
     tokens = play(alone, plain(max_num_seqs=1)).streams
     alone.close()
     room = {"transient_blocks": 20, "host_bytes": 1 << 20}
-    settings = {"jit": True, "tensor_parallel_size": size, "tp_overlap": overlap}
+    settings = {"jit": True, "tensor_parallel_size": size, "tp_overlap": overlap, "tp_overlap_rows": 2}
     with ranks.group(golden.config(folder, num_blocks=200, **settings)) as executor:
         roomy = play(executor, plain(max_num_seqs=8, max_step_tokens=96))
     assert roomy.streams == tokens

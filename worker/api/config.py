@@ -79,3 +79,4 @@ class WorkerConfig:
     profile: bool = True  # measure a few steps at start, unless this machine has done so before
     min_step_s: float = 0.0  # a step takes so long at least: a CPU worker that leaves the machine to others
     tp_overlap: bool = False  # of a large step one half communicates while the other computes
+    tp_overlap_rows: int = 256  # a step of fewer rows is not worth two halves: each reads all the weights

@@ -104,7 +104,10 @@ class LocalExecutor:
             "body": self._body,
         }
         if config.tensor_parallel_size > 1:
-            about |= {"ranks": config.tensor_parallel_size, "overlap": config.tp_overlap}
+            about |= {
+                "ranks": config.tensor_parallel_size,
+                "overlap": config.tp_overlap_rows if config.tp_overlap else 0,
+            }
         folder = local_folder(config.model.path, config.model.revision)
         key = cache_key(folder, self._limits, config.scheduler, about)
         return profiled_cost_model(executor or self, config.scheduler, key, progress)

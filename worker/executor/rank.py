@@ -32,8 +32,6 @@ from ellm.worker.model.runner import ModelRunner
 
 log = logging.getLogger(__name__)
 
-OVERLAP_ROWS = 32  # from so many rows on a step is worth two halves; measured in loadtest/tp_overlap.py
-
 
 @dataclass(frozen=True, slots=True)
 class LoadedRank:
@@ -63,7 +61,8 @@ class _Parts:
         )
 
     def runner(self, cache: KVCache, tier: HostTier | None) -> ModelRunner:
-        loaded, overlaps = self.loaded, self.config.tp_overlap and self.communicator.shard.size > 1
+        loaded, config = self.loaded, self.config
+        overlaps = config.tp_overlap and self.communicator.shard.size > 1
         return ModelRunner(
             loaded.model,
             self.ops,
@@ -71,7 +70,7 @@ class _Parts:
             cache,
             loaded.max_model_len,
             None if tier is None else tier.loads,
-            TensorParallel(self.communicator, OVERLAP_ROWS if overlaps else None),
+            TensorParallel(self.communicator, config.tp_overlap_rows if overlaps else None),
         )
 
 
