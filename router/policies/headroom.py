@@ -9,8 +9,7 @@ nears the pool: there, holes and parking begin to cost every step. Other routers
 choose at the same time. How many requests they have sent since is estimated from how fast they send and how
 old the report is; those are thought of as filling the cheapest workers up to one level, and the choice is
 drawn from what that filling would give each: with new reports it is the cheapest, with old ones it is spread.
-Of two draws the cheaper one is taken. Of many workers only the least busy and those that have the prefix are
-looked at closely.
+Of two draws the cheaper one is taken.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from ellm.router.policies.replica import Replica
 _ROW_S, _STEP_S = 1e-4, 0.02  # where no worker has told any
 _STEPS = 2.5  # that every prompt waits for: two are planned already, and it comes while the first runs
 _REQUEST_S = 1e-6  # of each sequence: fewer are better where nothing else tells workers apart
-_FEW = 12  # workers that are looked at closely
 _MIN_WEIGHT, _MIN_SLOPE = 1e-6, 1e-9
 
 
@@ -60,25 +58,9 @@ class Headroom:
             return Choice(less_loaded(self._random, there.replicas).replica_id, STALE)
         prefixes = Prefixes(request, there.replicas, now)
         expected = sum([r.foreign_rate * (now - r.known_since) for r in there.replicas if r.foreign_rate])
-        near = self._near(request, there.replicas, prefixes.tokens)
-        costs, slopes = self._costs(request, near, prefixes.tokens)
-        chosen = near[self._draw(costs, slopes, max(0.0, expected))]
+        costs, slopes = self._costs(request, there.replicas, prefixes.tokens)
+        chosen = there.replicas[self._draw(costs, slopes, max(0.0, expected))]
         return Choice(chosen.replica_id, there.fallback or "headroom", prefixes.placed(chosen))
-
-    def _near(
-        self, request: RoutedRequest, replicas: Sequence[Replica], cached: dict[str, int]
-    ) -> Sequence[Replica]:
-        """Those worth a closer look: all if they are few, else the least busy and whoever has the prefix."""
-        if len(replicas) <= _FEW:
-            return replicas
-        output = self._decode * request.output_tokens
-        ranked = sorted(
-            [((r.busy_s + output * r.pace_s) / max(r.weight, _MIN_WEIGHT), i) for i, r in enumerate(replicas)]
-        )
-        near = [replicas[i] for _, i in ranked[:_FEW]]
-        if cached:
-            near += [r for _, i in ranked[_FEW:] if (r := replicas[i]).replica_id in cached]
-        return near
 
     def _costs(
         self, request: RoutedRequest, replicas: Sequence[Replica], cached: dict[str, int]

@@ -18,7 +18,6 @@ from ellm.worker.api.report import WorkerReport
 ReplicaId = str  # a worker's epoch
 
 _SMOOTHING = 0.2  # of a new report in the other routers' rate
-NO_ROOM_S = 1.0  # for a worker that has no memory for another request, at a first look
 _MIN_RATE = 1e-3  # rows per second; below it a rate says nothing
 _MOST = 1e15
 _NOTHING = WorkerReport(seq=-1)
@@ -32,7 +31,6 @@ class Replica:
         "_sent",
         "admit_tokens",
         "block_size",
-        "busy_s",
         "capacity_tokens",
         "digest",
         "foreign_rate",
@@ -41,7 +39,6 @@ class Replica:
         "max_running",
         "num_held",
         "num_unseen",
-        "pace_s",
         "queue_rows",
         "queue_s",
         "ready",
@@ -90,9 +87,6 @@ class Replica:
         self.queue_s = 0.0  # what else is ahead of it: KV to be brought back
         self.capacity_tokens = 0
         self.free_tokens = 0  # room that nobody was promised; below 0: more was promised than there is
-        # Of no request in particular, to tell which workers are worth a closer look.
-        self.busy_s = 0.0  # what is ahead of a new request
-        self.pace_s = 0.0  # a step as it would be now
         self.running_tokens = 0.0  # context of the running: room that they make as they end
         # A step of decode rows: a constant (0: nothing is known yet), per sequence, per token of context.
         self.step_s = self.step_sequence_s = self.step_token_s = 0.0
@@ -117,14 +111,12 @@ class Replica:
         self.unseen_rows += rows
         self.unseen_tokens += tokens
         self.admit_tokens -= rows
-        self._sum_up()
 
     def withdraw(self, num: int, rows: int, tokens: int) -> None:
         """The opposite, of what was not sent after all."""
         self.num_unseen -= num
         self.unseen_rows -= rows
         self.unseen_tokens -= tokens
-        self._sum_up()
 
     def sent(self, seq: int, num: int, rows: int, tokens: int, now: float) -> None:
         """What was placed has gone out as submission `seq`."""
@@ -149,7 +141,6 @@ class Replica:
         self.ready = report.state == "ready"
         self.digest.update(report.prefix_digest)
         self._predict(report)
-        self._sum_up()
 
     def _count_others(self, others: int, now: float) -> None:
         before, at = self._others
@@ -180,14 +171,6 @@ class Replica:
         self.step_s, self.step_sequence_s, self.step_token_s = map(_finite, report.decode_step_s)
         if self.step_s <= 0.0:  # an older worker, or one that knows nothing yet
             self.step_s = _finite(report.step_time_s)
-
-    def _sum_up(self) -> None:
-        kv = self.tokens_held + self.unseen_tokens
-        self.pace_s = self.step_s + self.step_sequence_s * self.num_requests + self.step_token_s * kv
-        busy_s = (self.queue_rows + self.unseen_rows) * self.row_s + self.queue_s
-        if self.free_tokens < self.unseen_tokens:
-            busy_s += NO_ROOM_S
-        self.busy_s = busy_s
 
 
 def _finite(value: float) -> float:

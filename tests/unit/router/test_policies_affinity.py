@@ -127,8 +127,7 @@ def test_a_session_leaves_a_worker_that_is_too_busy() -> None:
     assert away.reason == "session-busy"
 
 
-def test_of_many_workers_the_one_with_the_prefix_gets_a_closer_look() -> None:
-    """Forty are there, a dozen are looked at: the least busy, and whoever has the prefix."""
+def test_of_many_workers_the_busiest_is_worth_it_for_a_long_prefix() -> None:
     policy = make_policy("headroom", 1)
     there = [replica(f"w{n}", prefill_tokens=1000 + 10 * n) for n in range(39)]
     there.append(replica("has", PROMPT * 4, prefill_tokens=2000))
