@@ -39,9 +39,9 @@ TAIL_TOKENS, OUTPUT_TOKENS, TOKEN_S = 400, 128, 0.02
 ROWS_PER_S = 10_000.0
 AIM_US = 100.0  # of a decision, in the mean
 NOTES = [
-    "Every decision stands between other work here (reports, prompts, hashes), so it runs with cold caches, as "
-    "in a router; other processes shared the two cores. The same choices made one after the other and nothing "
-    "else took about 60 us."
+    "Every decision stands between other work here (reports, prompts, hashes), so it runs with cold caches, "
+    "as in a router; other processes shared the two cores. The same choices made one after the other and "
+    "nothing else took about 60 us."
 ]
 
 
@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "correction for what is in flight, and is to take 100 us at most. Waits compare policies within this "
         "model alone.",
         command=f"python -m ellm.loadtest.routing_scale --workers {args.workers} --routers {args.routers} "
-        f"--rate {args.rate:g} --seconds {args.seconds:g}",
+        f"--rate {args.rate:g} --seconds {args.seconds:g} --policies {' '.join(args.policies)}",
         rows=rows,
         seed=args.seed,
         notes=NOTES,
