@@ -10,6 +10,7 @@ what rank 0 spends on asking for sums and waiting for them, the other rank's del
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,7 +158,9 @@ def main() -> int:
         seed=args.seed,
         notes=[
             "gloo's own threads do the communication and share the ranks' cores: on two cores nothing is "
-            "left to compute beside them. Over NCCL, on several GPUs, the overlap has not run yet."
+            "left to compute beside them. Over NCCL, on several GPUs, the overlap has not run yet.",
+            f"Load average of the machine when it ended: {os.getloadavg()[0]:.0f}; three of it are this "
+            "benchmark's own.",
         ],
         raw=raw,
     )

@@ -121,7 +121,7 @@ def test_no_token_depends_on_residency(
     tokens = play(alone, plain(max_num_seqs=1)).streams
     alone.close()
     room = {"transient_blocks": 20, "host_bytes": 1 << 20}
-    settings = {"jit": True, "tensor_parallel_size": size, "tp_overlap": overlap, "tp_overlap_rows": 2}
+    settings = {"jit": True, "tensor_parallel_size": size, "tp_overlap": overlap, "tp_overlap_rows": 16}
     with ranks.group(golden.config(folder, num_blocks=200, **settings)) as executor:
         roomy = play(executor, plain(max_num_seqs=8, max_step_tokens=96))
     assert roomy.streams == tokens
