@@ -138,10 +138,11 @@ def test_a_size_that_the_model_cannot_have_is_refused_before_anything_starts(
 
 
 def test_an_engine_of_two_ranks(config: WorkerConfig) -> None:
+    before = set(multiprocessing.active_children())
     loaded = load_engine(replace(config, profile=True), lambda what, share: None)
     try:
         assert (loaded.device, loaded.dtype) == ("cpu", "float32")
         assert loaded.core.cost_model.to_dict()["num_steps"] != 0
     finally:
         loaded.executor.close()
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
