@@ -174,7 +174,7 @@ def test_a_machine_that_stood_still_loses_no_worker(pair: None) -> None:
         directory = RayDirectory()
         before = await workers(directory)
         router = Router(before[0])
-        await router.submit(request("a", 1500))  # 7.5 s
+        await router.submit(request("still-a", 1500))  # 7.5 s
         await until(lambda: router.outputs)
         frozen = supervisor_pids() + rank_pids()
         for pid in frozen:
@@ -185,9 +185,9 @@ def test_a_machine_that_stood_still_loses_no_worker(pair: None) -> None:
         await asyncio.sleep(CONFIG.stall_s + 1.0)
         assert [c.info.epoch for c in await workers(directory)] == [c.info.epoch for c in before]
         await router.close()
-        again = Router(before[0], "again")
-        await again.submit(request("b", 20))
-        await until(lambda: again.finished() == {"b"})
+        again = Router((await workers(RayDirectory()))[0], "again")
+        await again.submit(request("still-b", 20))
+        await until(lambda: again.finished() == {"still-b"})
         await until(lambda: again.reports[-1].num_running == 0)  # what nobody reads was dropped
         await again.close()
 
