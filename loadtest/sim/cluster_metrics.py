@@ -13,6 +13,7 @@ import numpy as np
 from ellm.loadtest.sim.cluster import ClusterRun
 from ellm.loadtest.sim.cluster_setting import ClusterSetting
 from ellm.loadtest.sim.workload import SimRequest
+from ellm.router.policies.candidates import FALLBACKS
 
 Figures = dict[str, float]
 
@@ -49,6 +50,6 @@ def figures(setting: ClusterSetting, requests: Sequence[SimRequest], run: Cluste
         "preemptions": float(sum(report.num_preemptions for report in run.reports)),
         "decision_us": 1e6 * run.decisions_s / len(requests),
         "digest_bytes_per_s": run.digest_bytes / max(1, run.num_reports) / setting.report_s,
-        "fallbacks": float(sum(run.reasons.get(reason, 0) for reason in ("stale", "spent"))),
+        "fallbacks": float(sum(run.reasons.get(reason, 0) for reason in FALLBACKS)),
         "cpu_s": run.cpu_s,
     }

@@ -9,8 +9,9 @@ from ellm.router.policies.replica import Replica
 
 MAX_AGE_S = 2.0  # a report older than this says nothing of load
 STALE = "stale"  # no worker has a report that is young enough
-SPENT = "spent"  # no worker is left any budget, or all have weight 0
-FALLBACKS = (STALE, SPENT)
+SPENT = "spent"  # no worker with a weight is left any budget
+UNWEIGHTED = "unweighted"  # the controller wants none of them to get anything
+FALLBACKS = (STALE, SPENT, UNWEIGHTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +22,15 @@ class Candidates:
 
 def candidates(replicas: Sequence[Replica], now: float) -> Candidates:
     """Never one that drains, loads or has failed. Of the others those with a young report, a weight and a
-    budget; where none has them, those that come nearest."""
+    budget. Where none has them, budgets are overlooked first, which hold for a second; weights last, for a
+    worker of weight 0 is one that the controller distrusts."""
     since = now - MAX_AGE_S  # a report from the future (a clock that jumped) is young
     best = [r for r in replicas if r.ready and r.reported_at >= since and r.weight > 0.0 < r.admit_tokens]
     if best:
         return Candidates(best)
     ready = [r for r in replicas if r.ready]
     fresh = [r for r in ready if r.reported_at >= since]
-    return Candidates(fresh, SPENT) if fresh else Candidates(ready, STALE)
+    if not fresh:
+        return Candidates([r for r in ready if r.weight > 0.0] or ready, STALE)
+    weighted = [r for r in fresh if r.weight > 0.0]
+    return Candidates(weighted, SPENT) if weighted else Candidates(fresh, UNWEIGHTED)

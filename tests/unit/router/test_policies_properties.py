@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ellm.router.policies import POLICIES, Replica, RoutedRequest, make_policy
-from ellm.router.policies.candidates import MAX_AGE_S, SPENT, STALE
+from ellm.router.policies import POLICIES, Choice, Replica, RoutedRequest, make_policy
+from ellm.router.policies.candidates import MAX_AGE_S, SPENT, STALE, UNWEIGHTED
 from ellm.worker.api.report import WorkerReport, WorkerState
 
 REPORT = WorkerReport(
@@ -118,10 +118,31 @@ def test_advice_is_followed_while_it_leaves_a_choice(name: str) -> None:
     replicas[1].place(1, 200, 200)  # spends what it was lent
     chosen = {policy.choose(RoutedRequest(PROMPT, session_id=f"s{n}"), replicas, 0.1) for n in range(30)}
     assert {choice.replica_id for choice in chosen if choice} == {"on"}
-    replicas[2].weight = 0.0
-    choice = policy.choose(REQUEST, replicas, 0.1)
-    assert choice is not None
-    assert choice.reason == SPENT
+
+
+@policies
+@pytest.mark.parametrize("now", [0.1, MAX_AGE_S + 1.0])
+def test_a_distrusted_worker_is_the_last_resort(name: str, now: float) -> None:
+    """Spent budgets, and reports that no longer come, are no reason to go by weight 0."""
+    policy = make_policy(name, 1)
+    replicas = [heard("off"), heard("spent", num_running=50), heard("spent too", num_running=60)]
+    replicas[0].weight = 0.0
+    for replica in replicas[1:]:
+        replica.admit_tokens = 0.0
+
+    def choices() -> list[Choice]:
+        made = [policy.choose(RoutedRequest(PROMPT, session_id=f"s{n}"), replicas, now) for n in range(40)]
+        return [choice for choice in made if choice is not None]
+
+    chosen = choices()
+    assert len(chosen) == 40
+    assert "off" not in {choice.replica_id for choice in chosen}
+    assert {choice.reason for choice in chosen} == {SPENT if now < MAX_AGE_S else STALE}
+    for replica in replicas:
+        replica.weight = 0.0
+    chosen = choices()
+    assert len(chosen) == 40
+    assert {choice.reason for choice in chosen} == {UNWEIGHTED if now < MAX_AGE_S else STALE}
 
 
 @policies
