@@ -22,6 +22,7 @@ from ellm.worker.api.prefix_digest import (
 SLOT_S = 0.1  # reports within one slot carry the same pages
 REFRESHED = 8  # pages per slot that come round without having changed: all of them in 3.2 s
 REPEATS = 2  # slots that carry a page once it has changed
+LEAST_REFRESHED = 2  # of them even where everything changes: all in 12.8 s
 MAX_BYTES = 1024  # of one report
 
 
@@ -69,8 +70,8 @@ class DigestMaker:
             self._drop(key)
 
     def packed(self, now: float) -> bytes:
-        """What a report of `now` carries: pages that changed, the longest due first, then some that did not.
-        O(MAX_BYTES)."""
+        """What a report of `now` carries: two pages that come round, those that changed, the longest due
+        first, then more that come round. O(MAX_BYTES)."""
         if self._slot_at is None or not 0.0 <= now - self._slot_at < SLOT_S:
             self._slot_at = now
             self._packed = self._pack()
@@ -78,22 +79,30 @@ class DigestMaker:
 
     def _pack(self) -> bytes:
         pages: dict[int, set[Key]] = {}
-        room = MAX_BYTES - 1
+        room = self._refresh(pages, LEAST_REFRESHED, MAX_BYTES - 1)
         for number in list(self._changed):
-            room -= 2 + 2 * len(self._pages[number])
-            if room < 0:
+            size = 0 if number in pages else 2 + 2 * len(self._pages[number])
+            if size > room:
                 break
+            room -= size
             pages[number] = self._pages[number]
             left = self._changed.pop(number) - 1
             if left:
                 self._changed[number] = left
-        for _ in range(REFRESHED):
-            room -= 2 + 2 * len(self._pages[self._next])
-            if room < 0:
+        self._refresh(pages, REFRESHED - LEAST_REFRESHED, room)
+        return pack_pages(pages)
+
+    def _refresh(self, pages: dict[int, set[Key]], most: int, room: int) -> int:
+        """Add up to `most` of the pages that come round, as far as `room` bytes go; returns the room left.
+        One page always fits into a report, and two unless a hash is far from even."""
+        for _ in range(most):
+            size = 0 if self._next in pages else 2 + 2 * len(self._pages[self._next])
+            if size > room:
                 break
+            room -= size
             pages[self._next] = self._pages[self._next]
             self._next = (self._next + 1) % NUM_PAGES
-        return pack_pages(pages)
+        return room
 
     def _drop(self, key: Key) -> None:
         del self._recent[key]

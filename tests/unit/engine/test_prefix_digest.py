@@ -20,7 +20,7 @@ from ellm.worker.api.prefix_digest import (
     pack_pages,
 )
 from ellm.worker.cache.block_pool import BlockPool
-from ellm.worker.cache.digest_maker import MAX_BYTES, REFRESHED, SLOT_S, DigestMaker
+from ellm.worker.cache.digest_maker import LEAST_REFRESHED, MAX_BYTES, REFRESHED, SLOT_S, DigestMaker
 
 ROUND = NUM_PAGES // REFRESHED  # slots until every page has come round
 
@@ -112,6 +112,23 @@ def test_a_report_is_bounded_and_equal_within_a_slot() -> None:
     assert sizes[-1] < 450  # nothing changes: only the pages that come round
     maker.packed(-5.0)  # the clock has jumped
     assert maker.packed(-5.0 + 1.1 * SLOT_S) != b""
+
+
+def test_pages_come_round_where_more_changes_than_a_report_holds() -> None:
+    maker, view, chance = DigestMaker(), DigestView(), random.Random(5)
+    stays = [number << 16 | 7 for number in range(NUM_PAGES)]
+    for key in stays:
+        maker.add(key.to_bytes(3, "big") + bytes(29), 1)
+    caught_up(maker, DigestView())  # nobody that listens later has heard of those
+    for slot in range(1000, 1000 + NUM_PAGES // LEAST_REFRESHED):
+        for _ in range(600):  # the lower half of the pages changes every time, the upper one never
+            maker.add(bytes((chance.randrange(NUM_PAGES // 2),)) + chance.randbytes(31), 1)
+        for key in stays:
+            maker.touch(key.to_bytes(3, "big") + bytes(29))
+        packed = maker.packed(slot * SLOT_S * 1.001)
+        assert len(packed) <= MAX_BYTES
+        view.update(packed)
+    assert view.keys.issuperset(stays)
 
 
 def test_the_least_recently_used_are_left_out() -> None:
