@@ -101,10 +101,6 @@ class Replica:
         """That send to this worker, as far as it says."""
         return max(1, len(self.report.last_submit_seq))
 
-    def age_s(self, now: float) -> float:
-        """Of the report, at least 0; infinite before the first."""
-        return max(0.0, now - self.reported_at)
-
     def place(self, num: int, rows: int, tokens: int) -> None:
         """`num` sequences are about to be sent; `tokens` of prompts, of which `rows` need computing."""
         self.num_unseen += num

@@ -51,10 +51,8 @@ def test_a_report_is_as_old_as_what_it_does_not_know() -> None:
     replica.sent(1, 1, 10, 10, 1.0)
     replica.heard(report(("me", 0)), "me", 2.0)
     assert replica.known_since == 1.0
-    assert replica.age_s(2.5) == 0.5
     replica.heard(report(("me", 1)), "me", 3.0)
     assert replica.known_since == 3.0
-    assert replica.age_s(2.0) == 0.0  # the clock has jumped
 
 
 def test_others_are_counted_by_their_submissions() -> None:
