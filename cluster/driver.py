@@ -79,10 +79,10 @@ class Listener:
             self._packed = report
 
     async def _beat(self) -> None:
-        with contextlib.suppress(ChannelClosed):
-            while True:
+        while True:  # until `_listen_forever` cancels it: a line that is made anew needs its beats, too
+            with contextlib.suppress(ChannelClosed):
                 await self.channel.abort(worker_wire.abort(self._name, 0, []))
-                await asyncio.sleep(HEARTBEAT_S)
+            await asyncio.sleep(HEARTBEAT_S)
 
 
 class Driver:

@@ -36,7 +36,7 @@ class StreamChannel:
         self._secret = secret
         self._connection: _Connection | None = None
         self._num_opened = 0
-        self._connected = asyncio.Event()  # for the first time
+        self._connected = asyncio.Event()  # `_connection` is the newest stream's
 
     @property
     def info(self) -> WorkerInfo:
@@ -53,6 +53,9 @@ class StreamChannel:
         newest = self._num_opened
         if self._connection is not None:
             self._connection.close()
+        # What is sent while the new line is made waits for it: the end of the former one is not its end.
+        self._connection = None
+        self._connected.clear()
         connection = await self._connect()
         if newest != self._num_opened:  # opened again meanwhile
             connection.close()
@@ -78,8 +81,8 @@ class StreamChannel:
                 await asyncio.wait_for(self._connected.wait(), CONNECT_TIMEOUT_S)
             except TimeoutError:
                 raise ChannelClosed(f"{self._name}: nobody has opened the stream") from None
-        assert self._connection is not None
-        if not await self._connection.send(message):
+        connection = self._connection
+        if connection is None or not await connection.send(message):  # None: opened again just now
             raise ChannelClosed(f"{self._name} has closed the connection")
 
     async def _connect(self) -> _Connection:

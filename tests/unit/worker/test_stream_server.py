@@ -237,6 +237,36 @@ def test_nobody_at_the_other_end_is_a_closed_channel(monkeypatch: pytest.MonkeyP
     run(test)
 
 
+def test_what_is_sent_while_the_line_is_made_anew_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A heartbeat must not find the former line closed and take the new one for lost."""
+
+    async def test() -> None:
+        async with served() as s:
+            channel = s.channel()
+            former = channel.outputs("r")
+            await anext(former)
+            await former.aclose()  # type: ignore[attr-defined]
+            await until(lambda: s.front.num_streams == 0)
+            connect = StreamChannel._connect
+
+            async def late(self: StreamChannel) -> object:
+                await asyncio.sleep(0.2)
+                return await connect(self)
+
+            monkeypatch.setattr(StreamChannel, "_connect", late)
+            stream = channel.outputs("r")
+            opening = asyncio.ensure_future(anext(stream))
+            await asyncio.sleep(0.05)
+            assert not opening.done()
+            await channel.abort(wire.abort("r", 0, []))
+            await opening
+            await channel.submit(wire.submit("r", 1, [request("a", 900)]))
+            await until(lambda: s.front.num_live == 1)
+            await stream.aclose()  # type: ignore[attr-defined]
+
+    run(test)
+
+
 @pytest.mark.needs_module("uvloop")
 def test_it_works_on_the_event_loop_that_ray_uses() -> None:
     import uvloop
