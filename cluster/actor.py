@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -50,9 +50,12 @@ class ControllerActor:
         """A router's note for the newest guidance; see cluster/api/wire.py."""
         return (await self._started()).exchange(note)
 
-    async def targets(self) -> dict[str, int]:
-        """Model -> how many workers it should have; models without a decision are left out."""
-        return dict((await self._started()).targets)
+    async def targets(self, current: Mapping[str, int] | None = None) -> dict[str, int]:
+        """Model -> how many workers it should have; models of which nobody has said a number are left out.
+        `current`: how many were asked for so far, which a new controller goes on from."""
+        driver = await self._started()
+        driver.adopt(current or {})
+        return dict(driver.targets)
 
     async def describe(self) -> dict[str, Any]:
         """Its process, its term, the workers that it hears, and how many there should be of each model."""

@@ -99,12 +99,13 @@ class Driver:
     ) -> None:
         self.resigned = asyncio.Event()
         self.term = term
-        self.targets: dict[str, int] = {}  # model -> workers it should have
         self._directory = directory
         self._config = config
         self._newest_term = newest_term
         self._clock = clock
         self._brain = Controller(config, term, models)
+        known = {model: scaler.target for model, scaler in self._brain.scalers.items()}
+        self.targets = {model: n for model, n in known.items() if n is not None}  # workers each should have
         self._listeners: dict[str, Listener] = {}
         self._routers: dict[str, RouterView] = {}  # heard since the last tick
         self._num_notes = 0
@@ -133,6 +134,12 @@ class Driver:
         if self._guidance is None:
             return None
         return wire.with_budgets(self._guidance, self._budgets.get(note.router_id, ()))
+
+    def adopt(self, current: Mapping[str, int]) -> None:
+        """Model -> workers that were asked for so far. Counts where no target is known yet."""
+        for model, count in current.items():
+            if (scaler := self._brain.scalers.get(model)) is not None:
+                self.targets[model] = scaler.adopt(count)
 
     def epochs(self) -> list[str]:
         """Of the workers whose reports are read."""

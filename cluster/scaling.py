@@ -11,7 +11,9 @@ and a model's the mean over its serving workers, since routers spread requests o
 `up_after_s` the target is as many as bring it to `target_load`, at most twice what there is; a loaded model
 that breaks its promises gets one more. Below `low_load` for `down_after_s`, and if the others then stay under
 `high_load`, one less. After a change nothing happens for `cool_down_s`, and nothing is added while workers
-that were asked for are still to come. A controller that has just started takes what it finds for the target.
+that were asked for are still to come. A controller that has just started is told the target (`adopt`): those
+that still load are not heard, so what is heard is no count. Nothing is decided before, and nothing is taken
+away until as many have served once, or could have loaded by now (`LOAD_S`).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 from ellm.cluster.api.config import ModelScale, ScalingConfig
 from ellm.cluster.health import Track
 
+LOAD_S = 600.0  # what loads for so long never comes
 _BUSY = 0.5  # a model below this load breaks its promises for other reasons than want of workers
 
 
@@ -37,11 +40,22 @@ class Scaler:
 
     def __init__(self, limits: ModelScale, config: ScalingConfig) -> None:
         self.limits = limits
-        self.target: int | None = None  # None: nothing decided yet
+        self.target: int | None = None  # None: nobody has said yet
         self._config = config
         self._high_s = 0.0
         self._low_s = 0.0
         self._quiet_s = 0.0  # since the start or the last change
+        self._loading_s = 0.0  # since `adopt`; ends when as many have served
+        if limits.min_workers == limits.max_workers:
+            self.adopt(limits.min_workers)
+
+    def adopt(self, current: int) -> int:
+        """Take the number of workers that were asked for so far, unless a target is known; returns the
+        target."""
+        if self.target is None:
+            self.target = min(self.limits.max_workers, max(self.limits.min_workers, current))
+            self._quiet_s, self._loading_s = 0.0, LOAD_S
+        return self.target
 
     def tick(self, tracks: Sequence[Track], elapsed_s: float) -> Decision | None:
         """A new target, or None. `tracks` are the model's workers, those that load or leave included."""
@@ -49,10 +63,8 @@ class Scaler:
         serving = [track for track in tracks if track.serving]
         self._quiet_s += elapsed_s
         if self.target is None:
-            if self._quiet_s < config.cool_down_s:
-                return None  # not everyone may have been heard yet
-            staying = sum(track.state in ("ready", "loading") for track in tracks)
-            return self._decide(staying, "what there is")
+            return None
+        self._loading_s = 0.0 if len(serving) >= self.target else max(0.0, self._loading_s - elapsed_s)
         load, kept = fleet_load(serving, config), attainment(serving)
         high = load > config.high_load or (load > _BUSY and kept < config.min_attainment)
         self._high_s = self._high_s + elapsed_s if high else 0.0
@@ -62,6 +74,8 @@ class Scaler:
         if self._high_s >= config.up_after_s and len(serving) >= self.target:
             wanted = max(len(serving) + 1, math.ceil(len(serving) * load / config.target_load))
             return self._decide(min(wanted, 2 * len(serving)), f"load {load:.2f}, attainment {kept:.2f}")
+        if self._loading_s > 0.0:
+            return None
         left = min(self.target - 1, len(serving))  # one that was asked for and never came is given up first
         if self._low_s >= config.down_after_s and left and load * len(serving) / left < config.high_load:
             return self._decide(self.target - 1, f"load {load:.2f}")

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.reports import Fleet
 
+from ellm.cluster import actor
 from ellm.cluster.api.actions import Scale
 from ellm.cluster.api.config import ControllerConfig, ModelScale, ScalingConfig
 from ellm.cluster.controller import Controller
+from ellm.deploy import autoscaling
+from ellm.worker.api.actor_name import NAMESPACE
 
 SCALING = ScalingConfig(up_after_s=2.0, down_after_s=10.0, cool_down_s=5.0)
 CONFIG = ControllerConfig(tick_s=0.5, scaling=SCALING)
@@ -23,6 +28,7 @@ class Elastic:
     def __init__(self, count: int, most: int = 8) -> None:
         self.fleet = Fleet(count)
         self.brain = Controller(CONFIG, 1, [ModelScale("m", 1, most)])
+        self.brain.scalers["m"].adopt(count)
         self.now = 0.0
         self.targets: list[tuple[float, int]] = []
 
@@ -61,12 +67,35 @@ def test_it_never_leaves_its_bounds() -> None:
     assert Elastic(1, most=3).run(60, 10**6) == 3
 
 
-def test_a_start_takes_what_is_there_for_the_target() -> None:
+def test_a_start_goes_on_from_what_was_asked_for() -> None:
     elastic = Elastic(3)
-    elastic.run(4, 25_000)
+    elastic.run(30, 25_000)
     assert elastic.targets == []
-    elastic.run(4, 25_000)
-    assert [target for _, target in elastic.targets] == [3]
+    assert elastic.brain.scalers["m"].target == 3
+
+
+def test_workers_that_load_are_counted_although_nobody_hears_them() -> None:
+    """The target stays while nobody serves and while the first of several does."""
+    elastic = Elastic(4)
+    fleet, everyone = elastic.fleet, (list(elastic.fleet.reports), list(elastic.fleet.epochs))
+    elastic.follow = lambda target: None  # type: ignore[method-assign]
+    fleet.reports, fleet.epochs = [], []
+    elastic.run(60, 0)
+    assert (elastic.targets, elastic.brain.scalers["m"].target) == ([], 4)
+    fleet.reports, fleet.epochs = everyone[0][:1], everyone[1][:1]
+    elastic.run(60, 0)
+    assert (elastic.targets, elastic.brain.scalers["m"].target) == ([], 4)
+    fleet.reports, fleet.epochs = everyone
+    elastic.run(30, 0)
+    assert elastic.targets[0][1] == 3  # all have come, and they are idle
+
+
+def test_nothing_is_decided_before_the_number_asked_for_is_known() -> None:
+    elastic = Elastic(2)
+    elastic.brain = Controller(CONFIG, 1, [ModelScale("m", 1, 8)])
+    elastic.run(100, 0)
+    assert elastic.targets == []
+    assert Controller(CONFIG, 1, [ModelScale("m", 3, 3)]).scalers["m"].target == 3
 
 
 def test_context_without_kv_counts_although_the_pool_looks_empty() -> None:
@@ -75,7 +104,7 @@ def test_context_without_kv_counts_although_the_pool_looks_empty() -> None:
 
 
 def test_broken_promises_bring_one_more_only_under_load() -> None:
-    assert Elastic(2).run(16, 18_000, slo_attainment=0.5) > 2
+    assert Elastic(2).run(12, 18_000, slo_attainment=0.5) > 2
     assert Elastic(2).run(16, 14_000, slo_attainment=0.5) == 2
 
 
@@ -83,7 +112,7 @@ def test_it_does_not_ask_again_while_what_it_asked_for_is_loading() -> None:
     elastic = Elastic(2)
     elastic.follow = lambda target: None  # type: ignore[method-assign]
     elastic.run(60, 60_000)
-    assert len(elastic.targets) == 2  # what there is, and more
+    assert len(elastic.targets) == 1
 
 
 def test_what_never_came_is_given_up_when_it_is_not_needed() -> None:
@@ -115,3 +144,19 @@ def test_a_steady_load_is_answered_once(per_worker: float) -> None:
     settled = list(elastic.targets)
     elastic.run(60, tokens)
     assert elastic.targets == settled
+
+
+def test_serves_policy_tells_the_controller_what_there_is_and_finds_it_by_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[dict[str, int]] = []
+    targets = SimpleNamespace(remote=lambda current: asked.append(current) or {"m": 3})
+    monkeypatch.setattr(autoscaling.ray, "get_actor", lambda *name: SimpleNamespace(targets=targets))
+    monkeypatch.setattr(autoscaling.ray, "get", lambda answer, timeout: answer)
+    policy = autoscaling.FollowController("m")
+    context = SimpleNamespace(target_num_replicas=4)
+    assert policy(context)[0] in (3, 4)
+    assert policy._thread is not None
+    policy._thread.join(5)
+    assert (policy(context)[0], asked) == (3, [{"m": 4}])
+    assert (actor.NAME, NAMESPACE) == autoscaling.CONTROLLER
