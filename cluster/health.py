@@ -1,7 +1,9 @@
 """What is known of each worker, sorted: which report counts, who is silent, who makes no progress.
 
 Time is added up tick by tick, and a tick counts for twice its period at most: a controller that itself stood
-still, or whose clock jumped, knows nothing of the time between. Pure.
+still, or whose clock jumped, knows nothing of the time between. A worker's id says no more than its place:
+Serve gives one away again while the former owner still serves, so of two incarnations with one id the older
+is dead only if nothing was heard of it since the newer one came. Pure.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from ellm.cluster.api.view import WorkerView
 from ellm.worker.api.report import WorkerInfo, WorkerReport, WorkerState
 
 MAX_GONE = 4096  # incarnations that are remembered after they left
+HEARD_S = 1.0  # between two words of one that is well, at most: twice a heartbeat
+FOLLOWED = "followed by a newer one"
 
 
 @dataclass(slots=True)
@@ -26,6 +30,7 @@ class Track:
     report: WorkerReport | None = None
     num_heard: int = -1
     silence_s: float = 0.0
+    age_s: float = 0.0  # since its first report
     stuck_s: float = 0.0  # work, and no step finished, for so long
     fault: str | None = None  # why it gets nothing new although it calls itself ready
     weight: float | None = None  # smoothed; None before the first
@@ -66,10 +71,11 @@ class Health:
                 seen.add(epoch)
                 track.silence_s += elapsed_s
                 track.stuck_s += elapsed_s
+                track.age_s += elapsed_s if track.report is not None else 0.0
             self._take(track, worker)
         newest = self._newest()
         for epoch in self.tracks.keys() - seen:
-            self._leave(epoch, newest)
+            self._leave(epoch)
         for track in self.tracks.values():
             track.fault = self._fault(track, newest)
 
@@ -85,30 +91,32 @@ class Health:
             track.stuck_s = 0.0
         track.report = report
 
-    def _newest(self) -> dict[tuple[str, str], int]:
-        """Of each place in the cluster (model, worker id), which incarnation came up last."""
-        newest: dict[tuple[str, str], int] = {}
+    def _newest(self) -> dict[tuple[str, str], Track]:
+        """Of each place in the cluster (model, worker id), the incarnation that came up last."""
+        newest: dict[tuple[str, str], Track] = {}
         for track in self.tracks.values():
             if track.report is not None:
                 place = (track.info.model, track.info.worker_id)
-                newest[place] = max(newest.get(place, 0), track.born)
+                last = newest.setdefault(place, track)
+                if last.born < track.born:
+                    newest[place] = track
         return newest
 
-    def _leave(self, epoch: str, newest: dict[tuple[str, str], int]) -> None:
-        track = self.tracks.pop(epoch)
-        if newest.get((track.info.model, track.info.worker_id), 0) <= track.born:
+    def _leave(self, epoch: str) -> None:
+        if self.tracks.pop(epoch).fault != FOLLOWED:
             return  # it may be back: a line that broke
         self._gone[epoch] = None
         self._order.append(epoch)
         if len(self._order) > MAX_GONE:
             del self._gone[self._order.popleft()]
 
-    def _fault(self, track: Track, newest: dict[tuple[str, str], int]) -> str | None:
+    def _fault(self, track: Track, newest: dict[tuple[str, str], Track]) -> str | None:
         report = track.report
         if report is None:
             return None
-        if newest[track.info.model, track.info.worker_id] > track.born:
-            return "followed by a newer one"
+        last = newest[track.info.model, track.info.worker_id]
+        if last.born > track.born and track.silence_s > max(last.age_s, HEARD_S):
+            return FOLLOWED
         if track.silence_s >= self._config.silent_s:
             return "silent"
         if max(track.stuck_s, report.since_last_step_s) >= self._config.stall_s:

@@ -113,20 +113,46 @@ def test_older_and_doubled_reports_change_nothing() -> None:
         assert advise.guidance.workers[0].state == "ready"
 
 
-def test_a_former_incarnation_that_still_speaks_is_not_believed() -> None:
-    brain = Controller(CONFIG, 1)
-    former, later = INFO, replace(INFO, epoch="later")
+class Place:
+    """Incarnations of one worker id; each tick says who is heard and who is only listed."""
 
-    def states(now: float, *infos: object) -> dict[str, str]:
-        view = View(tuple(WorkerView(info, WELL, int(now)) for info in infos))  # type: ignore[arg-type]
-        advise = brain.tick(view, now)[0]
+    def __init__(self) -> None:
+        self.brain = Controller(CONFIG, 1)
+        self.now = 0.0
+        self.heard: dict[str, int] = {}
+
+    def tick(self, *speak: str, silent: tuple[str, ...] = (), count: int = 1) -> dict[str, tuple[str, bool]]:
+        advise: Action | None = None
+        for _ in range(count):
+            self.now += CONFIG.tick_s
+            for epoch in speak:
+                self.heard[epoch] = self.heard.get(epoch, 0) + 1
+            views = [
+                WorkerView(replace(INFO, epoch=epoch), replace(WELL, num_running=0), self.heard[epoch])
+                for epoch in (*speak, *silent)
+            ]
+            advise = self.brain.tick(View(tuple(views)), self.now)[0]
         assert isinstance(advise, Advise)
-        return {word.epoch: word.state for word in advise.guidance.workers}
+        return {word.epoch: (word.state, word.weight > 0.0) for word in advise.guidance.workers}
 
-    assert states(1, former) == {"e0": "ready"}
-    assert states(2, former, later) == {"e0": "failed", "later": "ready"}
-    assert states(3, later) == {"later": "ready"}
-    assert states(4, later, former) == {"later": "ready"}  # it comes late, from the dead
+
+def test_two_that_serve_under_one_id_both_get_requests() -> None:
+    """Serve has given the id away again while its former owner is well."""
+    place, well = Place(), ("ready", True)
+    assert place.tick("former", count=4) == {"former": well}
+    for _ in range(40):
+        assert place.tick("former", "later") == {"former": well, "later": well}
+    assert place.tick("later", count=2) == {"later": well}  # its line breaks
+    assert place.tick("later", "former") == {"former": well, "later": well}
+
+
+def test_a_former_incarnation_that_is_not_heard_any_more_is_not_believed() -> None:
+    place, well = Place(), ("ready", True)
+    place.tick("former", count=4)
+    assert place.tick(silent=("former",), count=3) == {"former": well}  # 1.5 s
+    assert place.tick("later", silent=("former",)) == {"former": ("failed", False), "later": well}
+    assert place.tick("later") == {"later": well}
+    assert place.tick("later", "former") == {"later": well}  # it comes late, from the dead
 
 
 def test_a_line_that_breaks_for_a_while_is_no_other_incarnation() -> None:
