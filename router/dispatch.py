@@ -127,6 +127,7 @@ class Dispatcher:
         link = self._home.pop(sequence.request_id, None)
         if link is not None:
             link.abort(sequence)
+        self._rescue.forget(sequence)
 
     # LinkOwner
 
@@ -200,7 +201,7 @@ class Dispatcher:
 
     async def _place_one(self, sequence: LiveSequence) -> None:
         """One that a worker had taken, or had no room for."""
-        request = RoutedRequest(sequence.prompt_ids, salt=sequence.salt)
+        request = RoutedRequest(sequence.prompt_ids, session_id=sequence.session_id, salt=sequence.salt)
         hold_s = self._config.failover.hold_s if sequence.kept else None
         await self._place([sequence], request, hold_s, sequence.avoid)
 
@@ -218,7 +219,7 @@ class Dispatcher:
         while (choice := self._choose(request, avoid)) is None:
             await self.gate.wait(self.clock() - since, hold_s)
         link = self.links[choice.replica_id]
-        sequences = [s for s in sequences if s.finished is None]
+        sequences = [s for s in sequences if s.finished is None]  # some may have ended at the gate
         for sequence in sequences:
             self._home[sequence.request_id] = link
         link.submit(sequences, choice.cached_tokens)
@@ -227,9 +228,9 @@ class Dispatcher:
         ready = self.ready_links
         if avoid:
             ready = [link for link in ready if link.info.epoch not in avoid] or ready
-        heard = [link for link in ready if link.watch.hearing is Hearing.HEARD]
+        well = [link for link in ready if not link.suspect]
         now = self.clock()
-        choice = self._policy.choose(request, [link.replica for link in heard or ready], now)
+        choice = self._policy.choose(request, [link.replica for link in well or ready], now)
         if choice is not None:
             self._observer.decision(choice.reason)
         return choice

@@ -11,10 +11,13 @@ from hashlib import blake2b
 
 from ellm.router.config import FailoverConfig
 from ellm.worker.api.errors import WorkerFailed
+from ellm.worker.api.report import WorkerReport
 
 POISON_S = 600.0
 LEARNED_S = 30.0
 MAX_POISON = 1024
+STANDSTILL_S = 2.0
+STANDSTILL_STEPS = 10
 
 
 class Hearing(Enum):
@@ -23,6 +26,12 @@ class Hearing(Enum):
     HEARD = "heard"
     SUSPECT = "suspect"  # chosen only where nothing else is
     SILENT = "silent"  # given up
+
+
+def stands_still(report: WorkerReport) -> bool:
+    """There is work and no step has ended for far longer than steps take: a device hangs, or a rank is
+    frozen. The worker may come round, and its supervisor ends it if not."""
+    return report.since_last_step_s > max(STANDSTILL_S, STANDSTILL_STEPS * report.step_time_s)
 
 
 class SilenceWatch:

@@ -78,6 +78,7 @@ class Generation:
             sequence = LiveSequence(f"{prefix}-{index}", index, prompt.ids, sampling, sink, detokenizer)
             sequence.choice_index = index % job.n
             sequence.salt = self._salt
+            sequence.session_id = self._session_id
             sequence.tenant = self.tenant
             sequence.arrived_at = self.arrived_at
             sequence.serve_at(job.level)

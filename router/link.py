@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from ellm.router.failover import Hearing, SilenceWatch
+from ellm.router.failover import Hearing, SilenceWatch, stands_still
 from ellm.router.policies import Replica
 from ellm.router.sequence import Sequence as LiveSequence
 from ellm.router.sequence import Verdict
@@ -91,6 +91,13 @@ class WorkerLink:
             and report.since_last_step_s < STALL_S
             and self.watch.hearing is not Hearing.SILENT
         )
+
+    @property
+    def suspect(self) -> bool:
+        """It is silent, or its steps stand still: chosen only where nothing else is."""
+        if self.watch.hearing is not Hearing.HEARD:
+            return True
+        return self.report is not None and stands_still(self.report)
 
     @property
     def draining(self) -> bool:

@@ -58,6 +58,13 @@ class Rescue:
         self._owner = owner
         self._config = config
         self._place = place
+        self._placing: dict[str, asyncio.Task[None]] = {}  # request id -> who looks for a worker for it
+
+    def forget(self, sequence: LiveSequence) -> None:
+        """It has ended: nobody looks for a worker for it any more."""
+        placing = self._placing.pop(sequence.request_id, None)
+        if placing is not None:
+            placing.cancel()
 
     def refused(self, sequence: LiveSequence, epoch: str) -> None:
         """A worker gives a sequence back with an error, or without one."""
@@ -108,6 +115,9 @@ class Rescue:
         await self._place_after(sequence, pause_s)
 
     async def _place_after(self, sequence: LiveSequence, pause_s: float) -> None:
+        current = asyncio.current_task()
+        assert current is not None
+        self._placing[sequence.request_id] = current
         try:
             await asyncio.sleep(pause_s)
             if sequence.finished is None:
@@ -117,3 +127,6 @@ class Rescue:
         except Exception:  # a task of its own: nobody else would end the request
             log.exception("%s cannot be placed", sequence.request_id)
             self._owner.end(sequence, EllmError("internal error"))
+        finally:
+            if self._placing.get(sequence.request_id) is current:
+                del self._placing[sequence.request_id]

@@ -96,6 +96,7 @@ class Sequence:
         "room_in_s",
         "salt",
         "sampling",
+        "session_id",
         "sink",
         "tenant",
         "token_at",
@@ -119,6 +120,7 @@ class Sequence:
         self.sink = sink
         self.detokenizer = detokenizer
         self.salt = ""
+        self.session_id: str | None = None  # of the client, for policies that keep sessions together
         self.tenant = ""  # stands for the API key
         self.attempt = 0
         self.num_deaths = 0  # workers that died with it

@@ -12,9 +12,12 @@ from support.router_server import EchoWorker, RouterServer, router_config, wait_
 
 from ellm.router import subset as router_subset
 from ellm.router.errors import typed_error
+from ellm.router.failover import stands_still
+from ellm.router.link import WorkerLink
 from ellm.router.subset import ALL_UP_TO, CHOSEN, subset
 from ellm.worker.api.errors import EllmError, PromptTooLong, QueueFull, WorkerFailed
 from ellm.worker.api.output import SequenceOutput
+from ellm.worker.api.report import WorkerReport
 from ellm.worker.api.request import EngineRequest
 from ellm.worker.loop import refusal
 
@@ -197,3 +200,34 @@ def test_of_many_each_router_uses_some_and_all_are_used() -> None:
     # One worker less changes one line at most.
     for router, found in chosen.items():
         assert len(subset(epochs[1:], f"r{router}") - found) <= 1
+
+
+def test_a_worker_whose_steps_stand_still_gets_new_requests_only_where_nothing_else_is(
+    three: RouterServer,
+) -> None:
+    """It speaks on and holds what it has; nobody knows yet whether it comes round."""
+    links = list(three.service.dispatcher.links.values())
+
+    def stand_still(link: WorkerLink, still: bool) -> None:
+        front = three.workers[int(link.info.worker_id[1:])].front
+        front._engine.since_progress_s = lambda: 2.5 if still else 0.0  # type: ignore[method-assign]
+
+    stand_still(links[0], True)
+    wait_until(lambda: links[0].suspect)
+    assert links[0].ready
+    with three.client() as client:
+        for number in range(9):
+            body = {"prompt": [5 + number, 6], "max_tokens": 2}
+            assert client.post("/v1/completions", json=body).status_code == 200
+        assert three.workers[int(links[0].info.worker_id[1:])].core.report(0.0).num_steps == 0
+        for link in links[1:]:
+            stand_still(link, True)
+        wait_until(lambda: all(link.suspect for link in links))
+        assert client.post("/v1/completions", json=body).status_code == 200
+
+
+def test_a_standstill_is_measured_in_the_workers_own_steps() -> None:
+    assert not stands_still(WorkerReport(1, since_last_step_s=1.9))
+    assert stands_still(WorkerReport(1, since_last_step_s=2.1))
+    assert not stands_still(WorkerReport(1, since_last_step_s=4.0, step_time_s=0.5))
+    assert stands_still(WorkerReport(1, since_last_step_s=5.1, step_time_s=0.5))

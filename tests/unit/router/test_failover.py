@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +15,7 @@ from support.router_server import EchoWorker, RouterServer, router_config, wait_
 
 from ellm.router.config import FailoverConfig, LimitsConfig
 from ellm.router.failover import Hearing, PoisonList, SilenceWatch
+from ellm.router.policies import Choice, Replica, RoutedRequest
 from ellm.worker.api.errors import WorkerFailed
 
 PROMPT = [10 + i for i in range(40)]
@@ -294,3 +295,36 @@ def test_a_request_that_was_taken_waits_longer_than_a_new_one() -> None:
         time.sleep(0.5)
         server.add(EchoWorker(1))
         assert ids_of(taken.result(20)) == EXPECTED
+
+
+def test_a_moved_request_whose_client_leaves_waits_no_longer() -> None:
+    config = router_config(failover=FailoverConfig(hold_s=60.0))
+    with RouterServer([EchoWorker(0, step_s=0.002)], config) as server:
+        dispatcher, body = server.service.dispatcher, {**LONG, "max_tokens": 2000, "stream": True}
+        with server.client() as client, client.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()  # whose end would be the response's
+            next(lines)
+            server.workers[0].channel.sever()
+            server.on_loop(server.directory.channels.clear)
+            wait_until(lambda: dispatcher.gate.num_waiting == 1)
+        wait_until(lambda: dispatcher.gate.num_waiting == 0)
+        wait_until(lambda: dispatcher.admission.num_inflight == 0)
+        assert not dispatcher._rescue._placing
+
+
+def test_a_moved_request_keeps_its_session(pair: RouterServer) -> None:
+    asked: list[str | None] = []
+    policy = pair.service.dispatcher._policy
+    choose = policy.choose
+
+    def noted(request: RoutedRequest, replicas: Sequence[Replica], now: float) -> Choice | None:
+        asked.append(request.session_id)
+        return choose(request, replicas, now)
+
+    policy.choose = noted  # type: ignore[method-assign]
+    with pair.client(headers={"x-session-id": "mine"}) as client, ThreadPoolExecutor(1) as pool:
+        future = pool.submit(client.post, "/v1/completions", json=LONG)
+        wait_until(lambda: any(w.front.report().generation_tokens > 50 for w in pair.workers))
+        next(w for w in pair.workers if w.front.num_live).channel.sever()
+        assert future.result(20).status_code == 200
+    assert asked == ["mine", "mine"]
