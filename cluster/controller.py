@@ -18,6 +18,7 @@ from ellm.cluster.budgets import lend
 from ellm.cluster.health import Health, Track
 from ellm.cluster.scaling import Scaler
 from ellm.cluster.weights import admit_tokens, update_weights
+from ellm.worker.api.report import WorkerReport
 
 MAX_HELD_BACK = 1024
 GUIDANCE_PERIOD_S = 1.0  # routers ask about so often
@@ -33,6 +34,7 @@ class Controller:
         self._config = config
         self._seq = 0
         self._last: float | None = None
+        self._age_s = 0.0
         self._notes: dict[str, tuple[RouterNote, int, float]] = {}  # router -> note, words heard, silence
         self._held_back: dict[bytes, float] = {}  # prompt -> for how long yet
         self._distrusted: dict[str, str] = {}  # epoch -> why
@@ -42,6 +44,7 @@ class Controller:
         if view.newest_term > self.term:
             return [Resign(view.newest_term)]
         elapsed_s = self._elapsed(now)
+        self._age_s += elapsed_s
         self.health.update(view.workers, elapsed_s)
         self._hear(view.routers, elapsed_s)
         by_model = self._by_model()
@@ -80,9 +83,8 @@ class Controller:
         if known is not None and (router.num_heard <= known[1] or note.seq < known[0].seq):
             return  # nothing new, or older than what is known
         self._notes[note.router_id] = (note, router.num_heard, 0.0)
-        for digest in note.held_back:
-            self._held_back.pop(digest, None)
-            self._held_back[digest] = self._config.held_back_s
+        for digest in note.held_back:  # a router says it as long as it holds it back: no new time
+            self._held_back.setdefault(digest, self._config.held_back_s)
         while len(self._held_back) > MAX_HELD_BACK:
             del self._held_back[next(iter(self._held_back))]
 
@@ -91,23 +93,29 @@ class Controller:
         workers: list[WorkerGuidance] = []
         for tracks in by_model.values():
             weights = update_weights(tracks, elapsed_s, self._config.smoothing_s)
-            workers += [self._word(track, weights[track.info.epoch]) for track in tracks]
+            workers += [
+                self._word(track.report, track, weights[track.info.epoch], len(tracks))
+                for track in tracks
+                if track.report is not None  # of others nothing is known: routers go by what they see
+            ]
+        # Whoever has just started has not heard every router: one that was lent too much takes from others.
+        known = self._age_s >= 2 * GUIDANCE_PERIOD_S
+        budgets = lend([note for note, _, _ in self._notes.values()]) if known else {}
         guidance = Guidance(
             controller_term=self.term,
             seq=self._seq,
             valid_s=self._config.valid_s,
-            num_routers=max(1, len(self._notes)),
+            num_routers=max(1, len(self._notes)) if known else 0,
             workers=tuple(workers),
             held_back=tuple(self._held_back),
         )
-        return Advise(guidance, lend([note for note, _, _ in self._notes.values()]))
+        return Advise(guidance, budgets)
 
-    def _word(self, track: Track, weight: float) -> WorkerGuidance:
-        report = track.report
-        if report is None or not track.serving:
-            return WorkerGuidance(track.info.epoch, 0.0, 0, track.state)
+    def _word(self, report: WorkerReport, track: Track, weight: float, of: int) -> WorkerGuidance:
+        if not track.serving:
+            return WorkerGuidance(track.info.epoch, 0.0, 0, track.state, of)
         budget = admit_tokens(report, GUIDANCE_PERIOD_S, self._config.plan_s)
-        return WorkerGuidance(track.info.epoch, round(weight, 4), budget, track.state)
+        return WorkerGuidance(track.info.epoch, round(weight, 4), budget, track.state, of)
 
     def _scale(self, by_model: dict[str, list[Track]], elapsed_s: float) -> list[Action]:
         actions: list[Action] = []

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ellm.cluster.api import wire
@@ -19,7 +20,7 @@ from ellm.cluster.api.actions import Action, Advise, Distrust, Resign, Scale
 from ellm.cluster.api.config import ControllerConfig, ModelScale
 from ellm.cluster.api.guidance import TenantBudget
 from ellm.cluster.api.view import RouterView, View, WorkerView
-from ellm.cluster.controller import Controller
+from ellm.cluster.controller import MAX_HELD_BACK, Controller
 from ellm.worker.api import wire as worker_wire
 from ellm.worker.api.channel import ChannelClosed, WorkerChannel, WorkerDirectory
 from ellm.worker.api.report import WorkerReport
@@ -109,6 +110,7 @@ class Driver:
         self._listeners: dict[str, Listener] = {}
         self._routers: dict[str, RouterView] = {}  # heard since the last tick
         self._num_notes = 0
+        self._uncounted = False  # nobody says which term is the newest
         self._guidance: worker_wire.Message | None = None
         self._budgets: Mapping[str, Sequence[TenantBudget]] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -130,6 +132,9 @@ class Driver:
         """Take a router's note; returns the newest guidance, None before the first. Raises WireError."""
         note = wire.unpack_note(message)
         self._num_notes += 1
+        if (before := self._routers.get(note.router_id)) is not None:  # no tick has come between
+            both = dict.fromkeys((*before.note.held_back, *note.held_back))
+            note = replace(note, held_back=tuple(both)[-MAX_HELD_BACK:])
         self._routers[note.router_id] = RouterView(note, self._num_notes)
         if self._guidance is None:
             return None
@@ -163,10 +168,16 @@ class Driver:
     async def _ask_newest_term(self) -> int:
         """Whoever counts terms may be away: advice goes on without."""
         try:
-            return await asyncio.wait_for(self._newest_term(), TERM_TIMEOUT_S)
+            newest = await asyncio.wait_for(self._newest_term(), TERM_TIMEOUT_S)
         except Exception:
-            log.exception("nobody says whether there is a newer controller")
+            if not self._uncounted:  # once per outage
+                log.exception("nobody says whether there is a newer controller")
+            self._uncounted = True
             return self.term
+        if self._uncounted:
+            log.info("it is known again whether there is a newer controller")
+        self._uncounted = False
+        return newest
 
     def _carry_out(self, action: Action) -> None:
         match action:

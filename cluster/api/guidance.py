@@ -19,6 +19,7 @@ class WorkerGuidance:
     weight: float = 1.0  # relative share of new requests; 0: send nothing new
     admit_tokens: int = -1  # prompt tokens that all routers together may send it until the next tick; -1: any
     state: WorkerState = "ready"
+    of: int = 0  # workers of its model; 0: not said
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class Guidance:
     controller_term: int  # of the controller's incarnation: a later controller has a higher one
     seq: int
     valid_s: float
-    num_routers: int
+    num_routers: int  # 0: not known yet
     workers: tuple[WorkerGuidance, ...] = ()
     budgets: tuple[TenantBudget, ...] = ()
     held_back: tuple[bytes, ...] = ()  # digests of prompts on which workers died

@@ -37,7 +37,7 @@ class RouterNote:
     router_id: str
     seq: int
     uses: tuple[TenantUse, ...] = ()
-    held_back: tuple[bytes, ...] = ()  # prompts on which workers died here, since its last note
+    held_back: tuple[bytes, ...] = ()  # all prompts that are held back because workers died on them here
 
 
 @dataclass(frozen=True, slots=True)

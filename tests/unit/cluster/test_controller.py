@@ -11,7 +11,7 @@ from support.reports import INFO, WELL, Fleet
 from ellm.cluster.api.actions import Action, Advise, Distrust, Resign, Scale
 from ellm.cluster.api.config import ControllerConfig
 from ellm.cluster.api.guidance import Guidance
-from ellm.cluster.api.view import View, WorkerView
+from ellm.cluster.api.view import TenantUse, View, WorkerView
 from ellm.cluster.controller import Controller
 
 CONFIG = ControllerConfig(tick_s=0.5, silent_s=3.0, stall_s=10.0)
@@ -173,9 +173,24 @@ def test_prompts_that_killed_workers_reach_all_routers_until_their_time_is_up() 
     fleet.note("r0", held_back=(b"p1",))
     run = Run(fleet)
     assert run.ticks(1).held_back == (b"p1",)
-    fleet.note("r0")
+    fleet.note("r0", held_back=(b"p1",))  # it says so as long as it lasts
     assert run.ticks(10).held_back == (b"p1",)
+    fleet.note("r0")
     assert run.ticks(int(CONFIG.held_back_s / CONFIG.tick_s)).held_back == ()
+
+
+def test_a_fresh_controller_says_nothing_of_whom_it_has_not_heard() -> None:
+    fleet = Fleet(2)
+    fleet.note("r0", TenantUse("k", 10.0, None, 5.0, 0.0))
+    brain = Controller(CONFIG, 1)
+    silent, budgets = WorkerView(replace(INFO, worker_id="w9", epoch="e9"), None, 0), []
+    for tick in range(6):
+        view = fleet.view()
+        action = brain.tick(replace(view, workers=(*view.workers, silent)), tick * CONFIG.tick_s)[0]
+        assert isinstance(action, Advise)
+        assert [(word.epoch, word.of) for word in action.guidance.workers] == [("e0", 3), ("e1", 3)]
+        budgets.append(set(action.budgets))
+    assert budgets == [set()] * 4 + [{"r0"}] * 2  # before, another router could have its share
 
 
 def test_routers_that_left_are_not_counted() -> None:
@@ -183,7 +198,7 @@ def test_routers_that_left_are_not_counted() -> None:
     fleet.note("r0")
     fleet.note("r1")
     run = Run(fleet)
-    assert run.ticks(1).num_routers == 2
+    assert [run.ticks(1).num_routers for _ in range(6)] == [0, 0, 0, 0, 2, 2]  # two periods of notes
     del fleet.notes["r1"]
     assert run.ticks(12).num_routers == 1
 
