@@ -110,7 +110,7 @@ def create_app(
         controller,
         models.links,
         uses=lambda: tenants.uses(clock()),
-        prompts=lambda: [service.dispatcher.poison for service in services],
+        prompts=lambda: {service.model: service.dispatcher.poison for service in services},
         clock=clock,
     )
     page = MetricsPage([*(service.metrics for service in services), GuidanceMetrics(book, clock)])

@@ -72,17 +72,20 @@ class PoisonList:
 
     def __init__(self) -> None:
         self._until: dict[bytes, float] = {}
-        self._news: list[bytes] = []
+        self._own: dict[bytes, float] = {}  # added here
 
     def add(self, prompt_ids: Sequence[int], now: float) -> None:
         digest = _digest(prompt_ids)
         self._hold(digest, now)
-        self._news = [*self._news[-MAX_POISON:], digest]
+        self._own.pop(digest, None)
+        if len(self._own) >= MAX_POISON:
+            del self._own[next(iter(self._own))]
+        self._own[digest] = now + POISON_S
 
-    def take_news(self) -> tuple[bytes, ...]:
-        """Those that were added here since the last call, for the other routers."""
-        news, self._news = self._news, []
-        return tuple(news)
+    def own(self, now: float) -> tuple[bytes, ...]:
+        """Those that were added here and are held back still, for the other routers."""
+        self._own = {digest: until for digest, until in self._own.items() if until > now}
+        return tuple(self._own)
 
     def learn(self, digests: Iterable[bytes], now: float) -> None:
         """Hold back what other routers hold back, for as long as that is said again and again."""

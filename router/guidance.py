@@ -2,7 +2,9 @@
 
 Advice sets the weight and the admission budget in what policies see of each worker. Without any, or when it
 has grown old, all workers weigh alike, no budget holds, and each API key's rate is lent at limit / N. What
-the controller says counts by (term, seq): a later controller wins, and nothing is taken twice.
+the controller says counts by (term, seq): a later controller wins, and nothing is taken twice: a budget that
+was spent is not there again before the next word. A note says all that the router holds back, so that one
+that is lost, or a controller that starts anew, loses nothing.
 """
 
 from __future__ import annotations
@@ -12,22 +14,25 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from math import inf
 from typing import Protocol
 
 from ellm.cluster.api import wire
 from ellm.cluster.api.guidance import Guidance, TenantBudget, WorkerGuidance
 from ellm.cluster.api.view import RouterNote, TenantUse
-from ellm.router.failover import PoisonList
+from ellm.router.failover import MAX_POISON, PoisonList
 from ellm.router.link import WorkerLink
+from ellm.router.subset import ALL_UP_TO, CHOSEN
 from ellm.worker.api.wire import Message
 
 log = logging.getLogger(__name__)
 
 PERIOD_S = 1.0
 ANSWER_S = 2.0
+CHECK_S = 0.25  # how late it may be noticed that advice has lapsed
 AWAY = "controller_away"  # it was asked and did not answer
 LAPSED = "guidance_lapsed"  # what it said last is too old to be followed
 
@@ -61,6 +66,7 @@ class GuidanceBook:
         self._workers: dict[str, WorkerGuidance] = {}
         self._budgets: dict[str, TenantBudget] = {}
         self._follows = False
+        self._granted: set[str] = set()  # epochs whose budget was handed out since the last word
 
     def take(self, guidance: Guidance, now: float) -> bool:
         """False for advice that is not newer than what is known."""
@@ -73,7 +79,8 @@ class GuidanceBook:
         self._guidance, self._heard_at, self._follows = guidance, now, True
         self._workers = {worker.epoch: worker for worker in guidance.workers}
         self._budgets = {budget.tenant: budget for budget in guidance.budgets}
-        self.num_routers = max(1, guidance.num_routers)
+        self._granted.clear()
+        self.num_routers = guidance.num_routers or self.num_routers
         return True
 
     def check(self, now: float) -> bool:
@@ -90,8 +97,11 @@ class GuidanceBook:
         for link in links:
             word = self._workers.get(link.info.epoch)
             link.replica.weight = 1.0 if word is None else word.weight
-            admit = -1 if word is None else word.admit_tokens
-            link.replica.admit_tokens = inf if admit < 0 else admit / self.num_routers
+            if word is None or word.admit_tokens < 0:
+                link.replica.admit_tokens = inf
+            elif word.epoch not in self._granted:
+                self._granted.add(word.epoch)
+                link.replica.admit_tokens = word.admit_tokens / users(self.num_routers, word.of)
 
     def budget(self, tenant: str) -> TenantBudget | None:
         """What this router may spend per second for a key; None: limit / N."""
@@ -107,6 +117,16 @@ class GuidanceBook:
         return Heard(self._follows, max(0.0, now - self._heard_at), self._guidance.controller_term)
 
 
+def users(num_routers: int, num_workers: int) -> float:
+    """How many routers use one of a model's workers: all, or where there are very many workers its part."""
+    return num_routers if num_workers <= ALL_UP_TO else max(1.0, num_routers * CHOSEN / num_workers)
+
+
+def tag(model: str) -> bytes:
+    """Stands before what is held back, so that one model's prompts are not refused by another."""
+    return blake2b(model.encode(), digest_size=8).digest()
+
+
 class GuidanceLoop:
     """Asks, and hands out what it hears. Owned by the router's app; `start` and `close` on its event loop."""
 
@@ -116,9 +136,10 @@ class GuidanceLoop:
         line: ControllerLine | None,
         links: Callable[[], Iterable[WorkerLink]],
         uses: Callable[[], tuple[TenantUse, ...]] = tuple,
-        prompts: Callable[[], Iterable[PoisonList]] = tuple,
+        prompts: Callable[[], Mapping[str, PoisonList]] = dict,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`prompts`: what is held back of each model."""
         self.router_id = uuid.uuid4().hex[:12]
         self._book = book
         self._line = line
@@ -127,16 +148,17 @@ class GuidanceLoop:
         self._prompts = prompts
         self._clock = clock
         self._seq = 0
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
         if self._line is not None:
-            self._task = asyncio.create_task(self._ask_forever(self._line))
+            self._tasks.append(asyncio.create_task(self._ask_forever(self._line)))
+            self._tasks.append(asyncio.create_task(self._check_forever()))
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _ask_forever(self, line: ControllerLine) -> None:
         while True:
@@ -145,18 +167,36 @@ class GuidanceLoop:
             except Exception as error:  # a router needs no controller, whatever becomes of it
                 log.debug("no word of the controller: %r", error)
                 self._book.fallbacks[AWAY] += 1
-            self._book.check(self._clock())
-            self._book.apply(self._links())
+            self._apply()
             await asyncio.sleep(PERIOD_S)
+
+    async def _check_forever(self) -> None:
+        """Beside an exchange that may take its time: what has lapsed is not followed until that ends."""
+        while True:
+            await asyncio.sleep(CHECK_S)
+            self._apply()
+
+    def _apply(self) -> None:
+        self._book.check(self._clock())
+        self._book.apply(self._links())
 
     async def _ask(self, line: ControllerLine) -> None:
         self._seq += 1
-        held_back = tuple(digest for prompts in self._prompts() for digest in prompts.take_news())
+        held_back = self._own_prompts()
         note = RouterNote(self.router_id, self._seq, self._uses(), held_back)
         answer = await asyncio.wait_for(line.exchange(wire.pack_note(note)), ANSWER_S)
         if answer is None:
             return
         now = self._clock()
         if self._book.take(wire.unpack_guidance(answer), now):
-            for prompts in self._prompts():
-                prompts.learn(self._book.held_back, now)
+            for model, prompts in self._prompts().items():
+                mark = tag(model)
+                ours = [word[len(mark) :] for word in self._book.held_back if word.startswith(mark)]
+                prompts.learn(ours, now)
+
+    def _own_prompts(self) -> tuple[bytes, ...]:
+        now = self._clock()
+        own = [
+            tag(model) + digest for model, prompts in self._prompts().items() for digest in prompts.own(now)
+        ]
+        return tuple(own[-MAX_POISON:])

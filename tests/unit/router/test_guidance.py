@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from math import inf
+from types import SimpleNamespace
 
+import pytest
 from support.router_server import EchoWorker, RouterServer, router_config, wait_until
 
 from ellm.cluster.api import wire
 from ellm.cluster.api.config import ControllerConfig
 from ellm.cluster.api.guidance import Guidance, TenantBudget, WorkerGuidance
 from ellm.cluster.driver import Driver
-from ellm.router.failover import LEARNED_S, PoisonList
-from ellm.router.guidance import AWAY, LAPSED, GuidanceBook, GuidanceLoop
+from ellm.router.failover import LEARNED_S, MAX_POISON, POISON_S, PoisonList
+from ellm.router.guidance import AWAY, CHECK_S, LAPSED, GuidanceBook, GuidanceLoop, tag, users
 from ellm.worker.api.errors import WorkerFailed
 from ellm.worker.api.wire import Message
 
@@ -99,10 +102,11 @@ def test_what_policies_see_follows_it_and_forgets_it() -> None:
 def test_prompts_that_kill_are_held_back_by_all_routers_while_that_is_said() -> None:
     here, there = PoisonList(), PoisonList()
     here.add((1, 2, 3), 0.0)
-    news = here.take_news()
-    assert here.take_news() == ()
+    news = here.own(0.0)
+    assert here.own(POISON_S - 1) == news  # until it is held back no more
+    assert here.own(POISON_S + 1) == ()
     there.learn(news, 0.0)
-    assert there.take_news() == ()  # it is not passed on for ever
+    assert there.own(0.0) == ()  # it is not passed on for ever
 
     def refused(now: float) -> bool:
         try:
@@ -115,6 +119,95 @@ def test_prompts_that_kill_are_held_back_by_all_routers_while_that_is_said() -> 
     there.learn(news, 20.0)
     assert refused(20.0 + LEARNED_S - 1)
     assert not refused(20.0 + LEARNED_S + 1)
+
+
+def test_a_note_that_is_lost_loses_no_prompt_and_one_models_do_not_stop_another() -> None:
+    lists = {"a": PoisonList(), "b": PoisonList()}
+    lists["a"].add((1, 2, 3), 0.0)
+    line = Scripted()
+    loop = GuidanceLoop(GuidanceBook(), line, tuple, prompts=lambda: lists, clock=lambda: 1.0)
+
+    def said() -> tuple[bytes, ...]:
+        with contextlib.suppress(ConnectionError):
+            asyncio.run(loop._ask(line))
+        return wire.unpack_note(line.notes[-1]).held_back
+
+    first = said()
+    assert len(first) == 1
+    line.says = advice(1, 1, held_back=(tag("b") + lists["a"].own(0.0)[0][:8] + b"x" * 8, *first))
+    assert said() == first
+    lists["b"].check((1, 2, 3), 1.0)  # held back for a alone
+    other = {"a": PoisonList(), "b": PoisonList()}
+    asyncio.run(
+        GuidanceLoop(GuidanceBook(), line, tuple, prompts=lambda: other, clock=lambda: 1.0)._ask(line)
+    )
+    with pytest.raises(WorkerFailed):
+        other["a"].check((1, 2, 3), 1.0)
+    other["b"].check((1, 2, 3), 1.0)
+    for i in range(2 * MAX_POISON):
+        lists["b"].add((i,), 1.0)
+    assert len(said()) == MAX_POISON
+
+
+class Link:
+    """As much of a worker's line as advice touches."""
+
+    def __init__(self, epoch: str) -> None:
+        self.info = SimpleNamespace(epoch=epoch)
+        self.replica = SimpleNamespace(weight=1.0, admit_tokens=inf)
+
+
+def test_a_budget_is_handed_out_once_per_word() -> None:
+    book, link, late = GuidanceBook(), Link("epoch0"), Link("epoch0")
+    book.take(advice(1, 1), 0.0)
+    book.apply([link])  # type: ignore[list-item]
+    assert link.replica.admit_tokens == 250.0
+    link.replica.admit_tokens = 10.0
+    book.apply([link])  # type: ignore[list-item]
+    assert link.replica.admit_tokens == 10.0
+    book.take(advice(1, 2), 0.0)
+    book.apply([late])  # type: ignore[list-item]
+    assert late.replica.admit_tokens == 250.0
+    book.check(99.0)
+    book.apply([link])  # type: ignore[list-item]
+    assert link.replica.admit_tokens == inf
+
+
+def test_a_budget_is_shared_by_the_routers_that_use_the_worker() -> None:
+    assert users(16, 0) == users(16, 64) == 16
+    assert users(16, 256) == 2.0
+    assert users(2, 1024) == 1.0
+
+
+def test_a_controller_that_does_not_know_the_routers_yet_changes_their_number_not() -> None:
+    book = GuidanceBook(num_routers=3)
+    book.take(Guidance(1, 1, 5.0, 0), 0.0)
+    assert book.num_routers == 3
+    book.take(Guidance(1, 2, 5.0, 8), 0.0)
+    book.take(Guidance(2, 1, 5.0, 0), 0.0)
+    assert book.num_routers == 8
+
+
+def test_advice_lapses_in_time_although_an_exchange_hangs() -> None:
+    book, link, now = GuidanceBook(), Link("epoch0"), [0.0]
+
+    class Hangs:
+        async def exchange(self, note: Message) -> Message | None:
+            await asyncio.Event().wait()
+            return None
+
+    async def test() -> None:
+        loop = GuidanceLoop(book, Hangs(), lambda: [link], clock=lambda: now[0])  # type: ignore[list-item]
+        book.take(advice(1, 1), 0.0)
+        loop.start()
+        await asyncio.sleep(CHECK_S + 0.1)
+        assert link.replica.weight == 0.5
+        now[0] = 5.1
+        await asyncio.sleep(CHECK_S + 0.1)
+        await loop.close()
+
+    asyncio.run(test())
+    assert (link.replica.weight, book.fallbacks[LAPSED], book.fallbacks[AWAY]) == (1.0, 1, 0)
 
 
 def test_a_controllers_body_reads_real_workers_and_survives_broken_lines() -> None:
