@@ -8,16 +8,21 @@ from typing import Any
 import yaml
 
 from ellm.deploy import schema
-from ellm.deploy.tree import MODELS, EllmConfig, ServedModel
+from ellm.deploy.tree import MODELS, REDACTED, EllmConfig, ServedModel
+
+SECRETS = ("router.api_keys", "router.admin_key")
 
 
-def dump(config: EllmConfig, origins: Mapping[str, str] | None = None) -> str:
-    """The tree as YAML that loads again; a leaf that is not a default says where it came from."""
+def dump(config: EllmConfig, origins: Mapping[str, str] | None = None, *, redacted: bool = False) -> str:
+    """The tree as YAML that loads again; a leaf that is not a default says where it came from. `redacted`:
+    without keys, and where there are any it does not load, so that nobody serves without them unawares."""
     lines: list[str] = []
     sections: list[str] = []
     for path, value in schema.unbuild(config).items():
         if config.models and path.startswith("worker."):  # each entry says it all
             continue
+        if redacted and path in SECRETS and value:
+            value = REDACTED if isinstance(value, str) else (REDACTED,) * len(value)
         *parents, name = path.split(".")
         shared = 0
         while shared < min(len(parents), len(sections)) and parents[shared] == sections[shared]:

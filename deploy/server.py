@@ -246,9 +246,9 @@ def wait_until_ready(config: EllmConfig, progress: Progress, deadline: float) ->
 
 def worker_table(config: EllmConfig, num_workers: int) -> list[dict[str, Any]]:
     """The workers as a router sees them; it is given a moment to find so many."""
-    key = config.router.admin_key or next(iter(config.router.api_keys), None)
-    if key is None and config.router.api_key_file is not None:
-        return []  # only those who hold a key may see it
+    key = config.router.admin_key
+    if key is None and (config.router.api_keys or config.router.api_key_file is not None):
+        return []  # nobody may see it
     server = Server(base_url(config), key, timeout_s=5.0)
     deadline = time.monotonic() + FIND_S
     while True:

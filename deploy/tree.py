@@ -16,6 +16,7 @@ from ellm.worker.api.config import WorkerConfig, served_name
 from ellm.worker.api.errors import ConfigError
 
 MODELS = "models"  # of a file: several models, each with settings of its own
+REDACTED = "<redacted>"  # stands for a key where the configuration is shown
 OF_A_MODEL = ("cluster.num_workers", "cluster.min_workers", "cluster.max_workers")  # beside worker.*
 
 
@@ -180,5 +181,7 @@ def validate(config: EllmConfig) -> None:
         if least > most:
             name = f"router.limits.min_{what}"
             raise ConfigError(f"{name} is above router.limits.max_{what}", param=name)
+    if REDACTED in (*config.router.api_keys, config.router.admin_key):
+        raise ConfigError(f"{REDACTED} is no key: put in the real one", param="router.api_keys")
     if config.cluster.grpc_port == config.cluster.port:
         raise ConfigError("cluster.grpc_port and cluster.port are the same port", param="cluster.grpc_port")

@@ -43,7 +43,7 @@ class RouterConfig:
     failover: FailoverConfig = field(default_factory=FailoverConfig)
     api_keys: tuple[str, ...] = ()  # without these and a file of keys the server is open
     api_key_file: str | None = None  # of hashed keys with limits, as `ellm keys` writes it
-    admin_key: str | None = None
+    admin_key: str | None = None  # opens /metrics and /admin; with API keys alone they are closed
     cors_origins: tuple[str, ...] = ()  # empty: off
     refresh_s: float = 1.0  # of the worker directory
     queue_timeout_s: float = 30.0  # a request waits so long for a worker to be up

@@ -1,7 +1,8 @@
 """The outermost layer of the HTTP edge: request ids, keys, and typed errors for whatever comes through.
 
 Pure ASGI, so that a stream's chunks pass one closure and nothing else. Knows paths only to tell who may see
-them.
+them: `/metrics` and `/admin` show all tenants, so they are for the admin key, and where there are API keys
+but no admin key, for nobody. Without any key the server is open.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ellm.router.errors import Unauthorized
+from ellm.router.errors import Forbidden, Unauthorized
 from ellm.router.http_bodies import ClientLeft, header, send_error
 from ellm.router.keys import ApiKey, KeyRing
 from ellm.worker.api.errors import EllmError
@@ -24,7 +25,7 @@ from ellm.worker.api.errors import EllmError
 log = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/health/ready"})
-ADMIN_PREFIX = "/admin"
+ADMIN_PATHS = ("/admin", "/metrics")  # and what is below
 CONTEXT = "ellm.context"
 _NOT_IN_ID = re.compile(r"[^A-Za-z0-9._:\-]")
 _MAX_ID = 128
@@ -70,7 +71,7 @@ class Edge:
         self._echo = echo_request_id
         self._keys = keys
         self._clock = clock
-        self._admin_key = None if admin_key is None else admin_key.encode()
+        self._admin_key = admin_key.encode() if admin_key else None  # an empty one would let all in
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -102,13 +103,12 @@ class Edge:
                 await send_error(send_with_id, EllmError("internal error"))
 
     def _owner(self, scope: Scope) -> ApiKey | None:
-        """Whose key it is; None where none is needed. Raises Unauthorized."""
+        """Whose key it is; None where none is needed. Raises Unauthorized, Forbidden."""
         path, key = scope["path"], bearer(scope)
         if path in OPEN_PATHS:
             return None
-        if self._admin_key is not None and path.startswith(ADMIN_PREFIX):
-            if not hmac.compare_digest(key.encode(), self._admin_key):
-                raise Unauthorized("this needs the admin key: Authorization: Bearer KEY")
+        if path.startswith(ADMIN_PATHS) and (self._admin_key is not None or self._keys.needed):
+            self._check_admin(key)
             return None
         if not self._keys.needed:
             return None
@@ -116,3 +116,9 @@ class Edge:
         if owner is None:
             raise Unauthorized("this needs an API key: Authorization: Bearer KEY")
         return owner
+
+    def _check_admin(self, key: str) -> None:
+        if self._admin_key is None:
+            raise Forbidden("this needs the admin key, and the server has none: set router.admin_key")
+        if not hmac.compare_digest(key.encode(), self._admin_key):
+            raise Unauthorized("this needs the admin key: Authorization: Bearer KEY")

@@ -2,6 +2,7 @@
 
 EllmError
 ├── Unauthorized     401 invalid_api_key
+├── Forbidden        403 forbidden
 ├── RateLimited      429 rate_limit_exceeded (with retry_after_s)
 ├── UnknownRoute     404 not_found
 ├── WrongMethod      405 method_not_allowed
@@ -21,6 +22,14 @@ class Unauthorized(EllmError):
     status = 401
     code = "invalid_api_key"
     kind = "authentication_error"
+
+
+class Forbidden(EllmError):
+    """No key that the server has opens this."""
+
+    status = 403
+    code = "forbidden"
+    kind = "permission_error"
 
 
 class RateLimited(EllmError):

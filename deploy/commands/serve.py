@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     loaded = config.load(args.config, settings=args.settings, flags=flags)
     resolved = resolve.resolve(loaded.config)
     if args.print_config:
-        print(dump.dump(resolved, loaded.origins), end="")
+        print(dump.dump(resolved, loaded.origins, redacted=True), end="")
         return 0
     from ellm.deploy import foreground
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ellm.deploy import config, dump, schema, tree
+from ellm.deploy.cli import main
 from ellm.worker.api.errors import ConfigError
 
 
@@ -137,6 +138,18 @@ def test_what_is_printed_loads_again(tmp_path: Path) -> None:
     text = dump.dump(loaded.config, loaded.origins)
     assert load(file=write(tmp_path, text)) == loaded.config
     assert "watermark: 0.25  # --set" in text
+
+
+def test_a_config_that_is_shown_has_no_keys_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["--set", "router.api_keys=['sesame', 'open']", "--set", "router.admin_key=chief"]
+    assert main(["serve", "simulated:", *settings, "--print-config"]) == 0
+    text = capsys.readouterr().out
+    assert not any(secret in text for secret in ("sesame", "open'", "chief"))
+    assert text.count("<redacted>") == 3
+    with pytest.raises(ConfigError, match="no key"):
+        load(file=write(tmp_path, text))
+    assert main(["serve", "simulated:", "--print-config"]) == 0
+    assert load(file=write(tmp_path, capsys.readouterr().out)).router.api_keys == ()
 
 
 def test_serve_arguments_are_the_same_tree() -> None:

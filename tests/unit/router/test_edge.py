@@ -8,6 +8,7 @@ import httpx
 import pytest
 from support.router_server import MODEL, RouterServer, router_config, wait_until
 
+from ellm.deploy.cli import main
 from ellm.router.tokenizer import Tokenizer
 
 
@@ -22,7 +23,7 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/version", "/docs", "/nothing", "/v1/models/x"])
+@pytest.mark.parametrize("path", ["/v1/models", "/version", "/docs", "/nothing", "/v1/models/x"])
 def test_everything_but_health_needs_a_key(locked: httpx.Client, path: str) -> None:
     for headers in (
         {},
@@ -46,9 +47,30 @@ def test_health_needs_none(locked: httpx.Client) -> None:
     assert locked.get("/health/ready").status_code == 200
 
 
-def test_admin_calls_need_a_key_of_their_own(locked: httpx.Client) -> None:
-    assert locked.get("/admin/workers", headers=bearer("first")).status_code == 401
-    assert locked.get("/admin/workers", headers=bearer("chief")).status_code == 200
+@pytest.mark.parametrize("path", ["/admin/workers", "/metrics"])
+def test_what_shows_all_tenants_needs_the_admin_key(locked: httpx.Client, path: str) -> None:
+    for headers in ({}, bearer("first"), bearer("x")):
+        assert locked.get(path, headers=headers).status_code == 401
+    assert locked.get(path, headers=bearer("chief")).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/admin/workers", "/metrics"])
+def test_with_api_keys_and_no_admin_key_it_is_closed(path: str) -> None:
+    with RouterServer(config=router_config(api_keys=("first",))) as server, server.client() as client:
+        refused = client.get(path, headers=bearer("first"))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "forbidden")
+        assert "router.admin_key" in refused.json()["error"]["message"]
+        assert client.get("/v1/models", headers=bearer("first")).status_code == 200
+
+
+def test_top_and_status_work_with_the_admin_key(
+    locked: httpx.Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--url", str(locked.base_url), "--api-key"]
+    assert main(["top", "--once", *where, "chief"]) == 0
+    assert "1/1 workers ready" in capsys.readouterr().out
+    assert main(["status", *where, "chief"]) == 0
+    assert main(["top", "--once", *where, "first"]) == 1
 
 
 def test_a_wrong_key_is_told_before_the_body_is_read(locked: httpx.Client) -> None:

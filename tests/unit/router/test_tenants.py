@@ -140,7 +140,7 @@ def test_usage_is_counted_by_key_and_end(limited: tuple[RouterServer, dict[str, 
     ended = f'ellm_tenant_requests_total{{finished_reason="length",model_name="pydoc-5m",tenant="{ident}"}}'
 
     def value(name: str) -> float:
-        with server.client(headers={"authorization": f"Bearer {keys['late']}"}) as client:
+        with server.client(headers={"authorization": "Bearer chief"}) as client:
             lines = client.get("/metrics").text.splitlines()
         return next((float(line.split()[-1]) for line in lines if line.startswith(name)), 0.0)
 
