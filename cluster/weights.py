@@ -15,8 +15,10 @@ attainment: of promises; one that keeps none gets half.
 
 Raw weights are smoothed with a time constant, since routers follow them a second late: unsmoothed, all would
 turn to the same worker together. What a router sees itself within that second (the queue, what it sent) is
-not weighed twice. A ready worker never falls below FLOOR of the mean: without requests it could not show that
-it is well again. Weights of a model have mean 1 over those that serve; others have 0 at once.
+not in them. The default policy predicts pace, room and debt itself and goes by a weight only below a fifth
+of the mean (router/policies/headroom.py), where it is a brake. A ready worker never falls below FLOOR of the
+mean: without requests it could not show that it is well again. Weights of a model have mean 1 over those that
+serve; others have 0 at once.
 """
 
 from __future__ import annotations

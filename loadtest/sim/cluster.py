@@ -3,7 +3,8 @@
 A request comes to a router at random, its policy chooses, the request is at the worker a hop later. Each
 worker sends its report every `report_s`, at a phase of its own, to all routers at once; it is there
 `report_delay_s` later. What the report says, how a router corrects it by what it has sent, and who is chosen
-is all done by the code that serves. The cluster decides nothing.
+is all done by the code that serves, the controller's advice included (cluster_control.py). The cluster
+decides nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from itertools import count
 from random import Random
 from time import thread_time
 
+from ellm.loadtest.sim.cluster_control import SimControl
 from ellm.loadtest.sim.cluster_setting import ClusterSetting
 from ellm.loadtest.sim.replica import Replica, SimulationError
 from ellm.loadtest.sim.workload import SimRequest
@@ -109,6 +111,9 @@ class Cluster:
         self._events: list[tuple[float, int, str, tuple[int, ...] | tuple[int, WorkerReport]]] = []
         self._order = count()
         self._left = len(requests)
+        infos = [setting.info(number) for number in range(num)]
+        views = [router.views for router in self._routers]
+        self._control = SimControl(infos, views) if setting.controller else None
         self._run = ClusterRun(
             list(times.values()), [-1] * len(requests), [0] * len(requests), [0] * len(requests), []
         )
@@ -121,6 +126,7 @@ class Cluster:
             for router in self._routers:
                 router.views[number].heard(self._report(number, 0.0), router.name, 0.0)
             self._push(setting.report_s * (number + 1) / num, "report", (number,))
+        self._start_control()
         for index, request in enumerate(self._requests):
             self._push(request.arrival_s, "arrival", (index,))
         handlers = {
@@ -129,6 +135,8 @@ class Cluster:
             "step": self._step,
             "report": self._send_report,
             "heard": self._hear,
+            "tick": self._tick,
+            "ask": self._ask,
         }
         now, last = 0.0, self._requests[-1].arrival_s
         while self._left:
@@ -200,3 +208,25 @@ class Cluster:
     def _hear(self, now: float, number: int, report: WorkerReport) -> None:
         for router in self._routers:
             router.views[number].heard(report, router.name, now)
+        if self._control is not None:
+            self._control.hear(number, report)
+
+    def _start_control(self) -> None:
+        control, num = self._control, len(self._routers)
+        if control is None:
+            return
+        for number in range(len(self._replicas)):
+            control.hear(number, self._report(number, 0.0))
+        self._push(0.0, "tick", ())
+        for router in range(num):
+            self._push(control.ask_s * (router + 1) / num, "ask", (router,))
+
+    def _tick(self, now: float) -> None:
+        assert self._control is not None
+        self._control.tick(now)
+        self._push(now + self._control.tick_s, "tick", ())
+
+    def _ask(self, now: float, router: int) -> None:
+        assert self._control is not None
+        self._control.ask(router, now)
+        self._push(now + self._control.ask_s, "ask", (router,))

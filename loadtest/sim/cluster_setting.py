@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from ellm.loadtest.sim.checkpoint import find_model
+from ellm.loadtest.sim.cluster_control import worker_info
 from ellm.loadtest.sim.device import Device, profile
 from ellm.loadtest.sim.executor import TimedExecutor
 from ellm.loadtest.sim.presets import find_gpu
@@ -14,8 +15,11 @@ from ellm.loadtest.sim.workload import SimRequest, make_requests, with_arrivals
 from ellm.worker.api.config import CacheConfig, SchedulerConfig, WorkerConfig
 from ellm.worker.api.cost_model import CostModel
 from ellm.worker.api.errors import ConfigError
+from ellm.worker.api.report import WorkerInfo
 from ellm.worker.engine.core import EngineCore
 from ellm.worker.executor.simulated_link import LinkSpeed
+
+_BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,7 @@ class ClusterSetting:
     hop_s: float = 0.0005  # from a router to a worker
     tpot_slo_s: float = 0.1
     ttft_slo_s: float | None = None
+    controller: bool = True  # routers follow its weights and budgets
     scheduling: str = "adaptive"
     max_num_seqs: int = 256
     max_step_tokens: int = 2048
@@ -93,6 +98,11 @@ class ClusterSetting:
         requests, _ = make_requests(self.workload, self.num_requests, seed, room)
         return with_arrivals(requests, self.rate, self.cv, seed)
 
+    def info(self, number: int) -> WorkerInfo:
+        """What worker `number` says of itself."""
+        limits = self.device(number).limits()
+        return worker_info(number, self.model, _BLOCK_SIZE, limits.num_blocks, limits.max_model_len)
+
     def core(self, number: int, *, shares: bool) -> EngineCore:
         """The real engine's core, as worker `number` would make it."""
         config = WorkerConfig(
@@ -104,7 +114,7 @@ class ClusterSetting:
                 tpot_slo_ms=1000.0 * self.tpot_slo_s,
                 ttft_slo_ms=None if self.ttft_slo_s is None else 1000.0 * self.ttft_slo_s,
             ),
-            cache=CacheConfig(block_size=16, prefix_caching=shares),
+            cache=CacheConfig(block_size=_BLOCK_SIZE, prefix_caching=shares),
         )
         device = self.device(number)
         learnt = CostModel.from_dict(_profile(device, self.max_step_tokens))

@@ -2,9 +2,13 @@
 
     wait    (rows ahead + own rows that are not cached) / prefill rate + KV to be brought back
             + what is missing of memory and places / the rate at which the running give them up
-    cost    (wait + output * step time * (1 + barrier)) / the controller's weight
+    cost    (wait + output * step time * (1 + barrier)) / min(1, the controller's weight / BRAKE)
 
-with everything this router has sent since the report counted in. The barrier rises as the promised memory
+Pace, room and debt make the controller's weights too: what is predicted here would count twice. So a weight
+counts only where the controller wants a worker to get less than a fifth of the mean, for reasons that may be
+none of these; 0 is none (candidates.py).
+
+Everything that this router has sent since the report is counted in. The barrier rises as the promised memory
 nears the pool: there, holes and parking begin to cost every step. Other routers see the same reports and
 choose at the same time. How many requests they have sent since is estimated from how fast they send and how
 old the report is; those are thought of as filling the cheapest workers up to one level, and the choice is
@@ -29,6 +33,7 @@ from ellm.router.policies.replica import Replica
 _ROW_S, _STEP_S = 1e-4, 0.02  # where no worker has told any
 _STEPS = 2.5  # that every prompt waits for: two are planned already, and it comes while the first runs
 _REQUEST_S = 1e-6  # of each sequence: fewer are better where nothing else tells workers apart
+BRAKE = 0.2  # of the mean weight
 _MIN_WEIGHT, _MIN_SLOPE = 1e-6, 1e-9
 
 
@@ -96,7 +101,7 @@ class Headroom:
             if roomy and free < roomy:
                 full = 1.0 - max(free, 0.0) / roomy
                 slow += decode * barrier * full * full
-            weight = max(r.weight, _MIN_WEIGHT)
+            weight = max(min(1.0, r.weight / BRAKE), _MIN_WEIGHT)
             costs.append((wait + slow * step_s + _REQUEST_S * requests) / weight)
             slopes.append((slope + slow * added + _REQUEST_S * num) / weight)
         return costs, slopes

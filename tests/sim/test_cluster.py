@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from math import inf
 
 import pytest
 
@@ -111,6 +112,20 @@ def test_reports_that_come_late_are_lived_with() -> None:
     )
     assert lost["ttft_mean_s"] < 3.0 * soon["ttft_mean_s"] + 0.1
     assert lost["fallbacks"] == 0
+
+
+def test_the_real_controller_is_asked_and_followed() -> None:
+    """Its weights reach every view; with them the default policy serves about as well as without."""
+    requests = short_requests(100, 60.0)
+    cluster, advised = play("headroom", requests)
+    weights = {view.replica_id: view.weight for view in cluster._routers[0].views}
+    assert weights["w3"] < 0.9 < weights["w0"]  # a quarter of the speed
+    assert all(0.0 <= view.admit_tokens < inf for view in cluster._routers[1].views)
+    alone = play("headroom", requests, setting=replace(SETTING, controller=False))
+    assert {view.weight for view in alone[0]._routers[0].views} == {1.0}
+    with_it, without = (figures(SETTING, requests, run) for run in (advised, alone[1]))
+    assert with_it["goodput_tok_s"] > 0.95 * without["goodput_tok_s"]
+    assert with_it["ttft_p99_s"] < 1.25 * without["ttft_p99_s"]
 
 
 @pytest.mark.parametrize(

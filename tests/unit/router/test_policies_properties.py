@@ -145,6 +145,20 @@ def test_a_distrusted_worker_is_the_last_resort(name: str, now: float) -> None:
     assert {choice.reason for choice in chosen} == {UNWEIGHTED if now < MAX_AGE_S else STALE}
 
 
+@pytest.mark.parametrize(("weight", "share"), [(0.25, 0.5), (2.0, 0.5), (0.05, 0.0)])
+def test_headroom_weighs_once_what_the_controller_weighs_too(weight: float, share: float) -> None:
+    """Ordinary weights say what is predicted anyway; one far below the mean is followed."""
+    policy = make_policy("headroom", 1)
+    replicas = [heard("a", last_submit_seq=()), heard("b", last_submit_seq=())]
+    replicas[1].weight = weight
+    counts: Counter[str] = Counter()
+    for _ in range(200):
+        choice = policy.choose(RoutedRequest((1, 2, 3)), replicas, 0.1)  # too short to be remembered
+        assert choice is not None
+        counts[choice.replica_id] += 1
+    assert abs(counts["b"] / 200 - share) < 0.12
+
+
 @policies
 def test_the_same_seed_makes_the_same_choices(name: str) -> None:
     def choices(seed: int) -> list[str]:
