@@ -73,7 +73,9 @@ def test_a_side_answers_with_tokens_and_the_memory_of_each_of_its_processes(tmp_
 import subprocess, sys
 sys.path.insert(0, {str(protocol.parent)!r})
 from protocol import serve
-child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+command = [sys.executable, "-c", "print('up', flush=True); input()"]
+child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+child.stdout.readline()  # until then it may be a fork without memory of its own
 print("what engines print must not reach the driver")
 serve(lambda prompts, n: [[len(ids)] * n for ids in prompts], note="tiny")
 child.communicate(b"end")
