@@ -53,6 +53,7 @@ class RankStatus:
     error: tuple[str, str] | None = None  # (code, message) of a failed load
     drained: bool = False  # on request, and it is to be replaced
     supervisor_pid: int | None = None  # where that is known
+    since_tick_s: float = 0.0  # so long the event loop of the data path has stood still
 
 
 class RankActor:
@@ -104,7 +105,9 @@ class RankActor:
         self._engine = EngineLoop(
             loaded.core, loaded.executor, report_s=self._config.heartbeat_s, on_failure=self._engine_failed
         )
-        self._front = WorkerFront(self._info(loaded, rank_pids), self._config, self._engine)
+        self._front = WorkerFront(
+            self._info(loaded, rank_pids), self._config, self._engine, on_failure=self._engine_failed
+        )
         self._front.start()
         server = StreamServer(self._front, self._secret)
         self._port = await server.start(self._host)
@@ -165,6 +168,7 @@ class RankActor:
             front.num_streams,
             drained=self._drained,
             supervisor_pid=self._supervisor_pid,
+            since_tick_s=front.since_tick_s(),
         )
 
     def _load(self) -> LoadedEngine:
@@ -214,8 +218,9 @@ class RankActor:
         )
 
     def _engine_failed(self, error: BaseException) -> None:
-        """On the engine's thread. The process ends: requests move, and the supervisor starts a new group."""
-        log.critical("the engine failed, this rank ends: %r", error)
+        """On the engine's thread, or the data path's. The process ends: requests move, and the supervisor
+        starts a new group."""
+        log.critical("this rank has failed and ends: %r", error)
         time.sleep(0.2)  # for the log to get out
         logging.shutdown()
         os._exit(EXIT_FAILED)

@@ -30,6 +30,7 @@ from ellm.worker.api.request import EngineRequest
 from ellm.worker.engine.tombstones import Tombstones
 from ellm.worker.loop import EngineLoop, refusal
 from ellm.worker.outbox import Outbox
+from ellm.worker.packed_report import PackedReport
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,9 @@ class WorkerFront:
         config: WorkerConfig,
         engine: EngineLoop,
         clock: Callable[[], float] = time.monotonic,
+        on_failure: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
+        """`on_failure` is called once, should heartbeats and leases end by an exception."""
         self.info = info
         self.state: WorkerState = "ready"
         self.num_streams = 0
@@ -59,8 +62,11 @@ class WorkerFront:
         self._config = config
         self._engine = engine
         self._clock = clock
+        self._on_failure = on_failure
+        self._ticked_at = clock()
         self._boxes: dict[str, Outbox] = {}
         self._owners: dict[str, _Owner] = {}
+        self._packed_report = PackedReport(config.heartbeat_s / 2)
         self._ended = Tombstones()  # finished and aborted requests: they are not taken again
         self._tenures = itertools.count(1)
         self._ticker: asyncio.Task[None] | None = None
@@ -78,6 +84,10 @@ class WorkerFront:
             self._ticker.cancel()
         self.end_streams()
         await asyncio.to_thread(self._engine.stop)
+
+    def since_tick_s(self) -> float:
+        """How long this event loop has stood still; from any thread."""
+        return max(0.0, self._clock() - self._ticked_at)
 
     @property
     def num_live(self) -> int:
@@ -205,9 +215,10 @@ class WorkerFront:
         return condition()
 
     def _message(self, box: Outbox, outputs: list[SequenceOutput]) -> wire.Message:
-        report = self.report() if box.report_due else None
-        box.report_due = False
-        box.last_sent = self._clock()
+        report, box.last_sent = None, (now := self._clock())
+        if box.report_due:
+            box.report_due, box.report_seq = False, self._engine.report.seq
+            report = self._packed_report.get((box.report_seq, self.state), self.report, now)
         box.seq += 1
         return wire.step(self.info.epoch, box.seq - 1, outputs, report)
 
@@ -221,9 +232,8 @@ class WorkerFront:
     def _admit(self, box: Outbox, request: EngineRequest) -> bool:
         request_id, attempt = request.request_id, request.attempt
         owner = self._owners.get(request_id)
-        if owner is not None and attempt <= owner.attempt:
-            return False
-        if self._ended.covers(request_id, attempt, self._clock()):
+        known = owner is not None and attempt <= owner.attempt
+        if known or self._ended.covers(request_id, attempt, self._clock()):
             return False
         if self.state != "ready" or self._failed:
             error = Unavailable("the worker takes no new requests")
@@ -266,29 +276,25 @@ class WorkerFront:
             self._ended.put(request_id, attempt, now)
 
     async def _tick_forever(self) -> None:
-        while True:
-            await asyncio.sleep(self._config.heartbeat_s / 3)
-            self._tick()
+        try:
+            while True:
+                await asyncio.sleep(self._config.heartbeat_s / 3)
+                self._tick()
+        except Exception as error:  # the edge: a worker without heartbeats and leases must not look well
+            log.exception("heartbeats have ended")
+            self._on_failure(error)
+            raise
 
     def _tick(self) -> None:
-        now = self._clock()
+        now = self._ticked_at = self._clock()
+        newest = self._engine.report.seq
         for box in list(self._boxes.values()):
-            reason = self._fault(box, now)
+            reason = "is left by the failed engine" if self._failed else box.fault(now)
             if reason is not None:
                 log.warning("router %s %s; %d requests are aborted", box.router_id, reason, len(box.live))
                 self.num_dropped += 1
                 self._drop(box)
             elif now - box.last_sent >= 0.6 * self._config.heartbeat_s:  # the next tick is too late
                 box.make_report_due()
-            else:
+            elif box.report_seq != newest:
                 box.report_due = True  # with the next step
-
-    def _fault(self, box: Outbox, now: float) -> str | None:
-        """Why this router cannot be served any more."""
-        if self._failed:
-            return "is left by the failed engine"
-        if now - box.last_heard > self._config.router_lease_s:
-            return "is silent"
-        if box.lags(now):
-            return f"lags {box.num_items} items behind"
-        return None

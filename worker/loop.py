@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 LoopState = Literal["new", "running", "stopped", "failed"]
 Publish = Callable[[list[SequenceOutput]], None]
 HURRY_S = 0.02  # a report made for a change is at least so much younger than the one before
+HURRY_PERIOD_S = 0.1  # from one report that is passed on at once to the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,7 @@ class EngineLoop:
         self._draining = False
         self._busy = False
         self._progress_at = self._report_at = clock()
+        self._hurried_at = self._progress_at - HURRY_PERIOD_S
         self._pressure = core.pressure
         self._submitted = False  # since the last report
         self._thread = threading.Thread(target=self._guarded_run, name="ellm-engine", daemon=True)
@@ -216,11 +218,13 @@ class EngineLoop:
         if not self._busy:
             self._progress_at = now
         pressure, age_s = self._core.pressure, now - self._report_at
-        changed = pressure != self._pressure and age_s >= HURRY_S
+        hurries = age_s >= HURRY_S and now - self._hurried_at >= HURRY_PERIOD_S
+        changed = hurries and pressure != self._pressure
         if changed or age_s >= self._report_s or (self._submitted and age_s >= HURRY_S):
             self._pressure, self._submitted = pressure, False
             self._renew_report(now)
         if changed:
+            self._hurried_at = now
             self._hurry()
 
     def _read(self) -> Iterator[_Mail]:

@@ -34,6 +34,7 @@ class Outbox:
         self.last_heard = now
         self.last_sent = now
         self.report_due = True
+        self.report_seq = 0  # of the last report that was sent
         self.closed = False
         self.seq = 0  # of the next message
         self.stream = 0  # how often a stream was opened; the newest alone may take
@@ -46,6 +47,12 @@ class Outbox:
     @property
     def num_items(self) -> int:
         return len(self._items)
+
+    def fault(self, now: float) -> str | None:
+        """Why this router cannot be served any more."""
+        if now - self.last_heard > self._lease_s:
+            return "is silent"
+        return f"lags {self.num_items} items behind" if self.lags(now) else None
 
     def lags(self, now: float) -> bool:
         """The router is further behind than it may: in items, or by the age of the oldest."""

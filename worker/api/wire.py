@@ -117,14 +117,17 @@ def abort(router_id: str, seq: int, ids: Sequence[tuple[str, int]]) -> Message:
     return (VERSION, "abort", router_id, seq, list(ids))
 
 
-def step(epoch: str, seq: int, outputs: Sequence[SequenceOutput], report: WorkerReport | None) -> Message:
+def step(
+    epoch: str, seq: int, outputs: Sequence[SequenceOutput], report: WorkerReport | Message | None
+) -> Message:
+    """`report` may be packed already: the same goes to many."""
     return (
         VERSION,
         "step",
         epoch,
         seq,
         [pack_output(o) for o in outputs],
-        None if report is None else pack_report(report),
+        pack_report(report) if isinstance(report, WorkerReport) else report,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as List
 from dataclasses import asdict
+from math import ceil
 from statistics import median
 
 from ellm.worker.api.cost_model import CostModel, StepFeatures
@@ -24,6 +25,7 @@ _MIN_RETRY_S, _MAX_RETRY_S = 1.0, 60.0
 _LEAST_RATE = 0.05  # of a full step's rows per second: a queue that stands still for a moment goes on
 _RECENT_S = 60.0  # an end longer ago says nothing of attainment now
 _LEVELS = 8  # of headroom and uncached tokens: crossing one is a change worth telling
+_BEYOND = 0.25  # of a level: so far across, lest a pool that hovers at the line tells of it again and again
 
 
 class Load:
@@ -37,6 +39,7 @@ class Load:
         self._finishes: deque[float] = deque(maxlen=64)  # when the last requests ended
         self._hole_tokens = 0  # as of the last step
         self._prefill = (0.0, 0.0)  # weight * rows, weight * seconds of steps with prompts, forgetting
+        self._level = _LEVELS  # of memory, as `pressure` told it last
         self._load_cost = LinkCost(state.limits.block_bytes)
 
     def work_came(self, now: float) -> None:
@@ -79,8 +82,10 @@ class Load:
         """Equal as long as nothing has changed that others should hear of before the next report is due:
         memory in eighths, whether somebody waits, whether somebody is parked. O(1)."""
         state = self._state
-        level = -(-_LEVELS * state.pool.num_available // state.pool.num_blocks)
-        return level, bool(len(state.waiting)), bool(state.parked)
+        eighths = _LEVELS * state.pool.num_available / state.pool.num_blocks
+        if not eighths or not self._level - 1 - _BEYOND < eighths <= self._level + _BEYOND:
+            self._level = ceil(eighths)
+        return self._level, bool(len(state.waiting)), bool(state.parked)
 
     def report(self, cost_model: CostModel, has_work: bool, now: float) -> WorkerReport:
         """Headroom keeps back one block for each running sequence and the watermark: what they grow into.

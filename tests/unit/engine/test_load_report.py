@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from support.engine_driver import COSTS, LIMITS, EngineDriver, plain, request
@@ -12,6 +13,7 @@ from ellm.worker.api.config import SchedulerConfig, WorkerConfig
 from ellm.worker.api.cost_model import CostModel, StepFeatures
 from ellm.worker.api.report import WorkerReport
 from ellm.worker.engine.core import EngineCore
+from ellm.worker.engine.load import Load
 from ellm.worker.engine.sequence import Sequence
 from ellm.worker.executor.simulated_link import LinkSpeed
 
@@ -125,6 +127,22 @@ def test_pressure_changes_with_memory_and_with_those_who_wait() -> None:
     assert len({idle, queued, running}) == 3
     driver.add(request("b", 10, seed=1, max_tokens=20, ignore_eos=True))
     assert driver.core.pressure not in {idle, running}
+
+
+def test_memory_that_hovers_at_a_line_is_no_news_and_its_end_is() -> None:
+    pool = SimpleNamespace(num_available=800, num_blocks=800)
+    load = Load(SimpleNamespace(pool=pool, waiting=(), parked=(), limits=LIMITS))  # type: ignore[arg-type]
+
+    def level(num_available: int) -> int:
+        pool.num_available = num_available
+        return load.pressure()[0]
+
+    assert level(800) == 8
+    assert {level(n) for n in (699, 701, 690, 710, 680, 720)} == {8}
+    assert {level(n) for n in (670, 701, 720)} == {7}
+    assert level(730) == 8
+    assert [level(n) for n in (320, 10, 0)] == [4, 1, 0]
+    assert level(400) == 4
 
 
 def test_the_first_output_says_how_long_its_request_waited() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import defaultdict
@@ -11,7 +12,7 @@ import pytest
 from support.workers import HeldExecutor, expected_tokens, make_engine, request, wait_until, worker_config
 
 from ellm.worker.api.output import SequenceOutput
-from ellm.worker.loop import EngineLoop
+from ellm.worker.loop import HURRY_PERIOD_S, EngineLoop
 
 
 class Sink:
@@ -182,15 +183,18 @@ def test_the_report_echoes_the_newest_submit_that_it_knows(running: list[EngineL
 
 
 def test_a_change_of_pressure_is_told_before_a_report_is_due(running: list[EngineLoop]) -> None:
-    executor, sink, hurried = HeldExecutor(), Sink(), list[tuple[int, int]]()
+    executor, sink, hurried = HeldExecutor(), Sink(), list[tuple[float, int]]()
     _, loop = make_engine(executor, worker_config(heartbeat_s=60.0))
     running.append(loop)
-    loop.start(sink, lambda: hurried.append((loop.report.num_waiting, loop.report.headroom_tokens)))
+    loop.start(sink, lambda: hurried.append((time.monotonic(), loop.report.headroom_tokens)))
     time.sleep(0.05)
-    loop.submit("router", 0, [request(f"r{i}", 60, prompt_len=200) for i in range(8)])
+    for i in range(8):  # they come and go: memory and queue change all the time
+        loop.submit("router", i, [request(f"r{i}", 100 + 50 * i, prompt_len=300)])
     wait_until(lambda: len(sink.finished()) == 8)
     assert len(hurried) >= 2
     assert min(headroom for _, headroom in hurried) < loop.report.num_blocks * 16
+    gaps = [b[0] - a[0] for a, b in itertools.pairwise(hurried)]
+    assert min(gaps) > 0.9 * HURRY_PERIOD_S
     seen = len(hurried)
     time.sleep(0.1)
     assert len(hurried) <= seen + 1  # nothing changes any more

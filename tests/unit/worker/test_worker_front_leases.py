@@ -131,6 +131,7 @@ def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
             assert late.error is not None
             assert late.error[0] == "unavailable"
             assert await draining
+            await until(lambda: "a" in router.reasons())  # the last tokens may still be under way
             assert router.tokens("a") == expected_tokens(request("a", 100))
             assert not router.closed
             w.front.end_streams()
@@ -243,5 +244,28 @@ def test_whatever_routers_do_no_block_is_lost(seed: int) -> None:
                 for done in router.reasons():
                     first = next(r for r in mine[router.name] if r.request_id == done)
                     assert router.tokens(done) == expected_tokens(first)
+
+    run(test)
+
+
+def test_heartbeats_that_end_are_told_and_a_loop_that_stands_still_shows() -> None:
+    async def test() -> None:
+        async with worker(worker_config()) as w:
+            failures: list[BaseException] = []
+            w.front._on_failure = failures.append
+            await asyncio.sleep(0.1)
+            assert w.front.since_tick_s() < 0.5
+            time.sleep(0.6)  # whatever blocks the loop
+            assert w.front.since_tick_s() > 0.5
+            await until(lambda: w.front.since_tick_s() < 0.5)
+            assert not failures
+
+            def broken() -> None:
+                raise KeyError("a broken invariant")
+
+            w.front._tick = broken  # type: ignore[method-assign]
+            await until(lambda: failures)
+            assert w.front._ticker is not None
+            assert isinstance(w.front._ticker.exception(), KeyError)
 
     run(test)

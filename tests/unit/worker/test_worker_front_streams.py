@@ -16,6 +16,7 @@ from support.workers import expected_tokens, request, worker_config
 from ellm.worker.api import wire
 from ellm.worker.api.channel import ChannelClosed
 from ellm.worker.api.output import SequenceOutput
+from ellm.worker.api.report import WorkerReport
 
 
 @pytest.fixture(params=LINES, autouse=True)
@@ -207,5 +208,32 @@ def test_a_message_of_another_kind_or_version_is_refused() -> None:
                 w.front.submit((wire.VERSION + 2, "submit", "r", 0, []))
             newer = (wire.VERSION + 1, "submit", "r", 0, [], "a field of the future")
             w.front.submit(newer)
+
+    run(test)
+
+
+def test_a_report_is_packed_once_for_all_and_sent_once_to_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 2 ms, and a new report every 0.2 s: a tick in between finds nothing to tell."""
+    packed: list[int] = []
+    pack = wire.pack_report
+
+    def noted(report: WorkerReport) -> wire.Message:
+        packed.append(report.seq)
+        return pack(report)
+
+    monkeypatch.setattr(wire, "pack_report", noted)
+
+    async def test() -> None:
+        async with worker(worker_config(heartbeat_s=0.2)) as w:
+            routers = [Router(w, f"r{i}").read() for i in range(4)]
+            await asyncio.gather(*(r.submit(request(f"a{r.name}", 300)) for r in routers))
+            await until(lambda: all(r.reasons() for r in routers))
+            for router in routers:
+                seqs = [r.seq for r in router.reports][
+                    2:
+                ]  # the first ones answer the stream and the submission
+                assert len(seqs) >= 2
+                assert len(set(seqs)) == len(seqs)
+            assert len(packed) <= sum(len(r.reports) for r in routers) / 2
 
     run(test)
