@@ -34,6 +34,7 @@ PING_TIMEOUT_S = 2.5
 LEASE_S = 30.0  # of a rank: so long may the supervisor be silent and alive
 SILENCE_S = 10.0  # so long may a rank be silent
 CONFIRM_S = 1.0  # a group that seems ill is looked at again after it
+LOOK_S = 0.5  # between two looks at a group that loads
 REASON_S = 3.0  # while loading, a rank's death may be the echo of another's error, which then comes so soon
 GONE_S = 5.0
 
@@ -140,16 +141,36 @@ class RankGroup:
         RuntimeError for any other end; no rank is left then."""
         loading: asyncio.Task[bool] = asyncio.create_task(self._load())
         troubled = asyncio.create_task(self._trouble.wait())
+        listening = asyncio.create_task(self._listen_while_loading())
         await asyncio.wait([loading, troubled], return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
             await asyncio.wait([loading], timeout=REASON_S)
         troubled.cancel()
+        listening.cancel()
         failure = await self._failure(loading)
         if failure is not None:
             await self.end()
             loading.cancel()
-            await asyncio.gather(loading, troubled, return_exceptions=True)
+        await asyncio.gather(
+            *(() if failure is None else (loading,)), troubled, listening, return_exceptions=True
+        )
+        if failure is not None:
             raise failure
+
+    async def _listen_while_loading(self) -> None:
+        """A rank that loads answers pings, from an event loop that has nothing else to do. One that spoke and
+        is silent now is frozen, and those who wait for it would wait for ever. Before its first word it may
+        still be on its way."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            for member in self._members:
+                if member.status is None or member.silent_s <= SILENCE_S:
+                    continue
+                await asyncio.sleep(CONFIRM_S)
+                await member.ping(0.0)
+                if member.silent_s > SILENCE_S:
+                    self._fail(f"rank {member.rank} has not answered for {member.silent_s:.0f} s")
+                    return
 
     async def _load(self) -> bool:
         first, *others = self._members
@@ -209,6 +230,8 @@ class RankGroup:
                 return f"rank {member.rank} failed" + (f": {status.error[1]}" if status.error else "")
             if status.since_progress_s > self._config.stall_s:
                 return f"no step finished for {status.since_progress_s:.0f} s although there is work"
+            if status.since_tick_s > min(SILENCE_S, self._config.stall_s):
+                return f"its data path has stood still for {status.since_tick_s:.0f} s"
             if status.drained:
                 return "it was drained on request, and is to be replaced"
         return None

@@ -7,8 +7,16 @@ in a row are counted in the cluster's own store, where the next incarnation find
 
 from __future__ import annotations
 
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+log = logging.getLogger(__name__)
+
 FREE = 3  # failures in a row without a pause: a bad node or a bad moment
 MAX_S = 60.0
+STORE_TIMEOUT_S = 2.0
 GOOD_S = 30.0  # a worker that has served so long has not failed in a row
 
 
@@ -18,26 +26,45 @@ def pause_s(num_failures: int) -> float:
 
 
 class FailureCount:
-    """Of one worker id of one deployment of one config, over its incarnations."""
+    """Of one worker id of one deployment of one config, over its incarnations. The store may be away: then
+    nothing is counted, and nobody waits for it longer than `STORE_TIMEOUT_S`."""
 
     def __init__(self, key: str) -> None:
         self._key = f"ellm-failures:{key}".encode()
 
-    def read(self) -> int:
+    async def read(self) -> int:
+        """How many there are in a row; 0 where nobody says."""
+        return await self._ask() or 0
+
+    async def failed(self) -> None:
+        """One more."""
+        count = await self._ask()
+        if count is not None:
+            await self._write(count + 1)
+
+    async def succeeded(self) -> None:
+        await self._write(0)
+
+    async def _ask(self) -> int | None:
+        """None where nobody says."""
         from ray.experimental.internal_kv import _internal_kv_get
 
-        value = _internal_kv_get(self._key)
-        return int(value) if value else 0
+        try:
+            return int(await _in_time(_internal_kv_get, self._key) or 0)
+        except Exception as error:  # the edge: whatever the store's transport raises
+            log.warning("nobody says how often %s: %r", self._key, error)
+            return None
 
-    def failed(self) -> int:
-        """One more; returns how many there are in a row."""
-        return self._write(self.read() + 1)
-
-    def succeeded(self) -> None:
-        self._write(0)
-
-    def _write(self, count: int) -> int:
+    async def _write(self, count: int) -> None:
         from ray.experimental.internal_kv import _internal_kv_put
 
-        _internal_kv_put(self._key, str(count).encode(), overwrite=True)
-        return count
+        try:
+            await _in_time(_internal_kv_put, self._key, str(count).encode(), True)  # overwrite
+        except Exception as error:  # the edge: whatever the store's transport raises
+            log.warning("%s = %d is not kept: %r", self._key, count, error)
+
+
+async def _in_time(call: Callable[..., Any], *args: Any) -> Any:
+    """What a call of the store returns. Such a call blocks its thread for as long as the store is away, and
+    the event loop has leases of ranks to renew meanwhile."""
+    return await asyncio.wait_for(asyncio.to_thread(call, *args), STORE_TIMEOUT_S)

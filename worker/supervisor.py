@@ -45,7 +45,7 @@ class WorkerSupervisor:
         self.worker_id = f"w{serve.get_replica_context().rank.rank}"
         self.epoch = uuid.uuid4().hex[:12]
         self._failures = FailureCount(_key(config, self.worker_id))
-        pause = pause_s(self._failures.read())
+        pause = pause_s(await self._failures.read())
         if pause:
             log.warning("worker %s has failed again and again: it waits %.0f s", self.worker_id, pause)
             await asyncio.sleep(pause)
@@ -53,7 +53,7 @@ class WorkerSupervisor:
         try:
             await self._group.load()
         except (ConfigError, RuntimeError):
-            self._failures.failed()
+            await self._failures.failed()
             raise
         self._ready_at = time.monotonic()
         log.info("worker %s (%s) is ready, pids %s", self.worker_id, self.epoch, self._group.pids)
@@ -65,21 +65,22 @@ class WorkerSupervisor:
         assert group is not None
         problem = await group.confirmed_problem()
         if problem is None:
-            self._note_good()
+            await self._note_good()
             return
-        if not self._ended:
-            self._ended = True
-            if not self._proven:
-                self._failures.failed()
+        first, self._ended = not self._ended, True
         await group.end()
+        if first and not self._proven:
+            await self._failures.failed()
         raise RuntimeError(f"worker {self.worker_id} ({self.epoch}): {problem}")
 
     async def __del__(self) -> None:
-        """Called by Serve before the replica goes: drain a worker that is well, then end the ranks."""
+        """Called by Serve before the replica goes: drain a worker that is well, or wait until it is drained,
+        then end the ranks."""
         group = getattr(self, "_group", None)
         if group is None:
             return
-        if not self._ended and await group.confirmed_problem() is None and group.state == "ready":
+        well = not self._ended and await group.confirmed_problem() is None
+        if well and group.state in ("ready", "draining"):  # draining: on somebody's request already
             try:
                 done = await group.drain(self._config.drain_timeout_s)
                 log.info("worker %s drained%s", self.epoch, "" if done else ": time is up")
@@ -87,10 +88,10 @@ class WorkerSupervisor:
                 log.warning("worker %s did not drain: %r", self.epoch, error)
         await group.end()
 
-    def _note_good(self) -> None:
+    async def _note_good(self) -> None:
         if not self._proven and time.monotonic() - self._ready_at >= GOOD_S:
             self._proven = True
-            self._failures.succeeded()
+            await self._failures.succeeded()
 
 
 def _key(config: WorkerConfig, worker_id: str) -> str:
