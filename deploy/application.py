@@ -37,19 +37,6 @@ def build(config: EllmConfig) -> Any:
     return RunTarget(target=build_application(config), name=NAME, route_prefix="/")
 
 
-def check_room(config: EllmConfig) -> None:
-    """Raises ConfigError for a model whose group of ranks is larger than any node that is there now."""
-    import ray
-
-    from ellm.deploy.app import rank_gpus
-    from ellm.worker.supervisor import check_room
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for model in config.served:
-        needed = {"CPU": config.cluster.worker_num_cpus, "GPU": rank_gpus(model)}
-        check_room(model.worker, {name: n for name, n in needed.items() if n}, nodes)
-
-
 def deploy(target: Any) -> None:
     """Hand the application to Serve; does not wait."""
     from ray import serve

@@ -20,6 +20,7 @@ from ellm.deploy.http_client import RequestFailed, Server
 from ellm.deploy.progress import Progress
 from ellm.deploy.resolve import num_cores
 from ellm.deploy.tree import EllmConfig, ServedModel, worker_deployment
+from ellm.router.config import ROUTER_CPUS
 from ellm.router.keys import read_keys
 from ellm.router.policies import make_policy as router_policy
 from ellm.worker.api.config import SIMULATED, ModelConfig, WorkerConfig
@@ -157,7 +158,6 @@ def start_application(config: EllmConfig, progress: Progress) -> None:
 
     In a cluster that stays, nothing is left half started.
     """
-    application.check_room(config)
     check_room(config, progress)
     target = application.build(config)
     try:
@@ -170,10 +170,12 @@ def start_application(config: EllmConfig, progress: Progress) -> None:
 
 
 def check_room(config: EllmConfig, progress: Progress) -> None:
-    """A cluster of our own has what it has; one that was joined may grow. Raises ConfigError."""
-    for line in room.problems(config, room.nodes()):
-        if config.cluster.address is None and len(config.served) == 1:
-            raise ConfigError(line, param="tp")
+    """A cluster of our own has what it has; one that was joined may grow. One model that does not fit stops
+    no other. Raises ConfigError."""
+    lines = room.problems(config, room.nodes())
+    if config.cluster.address is None and len(lines) >= len(config.served):
+        raise ConfigError(lines[0], param="tp")
+    for line in lines:
         progress.line(f"{line}; waiting for room")
 
 
@@ -217,9 +219,9 @@ def wait_for_model(config: EllmConfig, model: ServedModel, progress: Progress, d
 
 
 def needed_cpus(config: EllmConfig) -> float:
-    """Logical CPUs that the deployments ask Ray for."""
+    """Logical CPUs that the deployments ask Ray for, with as many workers as there may be."""
     ranks = sum(model.max_workers * model.worker.tensor_parallel_size for model in config.served)
-    return 1 + ranks * config.cluster.worker_num_cpus
+    return config.router.num_replicas * ROUTER_CPUS + ranks * config.cluster.worker_num_cpus
 
 
 def base_url(config: EllmConfig) -> str:

@@ -12,7 +12,7 @@ from typing import Literal
 from ellm.cluster.api.config import ControllerConfig
 from ellm.deploy import schema
 from ellm.router.config import RouterConfig
-from ellm.worker.api.config import WorkerConfig, served_name
+from ellm.worker.api.config import SIMULATED, WorkerConfig, served_name
 from ellm.worker.api.errors import ConfigError
 
 MODELS = "models"  # of a file: several models, each with settings of its own
@@ -121,6 +121,13 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "controller.smoothing_s": (0.01, 3600),
     "controller.silent_s": (0.5, 3600),
     "controller.stall_s": (0.5, 86400),
+    "controller.router_gone_s": (2.0, 3600),  # routers speak once a second
+    "controller.plan_s": (0.0, 3600),
+    "controller.held_back_s": (1.0, 86400),
+    "controller.scaling.min_attainment": (0.0, 1.0),
+    "controller.scaling.up_after_s": (0.0, 3600),
+    "controller.scaling.down_after_s": (0.0, 86400),
+    "controller.scaling.cool_down_s": (0.0, 86400),
     "controller.scaling.target_load": (0.05, 1.0),
     "controller.scaling.high_load": (0.05, 10.0),
     "controller.scaling.low_load": (0.0, 1.0),
@@ -164,15 +171,14 @@ def validate(config: EllmConfig) -> None:
         value = leaves[path]
         if value is not None and not low <= value <= high:
             raise ConfigError(f"{path}: {value} is not between {low} and {high}", param=path)
-    for model in config.served:
-        if not model.min_workers <= model.num_workers <= model.max_workers:
-            raise ConfigError(
-                f"{model.name}: {model.num_workers} workers are not between min_workers = {model.min_workers}"
-                f" and max_workers = {model.max_workers}",
-                param="cluster.num_workers",
-            )
-        if model.min_workers < model.max_workers and not config.controller.enabled:
-            raise ConfigError("max_workers needs the controller", param="controller.enabled")
+    load = config.controller.scaling
+    if not load.low_load < load.target_load < load.high_load:
+        raise ConfigError(
+            f"low_load = {load.low_load:g}, target_load = {load.target_load:g} and high_load ="
+            f" {load.high_load:g} must rise",
+            param="controller.scaling.target_load",
+        )
+    _check_models(config)
     limits = config.router.limits
     for what, least, most in (
         ("slo_ms", limits.min_slo_ms, limits.max_slo_ms),
@@ -185,3 +191,24 @@ def validate(config: EllmConfig) -> None:
         raise ConfigError(f"{REDACTED} is no key: put in the real one", param="router.api_keys")
     if config.cluster.grpc_port == config.cluster.port:
         raise ConfigError("cluster.grpc_port and cluster.port are the same port", param="cluster.grpc_port")
+
+
+def _check_models(config: EllmConfig) -> None:
+    deployments: dict[str, str] = {}
+    for model in config.served:
+        other = deployments.setdefault(worker_deployment(config, model), model.name)
+        if other != model.name:
+            raise ConfigError(
+                f"the models {other} and {model.name} would have one deployment name; rename one",
+                param=MODELS,
+            )
+        if model.worker.model.path.startswith(SIMULATED) and model.worker.tensor_parallel_size > 1:
+            raise ConfigError(f"{model.name}: a simulated model has one rank", param="tp")
+        if not model.min_workers <= model.num_workers <= model.max_workers:
+            raise ConfigError(
+                f"{model.name}: {model.num_workers} workers are not between min_workers = {model.min_workers}"
+                f" and max_workers = {model.max_workers}",
+                param="cluster.num_workers",
+            )
+        if model.min_workers < model.max_workers and not config.controller.enabled:
+            raise ConfigError("max_workers needs the controller", param="controller.enabled")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+ROUTER_CPUS = 1.0  # logical CPUs of one router, for Ray's placement
+
 
 @dataclass(frozen=True, slots=True)
 class LimitsConfig:

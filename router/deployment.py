@@ -17,7 +17,7 @@ from typing import Any
 from ray import serve
 
 from ellm.router.app import ModelSource, create_app
-from ellm.router.config import RouterConfig
+from ellm.router.config import ROUTER_CPUS, RouterConfig
 from ellm.router.controller_line import RayControllerLine
 from ellm.router.replicas import RayDirectory
 from ellm.router.simulated_tokenizer import PREFIX, simulated_tokenizer
@@ -46,7 +46,7 @@ def router_application(
         serve.ingress(_builder(config, tuple(models), find_controller))(),
         name=DEPLOYMENT_NAME,
         num_replicas=config.num_replicas,
-        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": ONE_LOOP}},
+        ray_actor_options={"num_cpus": ROUTER_CPUS, "runtime_env": {"env_vars": ONE_LOOP}},
         # The router's own limits answer with typed errors; Serve's must never be reached first.
         max_ongoing_requests=2 * config.limits.max_inflight + 1000,
         max_queued_requests=-1,

@@ -140,6 +140,33 @@ def test_what_is_printed_loads_again(tmp_path: Path) -> None:
     assert "watermark: 0.25  # --set" in text
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["controller.scaling.low_load=0.6"],
+        ["controller.scaling.target_load=0.9"],
+        ["controller.scaling.high_load=0.5"],
+        ["controller.scaling.min_attainment=1.1"],
+        ["controller.scaling.up_after_s=-1"],
+        ["controller.scaling.down_after_s=.nan"],
+        ["controller.scaling.cool_down_s=-1"],
+        ["controller.plan_s=-0.1"],
+        ["controller.held_back_s=0"],
+        ["controller.router_gone_s=0.5"],
+        ["model='simulated:'", "tp=2"],
+    ],
+)
+def test_a_controller_that_cannot_work_is_refused(settings: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        load(settings=settings)
+
+
+def test_models_that_would_have_one_deployment_name_are_refused() -> None:
+    entries = [{"model": "m", "served_model_name": name} for name in ("a/b", "a_b")]
+    with pytest.raises(ConfigError, match="a/b and a_b"):
+        config.from_mapping({"models": entries})
+
+
 def test_a_config_that_is_shown_has_no_keys_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["--set", "router.api_keys=['sesame', 'open']", "--set", "router.admin_key=chief"]
     assert main(["serve", "simulated:", *settings, "--print-config"]) == 0
