@@ -8,6 +8,7 @@ limits.
 
 from __future__ import annotations
 
+import fcntl
 import hmac
 import json
 import logging
@@ -15,10 +16,12 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b, sha256
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from ellm.worker.api.errors import ConfigError
@@ -26,6 +29,8 @@ from ellm.worker.api.errors import ConfigError
 log = logging.getLogger(__name__)
 
 LOOK_S = 1.0  # between looks at the file
+MAX_RATE = 1e12
+PRIORITIES = (-(2**31 - 1), 2**31 - 1)
 _KEY = re.compile(r"ellm-([0-9a-f]{8})-([A-Za-z0-9_-]{43})")
 
 
@@ -77,13 +82,44 @@ def write_keys(path: Path, keys: Iterable[StoredKey]) -> None:
     os.replace(temporary, path)
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Whoever reads the file in order to write it does so alone on this machine. Its folder is locked, since
+    the file itself is replaced. Raises ConfigError."""
+    try:
+        folder = os.open(path.parent, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"cannot open {path.parent}: {error.strerror}", param="api_key_file") from None
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def check_limits(key: ApiKey) -> None:
+    """Raises ValueError for a limit of another type or out of bounds."""
+    for name in ("requests_per_s", "tokens_per_min"):
+        limit = getattr(key, name)
+        if limit is not None and (not _is_number(limit, int | float) or not 0 <= limit <= MAX_RATE):
+            raise ValueError(f"{name} = {limit!r} is no number between 0 and {MAX_RATE:g}")
+    low, high = PRIORITIES
+    if key.priority is not None and (not _is_number(key.priority, int) or not low <= key.priority <= high):
+        raise ValueError(f"priority = {key.priority!r} is no whole number between {low} and {high}")
+
+
+def _is_number(value: object, kind: type | UnionType) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def _entry(item: dict[str, Any]) -> StoredKey:
     rest = {name: item[name] for name in ("name", "requests_per_s", "tokens_per_min", "priority")}
     bytes.fromhex(item["salt"]), bytes.fromhex(item["hash"])
-    for limit in (rest["requests_per_s"], rest["tokens_per_min"]):
-        if limit is not None and not float(limit) >= 0.0:
-            raise ValueError(f"a limit of {limit}")
-    return StoredKey(ApiKey(str(item["id"]), **rest), item["salt"], item["hash"])
+    if not isinstance(item["id"], str) or not isinstance(rest["name"], str):
+        raise ValueError("id and name are texts")
+    key = ApiKey(item["id"], **rest)
+    check_limits(key)
+    return StoredKey(key, item["salt"], item["hash"])
 
 
 def _digest(salt: bytes, secret: str) -> str:

@@ -29,27 +29,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ellm.router.keys import ApiKey, new_key, read_keys, write_keys
+    from ellm.router.keys import locked, read_keys
 
-    exists = args.file.exists()
-    stored = read_keys(args.file) if exists or args.action != "add" else []
     if args.action == "list":
         print("id        name              requests/s  tokens/min  priority")
-        for item in (entry.key for entry in stored):
+        for item in (entry.key for entry in read_keys(args.file)):
             limits = (item.requests_per_s, item.tokens_per_min, item.priority)
             shown = ["-" if value is None else f"{value:g}" for value in limits]
             print(f"{item.id:8}  {item.name:16}  {shown[0]:>10}  {shown[1]:>10}  {shown[2]:>8}")
         return 0
-    if args.action == "revoke":
-        kept = [entry for entry in stored if entry.key.id != args.id]
-        if len(kept) == len(stored):
-            raise ConfigError(f"{args.file} has no key {args.id}")
-        write_keys(args.file, kept)
-        return 0
-    for name in ("requests_per_s", "tokens_per_min"):
-        if (value := getattr(args, name)) is not None and not value >= 0.0:
-            raise ConfigError(f"--{name.replace('_', '-')}: {value:g} is below 0")
-    entry, plain = new_key(ApiKey("", args.name, args.requests_per_s, args.tokens_per_min, args.priority))
+    with locked(args.file):  # two at once would each forget the other's
+        return _revoke(args) if args.action == "revoke" else _add(args)
+
+
+def _revoke(args: argparse.Namespace) -> int:
+    from ellm.router.keys import read_keys, write_keys
+
+    stored = read_keys(args.file)
+    kept = [entry for entry in stored if entry.key.id != args.id]
+    if len(kept) == len(stored):
+        raise ConfigError(f"{args.file} has no key {args.id}")
+    write_keys(args.file, kept)
+    return 0
+
+
+def _add(args: argparse.Namespace) -> int:
+    from ellm.router.keys import ApiKey, check_limits, new_key, read_keys, write_keys
+
+    stored = read_keys(args.file) if args.file.exists() else []
+    wanted = ApiKey("", args.name, args.requests_per_s, args.tokens_per_min, args.priority)
+    try:
+        check_limits(wanted)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    entry, plain = new_key(wanted)
     write_keys(args.file, [*stored, entry])
     print(plain)
     return 0

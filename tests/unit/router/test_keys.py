@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from ellm.deploy.cli import main
+from ellm.router import keys
 from ellm.router.keys import ApiKey, KeyRing, new_key, read_keys, write_keys
 from ellm.worker.api.errors import ConfigError
 
@@ -64,6 +67,51 @@ def test_a_file_that_is_none_is_refused(path: Path, text: str) -> None:
         KeyRing((), path)
     with pytest.raises(ConfigError, match="cannot read"):
         read_keys(path.parent / "absent")
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"requests_per_s": "5"},
+        {"requests_per_s": True},
+        {"requests_per_s": -1},
+        {"requests_per_s": float("nan")},
+        {"tokens_per_min": float("inf")},
+        {"tokens_per_min": [1]},
+        {"priority": "1"},
+        {"priority": 1.5},
+        {"priority": 2**31},
+        {"name": 7},
+        {"id": 7},
+    ],
+)
+def test_a_limit_of_another_type_or_out_of_bounds_is_refused(path: Path, limits: dict[str, object]) -> None:
+    write_keys(path, [new_key(ApiKey("", "alice", 5, 60.5, -3))[0]])
+    assert read_keys(path)[0].key.requests_per_s == 5
+    data = json.loads(path.read_text())
+    data["keys"][0].update(limits)
+    path.write_text(json.dumps(data))
+    with pytest.raises(ConfigError):
+        read_keys(path)
+
+
+def test_keys_that_are_made_at_once_are_all_kept(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read = keys.read_keys
+
+    def slowly(path: Path) -> list[keys.StoredKey]:
+        found = read(path)
+        time.sleep(0.02)
+        return found
+
+    write_keys(path, [])
+    monkeypatch.setattr(keys, "read_keys", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(main, [["keys", "add", "--file", str(path)]] * 8)) == {0}
+    assert len(read(path)) == 8
+    assert main(["keys", "add", "--file", str(path.parent / "absent" / "keys.json")]) == 2
+    assert main(["keys", "add", "--requests-per-s", "inf", "--file", str(path)]) == 2
 
 
 def test_the_command_makes_lists_and_revokes(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
