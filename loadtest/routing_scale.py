@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from itertools import product
 from random import Random
 from time import thread_time
 
@@ -34,10 +35,23 @@ TICK_S = 0.01
 REPORT_TICKS = 10  # between two reports of a worker
 DELAY_TICKS = 10  # until a router has one
 BLOCK, NUM_BLOCKS = 16, 4096
-NUM_STEMS, STEM_TOKENS, SHARING = 2000, 256, 0.5  # prefixes in common, and the share of prompts with one
-TAIL_TOKENS, OUTPUT_TOKENS, TOKEN_S = 400, 128, 0.02
+NUM_STEMS, SHARING = 2000, 0.5  # prefixes in common, and the share of prompts with one
+OUTPUT_TOKENS, TOKEN_S = 128, 0.02
+NUM_TOKENS = 1_000_000  # drawn once; prompts are stretches of them
 ROWS_PER_S = 10_000.0
 AIM_US = 100.0  # of a decision, in the mean
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of prompts."""
+
+    stem: int  # tokens of a prefix in common
+    tail: int  # tokens of a prompt's own
+    rate: float  # of the requests per second: as many tokens as the workers can take
+
+
+SHAPES = (Shape(256, 400, 1.0), Shape(4096, 4096, 0.08))  # of a chat; of Mooncake's conversations
 NOTES = [
     "Every decision stands between other work here (reports, prompts, hashes), so it runs with cold caches, "
     "as in a router; other processes shared the two cores. The same choices made one after the other and "
@@ -114,8 +128,9 @@ class Times:
 class Scale:
     """One policy's run."""
 
-    def __init__(self, policy: str, args: argparse.Namespace) -> None:
+    def __init__(self, policy: str, args: argparse.Namespace, shape: Shape) -> None:
         self._random = Random(args.seed)
+        self.shape = shape
         names = [f"epoch-{number:04d}" for number in range(args.workers)]
         speeds = self._random.choices((1.0, 0.7), (0.8, 0.2), k=len(names))
         self.workers = {name: PaperWorker(name, speed) for name, speed in zip(names, speeds, strict=True)}
@@ -127,9 +142,10 @@ class Scale:
         for router in self.routers:
             for name in router.views:
                 self._listeners[name].append(router)
-        self._per_tick = args.rate * TICK_S
+        self._per_tick = args.rate * shape.rate * TICK_S
         self._num_ticks = round(args.seconds / TICK_S)
-        self._stems = [self._tokens(STEM_TOKENS) for _ in range(NUM_STEMS)]
+        self._pool = [self._random.randrange(32_000) for _ in range(NUM_TOKENS)]
+        self._stems = [self._tokens(shape.stem) for _ in range(NUM_STEMS)]
         self._late: deque[list[tuple[str, bytes]]] = deque([[] for _ in range(DELAY_TICKS)])
         self.times = Times()
 
@@ -158,12 +174,13 @@ class Scale:
         return self.times
 
     def _tokens(self, count: int) -> list[int]:
-        return [self._random.randrange(32_000) for _ in range(count)]
+        begin = self._random.randrange(NUM_TOKENS - count)
+        return self._pool[begin : begin + count]
 
     def _request(self, now: float) -> None:
         router = self._random.choice(self.routers)
         stem = self._random.choice(self._stems) if self._random.random() < SHARING else []
-        prompt = stem + self._tokens(TAIL_TOKENS)
+        prompt = stem + self._tokens(self.shape.tail)
         request = RoutedRequest(prompt, output_tokens=OUTPUT_TOKENS, session_id=f"{stem[:2]}")
         begun = thread_time()
         choice = router.policy.choose(request, list(router.views.values()), now)
@@ -202,6 +219,8 @@ def row(policy: str, scale: Scale) -> Row:
     report_bytes = float(np.mean(times.report_bytes))
     return {
         "policy": policy,
+        "own tokens": scale.shape.tail,
+        "in common": scale.shape.stem,
         "decisions": len(times.decisions),
         "decision, us": 1e6 * float(np.mean(times.decisions)),
         "p50, us": 1e6 * float(np.percentile(times.decisions, 50)),
@@ -235,21 +254,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--dry", action="store_true", help="write no result file")
     args = parser.parse_args(arguments)
     rows = []
-    for policy in args.policies:
-        scale = Scale(policy, args)
+    for policy, shape in product(args.policies, SHAPES):
+        scale = Scale(policy, args, shape)
         scale.run()
         rows.append(row(policy, scale))
         print(rows[-1], flush=True)
     result = Result(
         name="routing-scale",
         title="Routing at scale, policies alone",
-        about=f"{args.workers} workers (a fifth at 0.7 of the speed), {args.routers} routers with a subset "
-        f"of them each, {args.rate:g} requests per second for {args.seconds:g} s; prompts of {TAIL_TOKENS} "
-        f"tokens, half of them behind one of {NUM_STEMS} prefixes of {STEM_TOKENS}. Workers are arithmetic, "
-        "reports are packed as on the wire, one per worker and 100 ms, and come 100 ms late. Times are CPU "
-        "times of one core; a decision includes the prompt's hashes as deep as they are needed and the "
-        "correction for what is in flight, and is to take 100 us at most. Waits compare policies within this "
-        "model alone.",
+        about=_about(args),
         command=f"python -m ellm.loadtest.routing_scale --workers {args.workers} --routers {args.routers} "
         f"--rate {args.rate:g} --seconds {args.seconds:g} --policies {' '.join(args.policies)}",
         rows=rows,
@@ -259,6 +272,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.dry:
         print(f"wrote {result.write()}")
     return 0
+
+
+def _about(args: argparse.Namespace) -> str:
+    kinds = "; ".join(
+        f"{args.rate * shape.rate:g} requests per second with {shape.tail} tokens of their own, half of them "
+        f"behind one of {NUM_STEMS} prefixes of {shape.stem}"
+        for shape in SHAPES
+    )
+    return (
+        f"{args.workers} workers (a fifth at 0.7 of the speed), {args.routers} routers with a subset of them "
+        f"each, {args.seconds:g} s of two loads over all routers: {kinds}. Workers are arithmetic, reports "
+        "are packed as on the wire, one per worker and 100 ms, and come 100 ms late. Times are CPU times of "
+        "one core; a decision includes the prompt's hashes, as deep as some worker knows the prompt and one "
+        "depth further, and the correction for what is in flight, and is to take 100 us at most. `view` is "
+        "what a router takes in of all its workers, in bytes per second. Waits compare policies within this "
+        "model alone."
+    )
 
 
 if __name__ == "__main__":
