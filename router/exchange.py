@@ -122,7 +122,7 @@ class Exchange(Response):
         session = header(scope, b"x-session-id")
         generation = Generation(job, service.dispatcher, service.tokenizer, arrived_at, salt, session)
         generation.tenant = context.tenant
-        self._pay(context.key, generation.usage().prompt_tokens)
+        reserved = self._reserve(context.key, job)
         try:
             if job.stream:
                 await self._stream(generation, answer, send)
@@ -130,11 +130,17 @@ class Exchange(Response):
                 await self._whole(generation, answer, send)
         finally:
             generation.close()
-            self._pay(context.key, generation.usage().completion_tokens)
+            if context.key is not None:
+                used, now = generation.usage().completion_tokens, service.dispatcher.clock()
+                service.tenants.settle(context.key, reserved, used, now)
 
-    def _pay(self, key: ApiKey | None, tokens: int) -> None:
+    def _reserve(self, key: ApiKey | None, job: Job) -> int:
+        """Charge the key for all that the job may use; returns how much of that is output."""
+        output = job.n * sum(sampling.max_tokens for sampling in job.sampling)
         if key is not None:
-            self._service.tenants.spend(key, tokens, self._service.dispatcher.clock())
+            prompt, now = sum(len(prompt.ids) for prompt in job.prompts), self._service.dispatcher.clock()
+            self._service.tenants.reserve(key, job.num_sequences, prompt, output, now)
+        return output
 
     async def _whole(self, generation: Generation, answer: Answer, send: Send) -> None:
         sink = Gathered(generation, answer)

@@ -1,9 +1,11 @@
 """Rates of API keys at one router: a bucket each for requests and tokens, filled from what it is lent.
 
-A bucket holds one second's worth at most. A request is let in while both are above zero and then pays: its
-prompt at once, its output when it ends. A bucket may go below zero and is waited for, which lets a prompt in
-that is larger than a second's worth and still keeps the rate. What is lent comes from the controller; without
-it, limit / N. Time is an argument.
+A bucket holds one second's worth at most. A request is let in while both are above zero and then pays for all
+its sequences: as many requests, its prompts, and all the output that it may have (`max_tokens` of each), of
+which what it did not use is given back when it ends. So no number of requests at once can owe more than was
+counted. A bucket may go below zero and is waited for, which lets a prompt in that is larger than a second's
+worth and still keeps the rate. What is lent comes from the controller; without it, limit / N. Time is an
+argument.
 """
 
 from __future__ import annotations
@@ -86,12 +88,27 @@ class TenantLimits:
         if requests_per_s is not None:
             tenant.requests.take(1.0)
 
-    def spend(self, key: ApiKey, tokens: int, now: float) -> None:
-        """A request that was let in has used tokens."""
-        if key.tokens_per_min is None or not tokens:
+    def reserve(self, key: ApiKey, sequences: int, prompt: int, output: int, now: float) -> None:
+        """What a request that was let in as one turned out to be: its sequences, its prompts' tokens, and
+        those of the output that it may have."""
+        if key.requests_per_s is not None and sequences > 1:
+            tenant = self._tenant(key, now)
+            tenant.asked[0] += sequences - 1
+            requests_per_s = self._lent(key)[0]
+            if requests_per_s is not None:
+                tenant.requests.fill(requests_per_s, now)
+                tenant.requests.take(sequences - 1)
+        self._take(key, prompt, prompt + output, now)
+
+    def settle(self, key: ApiKey, reserved: int, used: int, now: float) -> None:
+        """It has ended: of the output that was reserved it has used so much."""
+        self._take(key, used, used - reserved, now)
+
+    def _take(self, key: ApiKey, asked: int, tokens: int, now: float) -> None:
+        if key.tokens_per_min is None:
             return
         tenant = self._tenant(key, now)
-        tenant.asked[1] += tokens
+        tenant.asked[1] += asked
         tokens_per_s = self._lent(key)[1]
         if tokens_per_s is not None:
             tenant.tokens.fill(tokens_per_s, now)

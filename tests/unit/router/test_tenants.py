@@ -62,11 +62,40 @@ def test_tokens_are_owed_and_waited_for() -> None:
     key = ApiKey("k", tokens_per_min=6000.0)  # 100 per second
     limits = alone()
     limits.enter(key, 0.0)
-    limits.spend(key, 1100, 0.0)
+    limits.reserve(key, 1, 1000, 100, 0.0)
     with pytest.raises(RateLimited) as raised:
         limits.enter(key, 1.0)
     assert raised.value.retry_after_s == pytest.approx(9.01)
     limits.enter(key, 10.1)
+
+
+def test_output_is_reserved_and_what_was_not_used_is_given_back() -> None:
+    key = ApiKey("k", tokens_per_min=6000.0)  # 100 per second
+    limits = alone()
+    for now in (0.0, 1.0):
+        limits.enter(key, now)
+        limits.reserve(key, 1, 10, 1000, now)
+        with pytest.raises(RateLimited):
+            limits.enter(key, now)  # however many come at once
+        limits.settle(key, 1000, 5, now)
+        limits.enter(key, now)
+        (use,) = limits.uses(now + 0.9)
+        assert use.tokens_per_s < 20  # what was used, not what was reserved
+    limits.settle(key, 10_000, 0, 1.0)  # more than a bucket holds
+    limits.enter(key, 1.0)
+    limits.reserve(key, 1, 0, 150, 1.0)
+    with pytest.raises(RateLimited):
+        limits.enter(key, 1.0)
+
+
+def test_each_of_several_answers_is_a_request() -> None:
+    limits = alone()
+    limits.enter(KEY, 0.0)
+    limits.reserve(KEY, 20, 0, 0, 0.0)
+    with pytest.raises(RateLimited) as raised:
+        limits.enter(KEY, 0.0)
+    assert raised.value.retry_after_s == pytest.approx(1.1)
+    limits.enter(KEY, 1.2)
 
 
 def test_what_is_lent_counts_instead_of_an_even_share() -> None:
@@ -106,6 +135,8 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RouterSe
     made = {
         "slow": new_key(ApiKey("", requests_per_s=0.05)),
         "few": new_key(ApiKey("", tokens_per_min=60.0)),
+        "fan": new_key(ApiKey("", requests_per_s=1.0)),
+        "long": new_key(ApiKey("", tokens_per_min=6000.0)),
         "late": new_key(ApiKey("", priority=7)),
     }
     write_keys(path, [stored for stored, _ in made.values()])
@@ -132,6 +163,10 @@ def test_a_rate_that_is_used_up_is_429_with_the_time_to_wait(
     assert post(server, keys["few"], max_tokens=60, ignore_eos=True).status_code == 200
     assert post(server, keys["few"]).status_code == 429
     assert post(server, keys["late"]).status_code == 200
+    assert post(server, keys["fan"], n=8).status_code == 200
+    assert post(server, keys["fan"]).status_code == 429
+    assert post(server, keys["long"], max_tokens=200, stop=["e", "a", "i", "o", " "]).status_code == 200
+    assert post(server, keys["long"], max_tokens=200).status_code == 200  # most was given back
 
 
 def test_usage_is_counted_by_key_and_end(limited: tuple[RouterServer, dict[str, str]]) -> None:
