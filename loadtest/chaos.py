@@ -21,10 +21,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ellm.loadtest.chaos_client import Answer, OpenLoop, Template, learn, make_templates, with_stops
+from ellm.loadtest.chaos_client import OpenLoop, Template, learn, make_templates, with_stops
 from ellm.loadtest.chaos_cluster import ChaosCluster, ChaosSetting, set_environment, wait_until
 from ellm.loadtest.chaos_faults import Fault, Faults
-from ellm.loadtest.result import Result, Row, command_line
+from ellm.loadtest.chaos_verdict import against_plan, by_kind, judge, passed
+from ellm.loadtest.result import Result, command_line
+from ellm.router.config import RouterConfig
 from ellm.worker.api.config import (
     SIMULATED,
     CacheConfig,
@@ -36,7 +38,6 @@ from ellm.worker.api.config import (
 
 TOKENIZER = Path(__file__).parent.parent / "deploy" / "bundled" / "pydoc-5m"
 SETTLE_S = 3.0  # between two faults
-ROUTER_S = 3.0  # within which a broken connection is put down to a router that was killed
 KINDS = (
     "kill_rank", "kill_follower", "kill_supervisor", "kill_router", "kill_controller", "kill_raylet",
     "stop_rank", "silent_node", "drain", "rolling_update",
@@ -61,7 +62,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=3, help="of one rank")
     parser.add_argument("--pairs", type=int, default=1, help="workers of two ranks")
     parser.add_argument("--routers", type=int, default=2)
-    parser.add_argument("--policy", default="least-requests", help="every worker should have streams")
+    parser.add_argument(
+        "--policy", default=RouterConfig().policy, help="of routing; the product's by default"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="chaos", help="slug of the result file; empty: none is written")
     return parser.parse_args(argv)
@@ -147,32 +150,6 @@ def apply_all(cluster: ChaosCluster, loop: OpenLoop, args: argparse.Namespace) -
     return applied
 
 
-def judge(loop: OpenLoop, templates: list[Template], faults: list[Fault]) -> dict[str, Any]:
-    """What was lost, and how much of it."""
-    killed = [fault.at for fault in faults if fault.kind == "kill_router"]
-
-    def of_router(answer: Answer) -> bool:
-        return answer.error.startswith("connection") and any(
-            at - 0.5 <= answer.ended_at <= at + ROUTER_S for at in killed
-        )
-
-    failed = [a for a in loop.answers if a.error]
-    lost = [a for a in failed if not of_router(a)]
-    corrupted = [a for a in loop.answers if not templates[a.template].fits(a)]
-    pauses = sorted(a.longest_pause_s for a in loop.answers)
-    return {
-        "requests": len(loop.answers),
-        "lost": len(lost),
-        "lost with their router": len(failed) - len(lost),
-        "corrupted": len(corrupted),
-        "longest pause s": round(pauses[-1], 3),
-        "pause p99 s": round(pauses[int(0.99 * (len(pauses) - 1))], 3),
-        "errors": sorted({a.error for a in failed}),
-        "lost at": [(round(a.ended_at, 2), a.error) for a in lost],
-        "corrupted texts": [(a.texts, templates[a.template].texts) for a in corrupted[:5]],
-    }
-
-
 def leaks(cluster: ChaosCluster) -> dict[str, Any]:
     """Once nothing is asked any more: blocks that are neither free nor cached, sequences, other ranks."""
 
@@ -196,32 +173,6 @@ def _held(row: dict[str, Any]) -> int:
     return int(row["num_running"] + row["num_waiting"] + row["num_parked"] + used + row["num_here"])
 
 
-def by_kind(loop: OpenLoop, faults: list[Fault]) -> list[Row]:
-    """One row for each kind of fault: recovery, and the longest pause that ended near one."""
-    rows = []
-    for kind in dict.fromkeys(fault.kind for fault in faults):
-        mine = [fault for fault in faults if fault.kind == kind]
-        recovered = [fault.recovered_s for fault in mine if fault.recovered_s is not None]
-        near = [
-            a.longest_pause_s
-            for a in loop.answers
-            for fault in mine
-            if fault.at <= a.pause_at <= fault.at + (fault.recovered_s or 60.0)
-        ]
-        rows.append(
-            {
-                "fault": kind,
-                "times": len(mine),
-                "streams past their first token, least": min(fault.streams for fault in mine),
-                "longest pause s": max(near, default=0.0),
-                "whole again after s, median": statistics.median(recovered) if recovered else None,
-                "worst s": max(recovered, default=None),
-                "never": len(mine) - len(recovered),
-            }
-        )
-    return rows
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The verdict; needs a process in which Ray was not imported yet."""
     set_environment()
@@ -232,6 +183,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
         loop, faults = disturb(cluster, args)
         verdict = judge(loop, loop.templates, faults) | leaks(cluster)
+        verdict["workers at the start"] = cluster.setting.num_workers
     with contextlib.suppress(TimeoutError):
         wait_until(lambda: not cluster.left_behind(), 20)
     verdict["leaked processes"] = [list(found) for found in cluster.left_behind()]
@@ -239,14 +191,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     verdict["seconds"] = round(time.monotonic() - start)
     verdict["faults"] = [fault.to_dict() for fault in faults]
     verdict["rows"] = by_kind(loop, faults)
-    return verdict
-
-
-def passed(verdict: dict[str, Any]) -> bool:
-    zero = ("lost", "corrupted", "leaked blocks", "live sequences", "leaked ranks")
-    return (
-        not any(verdict[name] for name in zero) and not verdict["leaked processes"] and verdict["recovered"]
-    )
+    return verdict | against_plan(verdict["rows"], faults, dict.fromkeys(args.kinds.split(","), args.each))
 
 
 def main() -> int:

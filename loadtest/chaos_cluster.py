@@ -17,10 +17,12 @@ import time
 import urllib.request
 from dataclasses import dataclass, replace
 from functools import partial
+from http.client import HTTPException
 from typing import Any
 
 import psutil
 
+from ellm.router.config import RouterConfig
 from ellm.worker.api.config import WorkerConfig
 
 APP = "ellm"
@@ -37,7 +39,7 @@ class ChaosSetting:
     num_pairs: int = 1  # workers of two ranks
     num_routers: int = 2
     tokenizer: str | None = None
-    policy: str = "least-requests"
+    policy: str = RouterConfig().policy
 
     @property
     def num_workers(self) -> int:
@@ -135,7 +137,6 @@ class ChaosCluster:
 
         from ellm.cluster.actor import find_or_start
         from ellm.cluster.api.config import ControllerConfig, ModelScale
-        from ellm.router.config import RouterConfig
         from ellm.router.deployment import router_application
         from ellm.router.replicas import RayDirectory
         from ellm.worker.api.config import served_name
@@ -173,12 +174,7 @@ class ChaosCluster:
 
     def rows(self) -> list[dict[str, Any]]:
         """The workers as a router sees them; [] where none answers."""
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/admin/workers", timeout=3) as answer:
-                found: list[dict[str, Any]] = json.load(answer)["workers"]
-                return found
-        except (OSError, ValueError):
-            return []
+        return _rows(f"127.0.0.1:{self.port}") or []
 
     def ready_rows(self) -> list[dict[str, Any]]:
         return [row for row in self.rows() if row["state"] == "ready"]
@@ -186,6 +182,16 @@ class ChaosCluster:
     def pids(self, name: str) -> list[int]:
         """Of living processes whose title holds `name`."""
         return [pid for pid, (_, title) in list(self._seen.items()) if name in title and self._lives(pid)]
+
+    def streams_of(self, router: int) -> int | None:
+        """Sequences in the router with this pid, asked past the ingress; None if it says nothing."""
+        for line in psutil.Process(router).net_connections("tcp"):
+            if line.status == psutil.CONN_LISTEN:
+                host = "127.0.0.1" if line.laddr.ip in ("0.0.0.0", "::") else line.laddr.ip
+                rows = _rows(f"{host}:{line.laddr.port}", timeout_s=1.0)
+                if rows is not None:
+                    return sum(int(row["num_here"]) for row in rows)
+        return None
 
     def leaked_ranks(self) -> list[int]:
         """Rank processes that belong to no worker that routers see."""
@@ -224,6 +230,16 @@ class ChaosCluster:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     title = " ".join(process.cmdline()[:1]) or process.name()
                     self._seen[process.pid] = (process.create_time(), title)
+
+
+def _rows(address: str, timeout_s: float = 3.0) -> list[dict[str, Any]] | None:
+    """None where no router answers."""
+    try:
+        with urllib.request.urlopen(f"http://{address}/admin/workers", timeout=timeout_s) as answer:
+            found: list[dict[str, Any]] = json.load(answer)["workers"]
+            return found
+    except (OSError, ValueError, HTTPException):
+        return None
 
 
 def raylet_pid(node: Any) -> int:

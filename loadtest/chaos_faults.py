@@ -14,7 +14,7 @@ from ellm.loadtest.chaos_cluster import ChaosCluster, wait_until
 
 VICTIM_S = 60.0  # so long a worker with enough streams is waited for
 RECOVERY_S = 120.0
-STOPPED_S = 8.0  # of what is frozen for a while
+STOPPED_S = 8.0  # of what is frozen for a while, at least
 
 
 @dataclass(slots=True)
@@ -113,7 +113,10 @@ class Faults:
 
     def _kill_router(self, fault: Fault, victim: dict[str, Any]) -> None:
         routers = self._cluster.pids("ServeReplica:ellm:Router")
-        fault.victim, fault.streams = f"router {routers[0]}", victim["num_here"]
+        streams = self._cluster.streams_of(routers[0])
+        if streams is None:
+            fault.remarks.append("it does not say how many streams it has: none is excused")
+        fault.victim, fault.streams, fault.at = f"router {routers[0]}", streams or 0, time.monotonic()
         os.kill(routers[0], signal.SIGKILL)
         wait_until(lambda: routers[0] not in self._cluster.pids("ServeReplica:ellm:Router"), RECOVERY_S)
 
@@ -157,13 +160,17 @@ class Faults:
         frozen = self._cluster.processes_of(node)
         for pid in frozen:
             os.kill(pid, signal.SIGSTOP)
-        fault.remarks.append(f"{len(frozen)} processes frozen for {STOPPED_S} s")
-        time.sleep(STOPPED_S)
-        for pid in frozen:
-            try:
-                os.kill(pid, signal.SIGCONT)
-            except ProcessLookupError:
-                fault.remarks.append(f"process {pid} ended while it was frozen")
+        try:
+            self._gone(victim["epoch"])  # it must have been missed before it comes back
+            time.sleep(max(0.0, fault.at + STOPPED_S - time.monotonic()))
+        finally:
+            for pid in frozen:
+                try:
+                    os.kill(pid, signal.SIGCONT)
+                except ProcessLookupError:
+                    fault.remarks.append(f"process {pid} ended while it was frozen")
+        frozen_s = time.monotonic() - fault.at
+        fault.remarks.append(f"{len(frozen)} processes frozen for {frozen_s:.1f} s")
 
     def _drain(self, fault: Fault, victim: dict[str, Any]) -> None:
         import ray

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from ellm.loadtest.chaos import judge, passed
+from ellm.loadtest.chaos import parse
 from ellm.loadtest.chaos_client import Answer, OpenLoop, Template, ask, make_templates, with_stops
 from ellm.loadtest.chaos_faults import Fault
+from ellm.loadtest.chaos_verdict import PAUSE_S, ROUTER_SLACK, against_plan, by_kind, judge, passed
+from ellm.router.config import RouterConfig
 
 BODY = {"n": 1, "stream": True}
 FAILED = b'data: {"error": {"code": "worker_failed"}}\n\n'
@@ -93,6 +95,10 @@ def verdict(*answers: Answer, faults: Sequence[Fault] = ()) -> dict[str, Any]:
         "leaked ranks": 0,
         "leaked processes": [],
         "recovered": True,
+        "not applied": {},
+        "pauses too long": {},
+        "workers at the start": 4,
+        "workers at the end": 4,
     }
     return judge(loop, loop.templates, list(faults)) | rest
 
@@ -106,6 +112,7 @@ def test_lost_and_corrupted_streams_are_counted() -> None:
     assert (broken["lost"], broken["corrupted"]) == (2, 1)
     assert not passed(verdict(answer("one two")) | {"leaked blocks": 1})
     assert not passed(verdict(answer("one two")) | {"leaked processes": [[1, "x"]]})
+    assert not passed(verdict(answer("one two")) | {"workers at the end": 3})
 
 
 def test_only_broken_connections_near_its_death_are_put_down_to_a_router() -> None:
@@ -116,6 +123,36 @@ def test_only_broken_connections_near_its_death_are_put_down_to_a_router() -> No
         answer("one", cut, 99.0), answer("one", cut, 200.2), answer("one", "stream: worker_failed", 100.2)
     ):  # fmt: skip
         assert verdict(lost, faults=killed)["lost"] == 1
+
+
+def test_no_more_are_put_down_to_a_router_than_it_had_streams() -> None:
+    killed = [Fault("kill_router", at=100.0, streams=3)]
+    cut = [answer("one", "connection: reset", 100.2) for _ in range(3 + ROUTER_SLACK + 2)]
+    found = verdict(*cut, faults=killed)
+    assert (found["lost with their router"], found["lost"]) == (3 + ROUTER_SLACK, 2)
+
+
+def test_a_run_must_do_what_was_asked_and_no_pause_may_be_long() -> None:
+    loop = OpenLoop("", 0, [Template(BODY, ["one two"])], 1.0, 0)
+    loop.answers = [answer("one two")]
+    faults = [Fault(kind, at=at, recovered_s=5.0) for kind, at in (("drain", 100.0), ("stop_rank", 200.0))]
+    asked = {"drain": 1, "stop_rank": 1}
+    for pause_s, at, too_long in (
+        (PAUSE_S - 0.1, 101.0, {}),
+        (PAUSE_S + 0.1, 101.0, {"drain": PAUSE_S + 0.1}),
+        (PAUSE_S + 0.1, 201.0, {}),
+    ):
+        loop.answers[0].longest_pause_s, loop.answers[0].pause_at = pause_s, at
+        plan = against_plan(by_kind(loop, faults), faults, asked)
+        assert plan == {"not applied": {}, "pauses too long": too_long}
+        assert passed(verdict(answer("one two")) | plan) == (not too_long)
+    plan = against_plan(by_kind(loop, faults), faults, {"drain": 2, "stop_rank": 1, "kill_rank": 1})
+    assert plan["not applied"] == {"drain": 1, "kill_rank": 1}
+    assert not passed(verdict(answer("one two")) | plan)
+
+
+def test_it_is_the_product_that_is_disturbed() -> None:
+    assert parse([]).policy == RouterConfig().policy
 
 
 def test_templates_are_of_every_kind() -> None:
