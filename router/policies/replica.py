@@ -96,11 +96,6 @@ class Replica:
         """Sequences there, with what is on its way."""
         return self.num_held + self.num_unseen
 
-    @property
-    def num_routers(self) -> int:
-        """That send to this worker, as far as it says."""
-        return max(1, len(self.report.last_submit_seq))
-
     def place(self, num: int, rows: int, tokens: int) -> None:
         """`num` sequences are about to be sent; `tokens` of prompts, of which `rows` need computing."""
         self.num_unseen += num

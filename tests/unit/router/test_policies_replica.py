@@ -60,7 +60,6 @@ def test_others_are_counted_by_their_submissions() -> None:
     for tick in range(100):
         replica.heard(report(("me", 5 * tick), ("a", tick), ("b", 2 * tick)), "me", 0.1 * tick)
     assert replica.foreign_rate == pytest.approx(30.0, rel=0.01)
-    assert replica.num_routers == 3
     replica.heard(report(("a", 99)), "me", 10.0)  # b has left
     replica.heard(report(("a", 99)), "me", 9.0)  # the clock jumps
     assert 0.0 <= replica.foreign_rate <= 30.1
