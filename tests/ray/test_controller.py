@@ -24,6 +24,7 @@ from support.workers import request
 
 from ellm.cluster.actor import ControllerActor, claim_term, find, find_or_start
 from ellm.cluster.api.config import ControllerConfig, ModelScale
+from ellm.router import controller_line
 from ellm.router.config import RouterConfig
 from ellm.router.controller_line import RayControllerLine
 from ellm.router.dispatch import Dispatcher
@@ -120,6 +121,25 @@ def test_a_killed_controller_costs_nothing_and_comes_back() -> None:
             await until(lambda: client.finished() == {"long"}, 10)
             assert len(client.tokens("long")) == 800
             await client.close()
+
+    run(test)
+
+
+def test_a_controller_that_stands_still_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_line, "HUNG_S", 3.0)
+
+    async def test() -> None:
+        async with advised() as router:
+            await until(lambda: router.follows, 20)
+            term = router.term
+            (pid,) = controller_pids()
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                await until(lambda: router.follows and router.term > term, 40)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+            await until(lambda: pid not in controller_pids(), 20)
 
     run(test)
 
