@@ -119,8 +119,10 @@ def test_only_broken_connections_near_its_death_are_put_down_to_a_router() -> No
     killed = [Fault("kill_router", at=100.0), Fault("kill_rank", at=200.0)]
     cut = "connection: reset"
     assert verdict(answer("one", cut, 100.2), faults=killed)["lost with their router"] == 1
+    said_by_ingress = answer("", "500: Internal Server Error", 100.2)
+    assert verdict(said_by_ingress, faults=killed)["lost with their router"] == 1
     for lost in (
-        answer("one", cut, 99.0), answer("one", cut, 200.2), answer("one", "stream: worker_failed", 100.2)
+        answer("", "500: internal_error", 100.2), answer("one", cut, 99.0), answer("one", cut, 200.2), answer("one", "stream: worker_failed", 100.2)
     ):  # fmt: skip
         assert verdict(lost, faults=killed)["lost"] == 1
 
