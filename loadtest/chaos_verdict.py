@@ -16,8 +16,8 @@ from ellm.loadtest.result import Row
 
 ROUTER_S = 3.0  # within which a broken connection is put down to a router that was killed
 ROUTER_SLACK = 4  # requests that reached it between the count of its streams and its death
-# How the death of a router looks to its clients: a broken line, or the ingress's own word (the product's errors
-# are JSON) where no head had come yet.
+# How the death of a router looks to its clients: a broken line, or the ingress's own word (the product's
+# errors are JSON) where no head had come yet.
 BY_ROUTER = ("connection", "500: Internal Server Error")
 PAUSE_S = 5.0  # the longest pause of a stream that a fault may cost: noticed at once, and moved
 LONGER_PAUSE_S = {  # where time has to tell, after `fail_s` or `stall_s`

@@ -122,8 +122,11 @@ def test_only_broken_connections_near_its_death_are_put_down_to_a_router() -> No
     said_by_ingress = answer("", "500: Internal Server Error", 100.2)
     assert verdict(said_by_ingress, faults=killed)["lost with their router"] == 1
     for lost in (
-        answer("", "500: internal_error", 100.2), answer("one", cut, 99.0), answer("one", cut, 200.2), answer("one", "stream: worker_failed", 100.2)
-    ):  # fmt: skip
+        answer("", "500: internal_error", 100.2),
+        answer("one", cut, 99.0),
+        answer("one", cut, 200.2),
+        answer("one", "stream: worker_failed", 100.2),
+    ):
         assert verdict(lost, faults=killed)["lost"] == 1
 
 
