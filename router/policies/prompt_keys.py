@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ellm.worker.api.block_hash import next_hash, root_hash
+from ellm.worker.api.block_hash import hash_on, root_hash
 from ellm.worker.api.prefix_digest import DigestView, Key, key_of, next_kept
 
 _REMEMBERED = 128  # prompts sent to one worker
@@ -38,8 +38,7 @@ class PromptKeys:
         depth = next_kept(self._depth)
         if depth * size > len(ids):
             return None
-        for block in range(self._depth, depth):
-            self._hash = next_hash(self._hash, ids[block * size : (block + 1) * size])
+        self._hash = hash_on(self._hash, ids[self._depth * size : depth * size], size)
         self._depth = depth
         keys.append(key_of(self._hash))
         self.depths.append(depth)

@@ -8,7 +8,7 @@ import pytest
 
 from ellm.router.policies import Replica, RoutedRequest, make_policy
 from ellm.router.policies.prompt_keys import PromptKeys
-from ellm.worker.api.block_hash import block_hashes
+from ellm.worker.api.block_hash import block_hashes, hash_on, root_hash
 from ellm.worker.api.report import WorkerReport
 from ellm.worker.cache.digest_maker import DigestMaker
 
@@ -31,6 +31,14 @@ def replica(name: str, prompt: list[int] | None = None, salt: str = "", **change
     made = Replica(name)
     made.heard(WorkerReport(seq=1, **(values | changes)), "me", 0.0)  # type: ignore[arg-type]
     return made
+
+
+def test_several_blocks_at_once_hash_as_one_by_one() -> None:
+    hashes = block_hashes(PROMPT, 16, "salt")
+    for begin, end in ((0, 1), (0, 62), (3, 3), (5, 20)):
+        parent = hashes[begin - 1] if begin else root_hash("salt")
+        last = hashes[end - 1] if end > begin else parent
+        assert hash_on(parent, PROMPT[16 * begin : 16 * end], 16) == last
 
 
 @pytest.mark.parametrize("name", ["headroom", "prefix-affinity"])
