@@ -28,7 +28,7 @@ from ellm.router import controller_line
 from ellm.router.config import RouterConfig
 from ellm.router.controller_line import RayControllerLine
 from ellm.router.dispatch import Dispatcher
-from ellm.router.guidance import AWAY, LAPSED, GuidanceBook, GuidanceLoop
+from ellm.router.guidance import ANSWER_S, AWAY, LAPSED, PERIOD_S, GuidanceBook, GuidanceLoop
 from ellm.router.metrics import RouterMetrics
 from ellm.router.replicas import RayDirectory
 from ellm.worker.api.actor_name import NAMESPACE
@@ -117,7 +117,9 @@ def test_a_killed_controller_costs_nothing_and_comes_back() -> None:
             await until(lambda: router.follows and router.term > term, 20)
             recovery_s = time.monotonic() - killed_at
             assert recovery_s < 15
-            assert router.book.fallbacks[AWAY] + router.book.fallbacks[LAPSED] > 0
+            # One that is back before a question's time is up was not missed; else that is counted.
+            missed = router.book.fallbacks[AWAY] + router.book.fallbacks[LAPSED]
+            assert missed > 0 or recovery_s < PERIOD_S + ANSWER_S
             await until(lambda: client.finished() == {"long"}, 10)
             assert len(client.tokens("long")) == 800
             await client.close()
