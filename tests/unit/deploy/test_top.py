@@ -98,7 +98,14 @@ def test_live_it_follows_the_terminals_size_and_ends_clean(server: RouterServer)
     code = "import sys; from ellm.deploy.cli import main; sys.exit(main(sys.argv[1:]))"
     words = ["top", "--url", server.url, "--api-key", "chief", "--interval", "0.1"]
     env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
-    process = subprocess.Popen([sys.executable, "-c", code, *words], stdin=child, stdout=child, env=env)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words],
+        stdin=child,
+        stdout=child,
+        env=env,
+        # Whoever runs the tests in the background has it ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     os.close(child)
 
     def read_until(*texts: str) -> str:

@@ -17,6 +17,7 @@ from ellm.worker.api import wire
 from ellm.worker.api.channel import ChannelClosed
 from ellm.worker.api.output import SequenceOutput
 from ellm.worker.api.report import WorkerReport
+from ellm.worker.packed_report import PackedReport
 
 
 @pytest.fixture(params=LINES, autouse=True)
@@ -212,16 +213,8 @@ def test_a_message_of_another_kind_or_version_is_refused() -> None:
     run(test)
 
 
-def test_a_report_is_packed_once_for_all_and_sent_once_to_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_is_sent_once_to_each() -> None:
     """Steps of 2 ms, and a new report every 0.2 s: a tick in between finds nothing to tell."""
-    packed: list[int] = []
-    pack = wire.pack_report
-
-    def noted(report: WorkerReport) -> wire.Message:
-        packed.append(report.seq)
-        return pack(report)
-
-    monkeypatch.setattr(wire, "pack_report", noted)
 
     async def test() -> None:
         async with worker(worker_config(heartbeat_s=0.2)) as w:
@@ -229,11 +222,26 @@ def test_a_report_is_packed_once_for_all_and_sent_once_to_each(monkeypatch: pyte
             await asyncio.gather(*(r.submit(request(f"a{r.name}", 300)) for r in routers))
             await until(lambda: all(r.reasons() for r in routers))
             for router in routers:
-                seqs = [r.seq for r in router.reports][
-                    2:
-                ]  # the first ones answer the stream and the submission
+                # The first ones answer the stream and the submission.
+                seqs = [r.seq for r in router.reports][2:]
                 assert len(seqs) >= 2
                 assert len(set(seqs)) == len(seqs)
-            assert len(packed) <= sum(len(r.reports) for r in routers) / 2
 
     run(test)
+
+
+def test_a_report_is_packed_once_for_all() -> None:
+    made: list[int] = []
+
+    def make() -> WorkerReport:
+        made.append(1)
+        return WorkerReport(seq=len(made))
+
+    packed = PackedReport(max_age_s=0.1)
+    first = packed.get((1, "ready"), make, 0.0)
+    assert all(packed.get((1, "ready"), make, 0.01 * i) is first for i in range(10))
+    assert len(made) == 1
+    assert packed.get((2, "ready"), make, 0.09) != first
+    packed.get((2, "draining"), make, 0.09)
+    packed.get((2, "draining"), make, 0.2)  # it tells of a moment that is past
+    assert len(made) == 4
