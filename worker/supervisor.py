@@ -14,7 +14,6 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from typing import Any
 
@@ -106,21 +105,6 @@ def check_group(config: WorkerConfig) -> None:
             f"tensor_parallel_size = {config.tensor_parallel_size}: it must be at least 1",
             param="worker.tensor_parallel_size",
         )
-
-
-def check_room(
-    config: WorkerConfig, rank_resources: Mapping[str, float], nodes: Iterable[Mapping[str, float]]
-) -> None:
-    """Raise ConfigError where no node of those given (resources in all, by name) can hold one whole group."""
-    size, known = config.tensor_parallel_size, list(nodes)
-    for name, each in rank_resources.items():
-        most = max((node.get(name, 0.0) for node in known), default=0.0)
-        if most < size * each:
-            raise ConfigError(
-                f"tensor_parallel_size = {size}: a group needs {size * each:g} {name} on one node, "
-                f"and the largest node of this cluster has {most:g}",
-                param="worker.tensor_parallel_size",
-            )
 
 
 def worker_application(

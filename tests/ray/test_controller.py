@@ -14,11 +14,11 @@ from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from typing import Any
 
-import psutil
 import pytest
 import ray
 from ray.exceptions import RayActorError
-from support.cluster import deploy, local_cluster, process_alive, simulated_config, wait_for, workers
+from support.cluster import deploy, local_cluster, simulated_config, wait_for, workers
+from support.processes import children_named, process_alive
 from support.routers import Router, run, until
 from support.workers import request
 
@@ -42,7 +42,8 @@ MODELS = (ModelScale("simulated", 2, 2),)
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     with local_cluster():
-        deploy(simulated_config(), num_workers=2)
+        # A worker that is silent is ended later than the controller has to notice it.
+        deploy(simulated_config(stall_s=30.0), num_workers=2)
         yield
 
 
@@ -78,7 +79,7 @@ async def advised() -> AsyncIterator[Advised]:
 
 
 def controller_pids() -> list[int]:
-    return [p.pid for p in psutil.Process().children(recursive=True) if "ControllerActor" in p.name()]
+    return children_named("ControllerActor")
 
 
 async def lives(actor: Any) -> bool:

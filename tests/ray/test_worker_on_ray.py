@@ -12,12 +12,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-import psutil
 import pytest
 import ray
 from ray import serve
 from ray.util import list_named_actors
-from support.cluster import APP, deploy, local_cluster, process_alive, simulated_config, wait_for, workers
+from support.cluster import APP, deploy, local_cluster, simulated_config, wait_for, workers
+from support.processes import children_named, process_alive
 from support.routers import Router, RouterProcess, run, until, until_replaced
 from support.workers import bulky, request
 
@@ -57,11 +57,11 @@ def single(cluster: None) -> Iterator[None]:
 
 
 def rank_pids() -> list[int]:
-    return [p.pid for p in psutil.Process().children(recursive=True) if "RankActor" in p.name()]
+    return children_named("RankActor")
 
 
 def supervisor_pids() -> list[int]:
-    return [p.pid for p in psutil.Process().children(recursive=True) if "ServeReplica" in p.name()]
+    return children_named("ServeReplica")
 
 
 def blocks_free(report: WorkerReport) -> bool:

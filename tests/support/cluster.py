@@ -66,13 +66,6 @@ async def workers(directory: RayDirectory) -> list[StreamChannel]:
     return sorted((await directory.refresh()).values(), key=lambda c: c.info.worker_id)
 
 
-def process_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def wait_for(condition: Callable[[], object], timeout_s: float) -> float:
     """Seconds it took."""
     start = time.monotonic()

@@ -5,12 +5,10 @@ PYTHONPATH=tests .venv/bin/python tests/support/controller_release.py 1.0 > test
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import fields
 from typing import Any
 
-import msgpack
+from support import wire_release
 from support.wire_release import sample
 
 from ellm.cluster.api import wire
@@ -45,18 +43,8 @@ def messages() -> dict[str, Message]:
 
 def schema() -> dict[str, list[str]]:
     """Class -> its fields in order."""
-    return {cls.__name__: [field.name for field in fields(cls)] for cls in CLASSES}
-
-
-def main() -> None:
-    release = {
-        "release": sys.argv[1],
-        "version": wire.VERSION,
-        "schema": schema(),
-        "messages": {kind: msgpack.packb(message).hex() for kind, message in messages().items()},
-    }
-    sys.stdout.write(json.dumps(release, indent=1) + "\n")
+    return wire_release.schema(CLASSES)
 
 
 if __name__ == "__main__":
-    main()
+    wire_release.write_release(sys.argv[1], wire.VERSION, schema(), messages())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -79,20 +79,23 @@ def messages() -> dict[str, wire.Message]:
     }
 
 
-def schema() -> dict[str, list[str]]:
+def schema(classes: Iterable[type[Any]] = CLASSES) -> dict[str, list[str]]:
     """Class -> its fields in order."""
-    return {cls.__name__: [field.name for field in fields(cls)] for cls in CLASSES}
+    return {cls.__name__: [field.name for field in fields(cls)] for cls in classes}
 
 
-def main() -> None:
+def write_release(
+    name: str, version: int, what: dict[str, list[str]], packed: Mapping[str, tuple[Any, ...]]
+) -> None:
+    """To standard output: the schema `what`, and the messages as bytes."""
     release = {
-        "release": sys.argv[1],
-        "version": wire.VERSION,
-        "schema": schema(),
-        "messages": {kind: msgpack.packb(message).hex() for kind, message in messages().items()},
+        "release": name,
+        "version": version,
+        "schema": what,
+        "messages": {kind: msgpack.packb(message).hex() for kind, message in packed.items()},
     }
     sys.stdout.write(json.dumps(release, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    write_release(sys.argv[1], wire.VERSION, schema(), messages())

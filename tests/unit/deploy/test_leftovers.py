@@ -9,8 +9,8 @@ import sys
 import time
 from collections.abc import Iterator
 
-import psutil
 import pytest
+from support.processes import process_alive
 
 from ellm.deploy.leftovers import MARK, Session
 
@@ -48,7 +48,7 @@ def test_an_orphan_is_found_and_killed(session: Session) -> None:
     assert len(killed) == 1
     assert str(pid) in killed[0]
     assert session.processes() == []
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert not process_alive(pid)
 
 
 NAMELESS = """
@@ -75,7 +75,7 @@ def test_an_orphan_that_shows_no_environment_is_found_by_its_descent() -> None:
     assert len(killed) == 1
     assert str(pid) in killed[0]
     assert left == []
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert not process_alive(pid)
 
 
 def test_who_ends_in_time_is_not_killed(session: Session) -> None:

@@ -16,22 +16,7 @@ from ellm.worker.api.actor_name import actor_name, epoch_of, is_rank, rank_name,
 from ellm.worker.api.config import WorkerConfig
 from ellm.worker.api.errors import ConfigError
 from ellm.worker.restart_pause import FREE, MAX_S, FailureCount, pause_s
-from ellm.worker.supervisor import WorkerSupervisor, check_group, check_room, worker_application
-
-NODES = [{"CPU": 8.0}, {"CPU": 64.0, "GPU": 4.0}, {"CPU": 64.0, "GPU": 8.0}]
-
-
-def test_a_group_that_no_node_can_hold_is_refused_with_what_there_is() -> None:
-    check_room(WorkerConfig(tensor_parallel_size=8), {"GPU": 1.0}, NODES)
-    with pytest.raises(
-        ConfigError, match=r"needs 16 GPU on one node, and the largest node .* has 8"
-    ) as caught:
-        check_room(WorkerConfig(tensor_parallel_size=16), {"GPU": 1.0}, NODES)
-    assert caught.value.param == "worker.tensor_parallel_size"
-    with pytest.raises(ConfigError, match=r"needs 1 GPU on one node, and the largest node .* has 0"):
-        check_room(WorkerConfig(), {"GPU": 1.0}, NODES[:1])
-    check_room(WorkerConfig(tensor_parallel_size=16), {"CPU": 0.5}, NODES[:1])
-    check_room(WorkerConfig(tensor_parallel_size=16), {}, [])
+from ellm.worker.supervisor import WorkerSupervisor, check_group, worker_application
 
 
 def test_a_group_of_no_rank_or_without_a_place_is_refused() -> None:

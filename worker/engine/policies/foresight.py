@@ -151,8 +151,8 @@ class Foresight:
         pool_tokens = state.pool.num_blocks * state.block_size
         spare_rate = cost.spare_rate(rows, pool_tokens, state.config.max_step_tokens)
         waiting = state.waiting
-        most = waiting.num_tokens + len(waiting) * self._forecast.mean_output
-        return restorable_tokens(spare_rate, pause_s, most)
+        wanted = waiting.num_tokens + len(waiting) * self._forecast.mean_output
+        return restorable_tokens(spare_rate, pause_s, wanted)
 
     def _duty(self, seq: Sequence, now: float) -> float:
         per_token_s, slack_s = seconds_per_token(seq.tpot_slo_s), self.slack(seq, now)
