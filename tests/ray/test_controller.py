@@ -47,6 +47,19 @@ def cluster() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def own_controller() -> Iterator[None]:
+    """Each test makes its own: one of the test before would end whenever its owner is collected."""
+    yield
+    end_controller()
+
+
+def end_controller() -> None:
+    if (controller := find()) is not None:
+        ray.kill(controller)
+    wait_for(lambda: not controller_pids() and find() is None, 10)
+
+
 class Advised:
     """What a router has to do with the controller: links to workers, and the loop that asks for advice."""
 
@@ -181,9 +194,6 @@ class Owner:
 
 
 def test_the_controller_ends_with_its_owner_and_the_next_router_makes_another() -> None:
-    if (old := find()) is not None:
-        ray.kill(old)
-        wait_for(lambda: not controller_pids(), 10)
     owner = Owner.remote()
     owner_pid, pid = ray.get(owner.begin.remote())
     assert controller_pids() == [pid]
