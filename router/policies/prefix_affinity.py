@@ -26,7 +26,7 @@ class PrefixAffinity:
         there = candidates(replicas, now)
         if not there.replicas:
             return None
-        prefixes = Prefixes(request, there.replicas, now)
+        prefixes = Prefixes(request, now, there.replicas)
         chosen, reason = self._best(request, there.replicas, prefixes), "prefix-affinity"
         if chosen is None or there.fallback == STALE:
             chosen, reason = less_loaded(self._random, there.replicas), "prefix-miss"

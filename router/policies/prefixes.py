@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ellm.router.policies.base import RoutedRequest
 from ellm.router.policies.prompt_keys import PromptKeys, num_places
@@ -10,24 +10,35 @@ from ellm.router.policies.replica import Replica, ReplicaId
 
 
 class Prefixes:
-    """Looks once at every worker. `tokens` leaves out those that have nothing."""
+    """`tokens` leaves out those that have nothing, and those that were not looked at."""
 
     __slots__ = ("_by_size", "_now", "_request", "tokens")
 
-    def __init__(self, request: RoutedRequest, replicas: Iterable[Replica], now: float) -> None:
+    def __init__(self, request: RoutedRequest, now: float, replicas: Sequence[Replica] = ()) -> None:
         self._request = request
         self._now = now
         self._by_size: dict[int, PromptKeys] = {}  # by block size
         self.tokens: dict[ReplicaId, int] = {}
-        keys, first, size = None, None, 0
-        for replica in replicas:
-            if keys is None or replica.block_size != size:
+        self.look_at(replicas, self.beginnings(replicas))
+
+    def beginnings(self, replicas: Iterable[Replica]) -> list[int]:
+        """Indices of those that seem to have the prompt's first block."""
+        found: list[int] = []
+        first, size = None, 0
+        for i, replica in enumerate(replicas):
+            if replica.block_size != size:
                 size = replica.block_size
-                keys = self._keys(size)
-                first = keys.key(0)
-            if first is None or (first not in replica.digest.keys and first not in replica.recent.by_first):
-                continue
-            places = num_places(keys, replica.digest, replica.recent, now)
+                first = self._keys(size).key(0)
+            if first is not None and (first in replica.digest.keys or first in replica.recent.by_first):
+                found.append(i)
+        return found
+
+    def look_at(self, replicas: Sequence[Replica], indices: Iterable[int]) -> None:
+        """At those of `replicas`, which seem to have the first block."""
+        for i in indices:
+            replica = replicas[i]
+            keys = self._keys(replica.block_size)
+            places = num_places(keys, replica.digest, replica.recent, self._now)
             if places:
                 self.tokens[replica.replica_id] = keys.tokens(places)
 

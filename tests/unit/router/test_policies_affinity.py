@@ -142,9 +142,37 @@ def test_of_many_workers_the_busiest_is_worth_it_for_a_long_prefix() -> None:
     choice = policy.choose(RoutedRequest([*PROMPT * 4, 7]), there, 0.05)
     assert choice is not None
     assert choice.replica_id == "has"
-    others = Counter(
+
+
+def test_of_many_workers_some_are_drawn_and_the_best_of_them_is_taken() -> None:
+    policy = make_policy("headroom", 1)
+    there = [replica(f"w{n:02d}", prefill_tokens=1000 * n) for n in range(40)]
+    counts = Counter(
         choice.replica_id
-        for _ in range(200)
-        if (choice := policy.choose(RoutedRequest([9] * 40), there, 0.05))
+        for n in range(400)
+        if (choice := policy.choose(RoutedRequest([n] * 40), there, 0.05))
     )
-    assert set(others) == {"w0"}
+    assert counts.most_common(1)[0][0] == "w00"
+    assert len(counts) > 8  # not the same few again and again
+    assert max(counts) < "w30"
+
+
+def test_of_many_workers_with_the_same_beginning_the_one_with_most_of_it_is_found() -> None:
+    """A system prompt that everybody has; one has the conversation, too."""
+    policy = make_policy("headroom", 1)
+    there = [replica(f"w{n:02d}", PROMPT, prefill_tokens=1000) for n in range(39)]
+    there.append(replica("deep", PROMPT * 4, prefill_tokens=1100))
+    for _ in range(20):
+        choice = policy.choose(RoutedRequest([*PROMPT * 4, 7]), there, 0.05)
+        assert choice is not None
+        assert choice.replica_id == "deep"
+
+
+def test_where_none_of_those_drawn_can_be_had_all_are_asked() -> None:
+    policy = make_policy("headroom", 1)
+    there = [replica(f"w{n:02d}", state="draining") for n in range(39)]
+    there.append(replica("ready"))
+    for _ in range(20):
+        choice = policy.choose(RoutedRequest([9] * 40), there, 0.05)
+        assert choice is not None
+        assert (choice.replica_id, choice.reason) == ("ready", "headroom")
