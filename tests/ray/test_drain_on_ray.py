@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import ray
 from ray import serve
-from support.cluster import APP, deploy, local_cluster, process_alive, simulated_config, wait_for, workers
+from support.cluster import APP, deploy, local_cluster, simulated_config, wait_for, workers
+from support.processes import process_alive
 from support.routers import Router, run, until, until_replaced
 from support.workers import request
 

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 from ray import serve
-from support.cluster import APP, deploy, local_cluster, process_alive, wait_for, workers
+from support.cluster import APP, deploy, local_cluster, wait_for, workers
+from support.processes import process_alive
 from support.routers import Router, run, until, until_replaced
 from support.tree import ROOT
 from support.workers import request
