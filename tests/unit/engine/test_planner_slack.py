@@ -15,6 +15,7 @@ from ellm.worker.engine.planner.slack import (
     mean_pause,
     seconds_per_token,
     slack,
+    spent_share,
 )
 
 
@@ -42,26 +43,45 @@ def test_duty_spends_a_quarter_of_what_is_beyond_the_guard() -> None:
     assert duty(100.0, 500, None, 0.05) == 1.0
 
 
+def test_with_a_host_tier_a_loose_slo_spends_all_of_it() -> None:
+    assert spent_share(0.1, 0.05, has_host=True) == 1.0
+    assert spent_share(0.1, 0.05, has_host=False) == 0.25  # a pause costs a computation there
+    assert spent_share(0.1, 0.0625, has_host=True) == 0.25  # what was spent could hardly be caught up
+    assert 0.25 < spent_share(0.09, 0.05, has_host=True) < 1.0
+    assert spent_share(0.1, 0.0, has_host=True) == 0.25  # nothing measured yet
+    assert duty(GUARD_S + 50.0, 500, 0.1, 0.05, True) == pytest.approx(PAUSING * 0.25)
+
+
 positive = st.floats(1e-3, 10.0)
 
 
-@given(slack_s=st.floats(-100, 100), rem=st.floats(0, 1e5), per_token=positive, full=positive)
+@given(
+    slack_s=st.floats(-100, 100), rem=st.floats(0, 1e5), per_token=positive, full=positive, host=st.booleans()
+)
 def test_duty_is_a_share_and_falls_with_slack(
-    slack_s: float, rem: float, per_token: float, full: float
+    slack_s: float, rem: float, per_token: float, full: float, host: bool
 ) -> None:
-    share = duty(slack_s, rem, per_token, full)
+    share = duty(slack_s, rem, per_token, full, host)
     assert 0.0 < share <= 1.0
-    assert duty(slack_s + 1.0, rem, per_token, full) <= share
-    assert duty(slack_s, rem, per_token, 2 * full) >= share
+    assert duty(slack_s + 1.0, rem, per_token, full, host) <= share
+    assert duty(slack_s, rem, per_token, 2 * full, host) >= share
 
 
-@given(beyond=st.floats(0, 500), rem=st.integers(1, 5000), per_token=positive, full=st.floats(0.05, 1.0))
-def test_at_that_duty_the_deadline_holds(beyond: float, rem: int, per_token: float, full: float) -> None:
+@given(
+    beyond=st.floats(0, 500),
+    rem=st.integers(1, 5000),
+    per_token=positive,
+    full=st.floats(0.05, 1.0),
+    host=st.booleans(),
+)
+def test_at_that_duty_the_deadline_holds(
+    beyond: float, rem: int, per_token: float, full: float, host: bool
+) -> None:
     """`rem` tokens at 1 / duty steps each take no longer than they may, the slack included."""
     full *= per_token  # a full-speed step that can keep the pace
     slack_s = GUARD_S + beyond
-    takes = rem * full / duty(slack_s, rem, per_token, full)
-    assert takes <= rem * per_token + 0.25 * beyond + 1e-6
+    takes = rem * full / duty(slack_s, rem, per_token, full, host)
+    assert takes <= rem * per_token + spent_share(per_token, full, host) * beyond + 1e-6
 
 
 def test_full_speed_follows_what_is_measured() -> None:

@@ -19,7 +19,10 @@ GUARD_S = 1.0  # slack below this is not for spending
 # (attainment 0.72), with it every request was on time.
 PAUSING = 1.1
 
-_SPENT = 0.25  # share of the slack beyond the guard that duty counts on
+# Share of the slack beyond the guard that duty counts on. All of it where a step at full memory leaves so
+# much of the SLO that what was spent can be caught up, and where a pause costs a copy, not a computation.
+_SPENT_LEAST, _SPENT_MOST = 0.25, 1.0
+_TIGHT, _LOOSE = 1.6, 2.0  # the SLO in such steps: between them the share rises
 _SMOOTHING = 0.05  # of a new step in the moving averages
 _MIN_SHARE = 0.1  # a moment in which hardly anyone decodes says little of those to come
 
@@ -39,13 +42,28 @@ def is_hopeless(slack_s: float, num_remaining: float, per_token_s: float, step_s
     return slack_s + num_remaining * (per_token_s - step_s) < 0.0
 
 
-def duty(slack_s: float, num_remaining: float, per_token_s: float | None, full_step_s: float) -> float:
-    """Share of steps, in (0, 1], that a request needs so as to use up no more than a quarter of the slack it
-    has beyond the guard. `full_step_s` is FullSpeed's. A new request has no slack."""
+def spent_share(per_token_s: float, full_step_s: float, has_host: bool) -> float:
+    """Of a request's slack beyond the guard, how much duty counts on; `has_host`: there is a host tier."""
+    if not has_host or full_step_s <= 0.0:
+        return _SPENT_LEAST
+    loose = (per_token_s / full_step_s - _TIGHT) / (_LOOSE - _TIGHT)
+    return _SPENT_LEAST + (_SPENT_MOST - _SPENT_LEAST) * min(1.0, max(0.0, loose))
+
+
+def duty(
+    slack_s: float,
+    num_remaining: float,
+    per_token_s: float | None,
+    full_step_s: float,
+    has_host: bool = False,
+) -> float:
+    """Share of steps, in (0, 1], that a request needs so as to use up no more than `spent_share` of the slack
+    it has beyond the guard. `full_step_s` is FullSpeed's. A new request has no slack."""
     if per_token_s is None:
         return 1.0
     num_remaining = max(1.0, num_remaining)
-    time = per_token_s * num_remaining + _SPENT * max(0.0, slack_s - GUARD_S)
+    spent = spent_share(per_token_s, full_step_s, has_host)
+    time = per_token_s * num_remaining + spent * max(0.0, slack_s - GUARD_S)
     return min(1.0, PAUSING * num_remaining * full_step_s / time)
 
 

@@ -160,7 +160,7 @@ class Foresight:
             return self._new_duty(seq)
         # The hopeless count in full: were they left out, newcomers would take their places till all are late.
         remaining = self._forecast.remaining(seq)
-        return duty(slack_s, remaining, per_token_s, self._full_step_s)
+        return duty(slack_s, remaining, per_token_s, self._full_step_s, self._state.host is not None)
 
     def _new_duty(self, seq: Sequence) -> float:
         per_token_s = seconds_per_token(seq.tpot_slo_s)
