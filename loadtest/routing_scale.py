@@ -155,7 +155,7 @@ class Scale:
 
     def run(self) -> Times:
         names = list(self.workers)
-        gc.disable()  # the memory of a hundred routers and of their workers is not one router's to look through
+        gc.disable()  # the memory of a hundred routers is not one router's to look through
         due = 0.0
         for name in names:
             self._hear(name, self._pack(name, 0.0), 0.0)

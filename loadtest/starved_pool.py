@@ -29,6 +29,7 @@ from typing import Any
 from ellm.loadtest.bench_checkpoint import SHAPE, make_checkpoint
 from ellm.loadtest.open_loop import OpenLoopRun, run_open_loop
 from ellm.loadtest.result import Result, Row, command_line
+from ellm.loadtest.saturated import measure_saturated
 from ellm.loadtest.sim.device import EOS, VOCAB_SIZE
 from ellm.loadtest.sim.executor import TimedExecutor
 from ellm.loadtest.sim.metrics import Metrics, measure
@@ -37,7 +38,7 @@ from ellm.loadtest.sim.workload import SimRequest, with_arrivals
 from ellm.loadtest.step_fit import fit_periods, fit_steps, link_speed, notes_of, step_errors
 from ellm.loadtest.unforeseen import Offered, check_tokens, lengths, peak_context, stop_index
 from ellm.worker.api.config import CacheConfig, ModelConfig, SchedulerConfig, WorkerConfig
-from ellm.worker.api.cost_model import CostModel, StepFeatures
+from ellm.worker.api.cost_model import CostModel
 from ellm.worker.api.request import EngineRequest, SamplingParams
 from ellm.worker.build import LoadedEngine, load_engine
 from ellm.worker.engine.core import EngineCore
@@ -47,13 +48,14 @@ from ellm.worker.executor.simulated_link import LinkSpeed
 BASELINE, OURS = "full-recompute", "adaptive"
 POLICIES = (BASELINE, "full-swap", "full-chunked", "full-offload", "full-predictive", OURS)
 BLOCK = 16
+CALIBRATION = 120  # requests at once, before the runs
 
 ABOUT = """\
 {model} in {dtype} on {threads} threads; {requests} requests at {rate:.2f}/s (gamma gaps, cv {cv:g}), mean
 {prompt:.0f} prompt and {output:.0f} output tokens, ended by a stop token that the engine cannot foresee under
 `max_tokens` {cap}. The pool holds {pool:,} tokens; the same arrivals hold {offered:,.0f} tokens of context at
 their peak where the pool is roomy. SLO {slo:.3g} ms per token, {ratio:g} times a step with the pool full as
-the profile at start predicts it. All policies give the same tokens. `sim` columns: the simulator's figures
+measured before. All policies give the same tokens. `sim` columns: the simulator's figures
 for the same arrivals by a cost model fitted on the first half of the steps of `full-recompute` alone.
 `ratio`: goodput by the one of `full-recompute`, `ratio TTFT`: its mean TTFT by this one's."""
 
@@ -105,12 +107,6 @@ def continuations(
         load(config_of(arguments, "full-chunked", room, 0)), requests, [0.0] * len(prompts), 600.0
     )
     return [tokens[: stop_index(tokens, n - 1) + 1] for tokens, n in zip(run.tokens, wanted, strict=True)]
-
-
-def full_step(cost: CostModel, pool_tokens: int, context: float) -> tuple[float, float]:
-    """Requests that fit, and seconds of a decode step of all of them."""
-    batch = max(1, int(pool_tokens / context))
-    return batch, cost.predict(StepFeatures(batch, batch, pool_tokens, 0, batch))
 
 
 def simulated(
@@ -176,17 +172,14 @@ def offer(arguments: argparse.Namespace) -> tuple[Offered, float, float, float]:
     prompts = [tuple(rng.randrange(3, SHAPE["vocab_size"]) for _ in range(size)) for size in sizes]
     wanted = lengths(rng, arguments.output, arguments.cap - 64, count)
     expected = continuations(arguments, prompts, wanted)
-    output = fmean(map(len, expected))
-    engine = load(config_of(arguments, BASELINE, arguments.pool_blocks, 0))
-    cost = engine.core.cost_model
-    read = sum(len(o) * (len(p) + len(o) / 2) for p, o in zip(prompts, expected, strict=True))
-    context = read / sum(map(len, expected)) + BLOCK / 2
-    batch, step_s = full_step(cost, BLOCK * arguments.pool_blocks, context)
-    engine.executor.close()
-    rate = arguments.load * batch / step_s / output
+    engine = load(config_of(arguments, "full-chunked", arguments.pool_blocks, 0))
+    offered = Offered([0.0] * count, prompts, expected, arguments.cap)
+    capacity = measure_saturated(engine, offered, min(count, CALIBRATION))
+    rate = arguments.load * capacity.output_tok_s / fmean(map(len, expected))
     arrivals = with_arrivals([SimRequest(0.0, 1, 1, 1)] * count, rate, arguments.cv, arguments.seed)
     first = arrivals[0].arrival_s
-    offered = Offered([one.arrival_s - first for one in arrivals], prompts, expected, arguments.cap)
+    offered = replace(offered, arrivals=[one.arrival_s - first for one in arrivals])
+    step_s = capacity.full_step_s
     return offered, rate, arguments.slo_ratio * step_s, step_s
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from ellm.loadtest.open_loop import MeasuredStep, OpenLoopRun
+from ellm.loadtest.saturated import full_step, middle_rate
 from ellm.loadtest.starved_pool import with_ratios
 from ellm.loadtest.step_fit import fit_periods, fit_steps, link_speed, step_errors
 from ellm.loadtest.unforeseen import Offered, check_tokens, peak_context, stop_index
@@ -50,6 +51,21 @@ def test_the_peak_of_the_context_counts_prompts_and_what_was_said() -> None:
     assert peak_context(run, OFFERED) == (2 + 1) + (1 + 1)  # both have said one token
     later = replace(run, token_times=[run.token_times[0], array("d", [5.0, 6.0])])
     assert peak_context(later, OFFERED) == 2 + 2  # the last token is never held
+
+
+def test_capacity_is_of_the_middle_and_of_a_full_pool() -> None:
+    run = run_of([[1] * 101], ["stop"])  # ten per second
+    assert middle_rate(run) == pytest.approx(10.0)
+
+    def step(rows: int, decode_rows: int, kv_tokens: int, elapsed_s: float) -> MeasuredStep:
+        return MeasuredStep(
+            StepFeatures(rows, decode_rows, kv_tokens, 0, decode_rows), 0.0, elapsed_s, 0, 0.0
+        )
+
+    steps = [step(8, 8, 500, 0.1), step(9, 9, 900, 0.3), step(9, 9, 990, 0.5), step(40, 9, 950, 2.0)]
+    assert full_step(replace(run, steps=steps), 1000) == pytest.approx(0.4)
+    with pytest.raises(RuntimeError, match="never fills"):
+        full_step(replace(run, steps=steps[:1]), 1000)
 
 
 def test_ours_is_compared_within_one_host_setting() -> None:
