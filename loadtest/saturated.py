@@ -21,7 +21,7 @@ class Saturated:
 
 
 def measure_saturated(engine: LoadedEngine, offered: Offered, num_requests: int) -> Saturated:
-    """The first `num_requests` all at once; closes the engine. Raises RuntimeError if the pool never fills."""
+    """The first `num_requests` at once; closes the engine. Raises RuntimeError if the pool never fills."""
     some = replace(
         offered,
         arrivals=[0.0] * num_requests,
