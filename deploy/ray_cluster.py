@@ -17,6 +17,7 @@ from typing import Any
 
 from ellm.deploy import ports
 from ellm.deploy.tree import EllmConfig
+from ellm.router.ingress import ingress_environment
 from ellm.worker.api.errors import EllmError
 
 NAMESPACE = "ellm"
@@ -42,12 +43,8 @@ def environment(config: EllmConfig, haproxy: bool) -> dict[str, str]:
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
-        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # the router counts by itself
         "RAY_SERVE_HAPROXY_NBTHREAD": "1" if (os.cpu_count() or 1) <= 4 else "2",
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(config.worker.drain_timeout_s) + 5),
-        # Streams of a stopping router are waited for anyway; there is no load balancer of a cloud to tell.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-        "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.1",
+        **ingress_environment(config.router.limits.request_deadline_s),
     }
 
 

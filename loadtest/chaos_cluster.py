@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from ellm.router.config import RouterConfig
+from ellm.router.ingress import ingress_environment
 from ellm.worker.api.config import WorkerConfig
 
 APP = "ellm"
@@ -58,11 +59,8 @@ def set_environment() -> None:
     values = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "60",
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-        "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.1",
+        **ingress_environment(RouterConfig().limits.request_deadline_s),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_worker_niceness": "0",
         "OMP_NUM_THREADS": "1",

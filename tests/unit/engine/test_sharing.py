@@ -8,6 +8,7 @@ import pytest
 from support.engine_driver import LIMITS, EngineDriver, plain, request
 
 from ellm.worker.api.config import SchedulerConfig
+from ellm.worker.api.errors import ConfigError
 from ellm.worker.api.request import EngineRequest, SamplingParams
 
 
@@ -68,13 +69,19 @@ def test_nobody_waits_for_ever_while_others_keep_coming(slo_ms: float | None, ho
     assert oldest < 60.0, f"one has waited {oldest:.0f} of {driver.now:.0f} seconds"
 
 
-def test_literal_without_room_for_holes_runs_as_without_holes() -> None:
-    turns = []
-    for policy in ("literal(0)", "literal(0.3)"):
-        driver = EngineDriver(scheduler=SchedulerConfig(policy=policy))
-        driver.add(request("r", 20, max_tokens=60, ignore_eos=True))
-        turns.append(driver.run())
-    assert turns[0] == turns[1]
+@pytest.mark.parametrize(
+    ("policy", "transient_blocks", "param"),
+    [
+        ("literal(0.3)", 0, "cache.transient_blocks"),
+        ("literal(0.3, stream=0.5)", 8, "cache.host_bytes"),
+    ],
+)
+def test_literal_says_what_it_lacks(policy: str, transient_blocks: int, param: str) -> None:
+    limits = replace(LIMITS, num_transient_blocks=transient_blocks)
+    with pytest.raises(ConfigError) as caught:
+        EngineDriver(limits, scheduler=SchedulerConfig(policy=policy))
+    assert caught.value.param == param
+    EngineDriver(limits, scheduler=SchedulerConfig(policy="literal(0)"))
 
 
 def test_waiting_for_copies_is_no_step() -> None:

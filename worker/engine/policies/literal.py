@@ -7,9 +7,11 @@ host instead. Admission is optimistic, the last to arrive gives way, as in `full
 
 from __future__ import annotations
 
+from ellm.worker.api.cost_model import CostModel
 from ellm.worker.api.errors import ConfigError
 from ellm.worker.engine.hole import Hole
 from ellm.worker.engine.policies.base import Policy
+from ellm.worker.engine.residency import Residency
 from ellm.worker.engine.sequence import Sequence
 from ellm.worker.engine.state import EngineState
 
@@ -28,6 +30,21 @@ class Literal(Policy):
                 raise ConfigError(f"literal: {name} must be in [0, {below}]", param="scheduler.policy")
         self._ratio = r
         self._stream = stream
+
+    def attach(self, state: EngineState, residency: Residency, cost_model: CostModel) -> None:
+        """Raises ConfigError where the engine has nothing to make the holes of."""
+        super().attach(state, residency, cost_model)
+        if self._ratio and not state.transient:
+            raise ConfigError(
+                f"literal: r = {self._ratio:g} needs cache.transient_blocks: what is recomputed in a step is "
+                "held there",
+                param="cache.transient_blocks",
+            )
+        if self._ratio and self._stream and state.host is None:
+            raise ConfigError(
+                f"literal: stream = {self._stream:g} needs a host tier (cache.host_bytes)",
+                param="cache.host_bytes",
+            )
 
     def prepare(self, now: float) -> None:
         if self._stream:

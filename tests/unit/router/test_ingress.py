@@ -1,0 +1,28 @@
+"""What Serve's ingress is told of routers."""
+
+from __future__ import annotations
+
+from ellm.deploy.ray_cluster import environment
+from ellm.deploy.tree import EllmConfig
+from ellm.router.config import RouterConfig
+from ellm.router.ingress import ingress_environment
+
+
+def test_an_old_ingress_lives_until_the_longest_request_has_ended() -> None:
+    config = RouterConfig()
+    told = ingress_environment(config.limits.request_deadline_s)
+    assert float(told["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) > config.limits.request_deadline_s
+
+
+def test_a_router_that_goes_stays_until_the_ingress_knows() -> None:
+    told = ingress_environment(1.0)
+    period_s = float(told["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"])
+    assert 2.0 <= period_s < RouterConfig().drain_timeout_s
+
+
+def test_ellm_serve_tells_it_so() -> None:
+    config = EllmConfig()
+    assert (
+        ingress_environment(config.router.limits.request_deadline_s).items()
+        <= environment(config, True).items()
+    )
