@@ -22,7 +22,5 @@ def test_a_router_that_goes_stays_until_the_ingress_knows() -> None:
 
 def test_ellm_serve_tells_it_so() -> None:
     config = EllmConfig()
-    assert (
-        ingress_environment(config.router.limits.request_deadline_s).items()
-        <= environment(config, True).items()
-    )
+    told = ingress_environment(config.router.limits.request_deadline_s)
+    assert told.items() <= environment(config, True).items()
