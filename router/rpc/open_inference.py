@@ -79,11 +79,11 @@ class OpenInference:
     async def ModelInfer(self, request: pb.ModelInferRequest, context: CallContext) -> pb.ModelInferResponse:
         service = self._models.find(request.model_name or None)
         _check_version(request.model_version)
-        with running(service) as call, fields_named({"prompt": TEXT_INPUT}):
-            body = _body(request, service.config.limits)
-            wanted = _wanted(request)
-            async with generating(service, "completion", body, call, whole=True) as outputs:
-                deltas = await outputs.more()
+        with running(service) as call:
+            body, wanted = _body(request, service.config.limits), _wanted(request)
+            with fields_named({"prompt": TEXT_INPUT}):
+                async with generating(service, "completion", body, call, whole=True) as outputs:
+                    deltas = await outputs.more()
         return _answer(request, service.model, wanted, deltas)
 
 

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import errno
 import socket
-import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -21,13 +19,14 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_g
 
 from ellm.router.access import Access
 from ellm.router.app import package_version
-from ellm.router.config import GrpcConfig, RouterConfig
+from ellm.router.config import RouterConfig
 from ellm.router.models import Models
 from ellm.router.rpc import (
     ellm_inference_pb2,
     ellm_inference_pb2_grpc,
     open_inference_pb2,
     open_inference_pb2_grpc,
+    tls,
 )
 from ellm.router.rpc.guard import Guard
 from ellm.router.rpc.health_service import Health
@@ -70,7 +69,7 @@ class RpcServer:
         self._access = access
         self._config = config
         self._listen = listen
-        self._credentials = credentials(config.grpc)
+        self._tls = tls.read_pair(config.grpc)
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> None:
@@ -85,10 +84,11 @@ class RpcServer:
         _add_services(server, self.inference, self._open, self._health)
         check_listen(self._listen)
         try:
-            if self._credentials is None:
+            if self._tls is None:
                 self.port = server.add_insecure_port(str(self._listen))
             else:
-                self.port = server.add_secure_port(str(self._listen), self._credentials)
+                credentials = grpc.ssl_server_credentials([self._tls])
+                self.port = server.add_secure_port(str(self._listen), credentials)
         except RuntimeError:
             raise ConfigError(f"gRPC cannot listen on {self._listen}", param=PARAM) from None
         await server.start()
@@ -143,29 +143,6 @@ def check_listen(listen: Listen) -> None:
             else:
                 reason = f"gRPC cannot listen on {listen}: {error.strerror}"
             raise ConfigError(f"{PARAM}: {reason}", param=PARAM) from None
-
-
-def credentials(config: GrpcConfig) -> Any:
-    """Of TLS; None where it is off. Raises ConfigError that names the file's setting."""
-    if config.tls_cert is None and config.tls_key is None:
-        return None
-    for name in ("tls_cert", "tls_key"):
-        path, param = getattr(config, name), f"router.grpc.{name}"
-        if path is None:
-            raise ConfigError(f"{param}: TLS needs a certificate and its key", param=param)
-        try:
-            Path(path).read_bytes()
-        except OSError as error:
-            raise ConfigError(f"{param}: cannot read {path}: {error.strerror}", param=param) from None
-    assert config.tls_cert is not None
-    assert config.tls_key is not None
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_cert, config.tls_key)
-    except ssl.SSLError:
-        reason = f"{config.tls_cert} and {config.tls_key} are no certificate and its key in PEM"
-        raise ConfigError(f"router.grpc.tls_cert: {reason}", param="router.grpc.tls_cert") from None
-    pair = Path(config.tls_key).read_bytes(), Path(config.tls_cert).read_bytes()
-    return grpc.ssl_server_credentials([pair])
 
 
 def with_rpc(app: FastAPI, config: RouterConfig, listen: Listen) -> RpcServer:

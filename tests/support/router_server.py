@@ -155,6 +155,8 @@ class RouterServer:
         self.workers.append(worker)
 
     def _ready(self) -> bool:
+        if self._grpc and not (hasattr(self, "rpc") and self.rpc.port):
+            return False
         try:
             return not self.workers or httpx.get(f"{self.url}/health/ready").status_code == 200
         except httpx.TransportError:
