@@ -5,6 +5,7 @@ The key is checked before the message is read. Whatever a method raises becomes 
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import re
@@ -144,7 +145,10 @@ def _refusing(error: EllmError) -> Callable[..., Awaitable[None]]:
 async def _refuse(context: CallContext, error: EllmError) -> None:
     status = status_of(error)
     metadata = (*(context.trailing_metadata() or ()), *status.metadata)
-    await context.abort(status.code, status.details, metadata)
+    try:
+        await context.abort(status.code, status.details, metadata)
+    except grpc.aio.InternalError:
+        raise _left() from None
 
 
 def _guarded(behaviour: Callable[..., Any], caller: Caller, method: str) -> Callable[..., Awaitable[Any]]:
@@ -157,14 +161,19 @@ def _guarded(behaviour: Callable[..., Any], caller: Caller, method: str) -> Call
             refusal = error
         except grpc.aio.AbortError:
             raise
+        except grpc.aio.InternalError:  # nothing can be sent any more, and gRPC has not yet said why
+            raise _left() from None
         except Exception:  # the edge of the process: a client sees no internals
-            if context.cancelled():
-                return None
             log.exception("%s failed for request %s", method, caller.request_id)
             refusal = EllmError("internal error")
         return await _refuse(context, refusal)
 
     return run
+
+
+def _left() -> asyncio.CancelledError:
+    """What gRPC itself raises in a call whose client has left."""
+    return asyncio.CancelledError("the client has left")
 
 
 async def _call(behaviour: Callable[..., Any], request: Any, context: CallContext) -> Any:

@@ -42,9 +42,14 @@ class Inference:
         with running(service) as call, self.calls.named(caller.tenant, ident, call), _fields_of(request):
             kind, body = generate_body(request, service.config.limits)
             async with generating(service, kind, body, call, whole, request.session_id) as outputs:
-                while deltas := await outputs.more():
+                deltas = await outputs.more()
+                # Apart from the first message, which may have to wait for a client that does not read: what
+                # ends the call then must not send this again.
+                await context.send_initial_metadata((("x-request-id", caller.request_id),))
+                while deltas:
                     for delta in deltas:
                         await context.write(_response(ident, delta, service.tokenizer))
+                    deltas = await outputs.more()
 
     async def Abort(self, request: pb.AbortRequest, context: CallContext) -> pb.AbortResponse:
         return pb.AbortResponse(success=self.calls.abort(CALLER.get().tenant, request.request_id))

@@ -95,6 +95,7 @@ def test_ids_come_back(rpc: Client) -> None:
     call = rpc.inference.Generate(message, metadata=(("x-request-id", "outer-1"),), timeout=60)
     assert {one.request_id for one in call} == {"mine"}
     assert trailing(call)["x-request-id"] == "outer-1"
+    assert dict(call.initial_metadata())["x-request-id"] == "outer-1"
     assert {one.request_id for one in rpc.generate(request(PROMPT), (("x-request-id", "outer-2"),))} == {
         "outer-2"
     }
