@@ -120,7 +120,7 @@ def test_a_client_that_does_not_read_is_cut_off_and_disturbs_nobody() -> None:
     config = router_config(limits=LimitsConfig(max_client_buffer_bytes=20_000))
     with (
         RouterServer([EchoWorker(0)], config, grpc=True) as server,
-        rpc_client(server) as slow,
+        rpc_client(server, **{"http2.bdp_probe": 0}) as slow,  # its window does not grow
         rpc_client(server) as rpc,
     ):
         # Megabytes of scores, more than what the connection holds.
