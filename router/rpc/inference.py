@@ -15,7 +15,7 @@ from ellm.router.rpc import ellm_inference_pb2 as pb
 from ellm.router.rpc.bodies import MAX_REQUEST_ID, fields_named, generate_body
 from ellm.router.rpc.call_context import CallContext
 from ellm.router.rpc.guard import CALLER
-from ellm.router.rpc.outputs import Delta
+from ellm.router.rpc.outputs import Delta, Outputs
 from ellm.router.rpc.running import RunningCalls, generating, running
 from ellm.router.sequence import ScoredToken
 from ellm.router.tokenizer import Tokenizer
@@ -39,17 +39,11 @@ class Inference:
             raise InvalidRequest(f"request_id: at most {MAX_REQUEST_ID} characters", param="request_id")
         service = self._models.find(request.model or None)
         whole = request.HasField("stream") and not request.stream
-        with running(service) as call, self.calls.named(caller.tenant, ident, call), _fields_of(request):
-            kind, body = generate_body(request, service.config.limits)
-            async with generating(service, kind, body, call, whole, request.session_id) as outputs:
-                deltas = await outputs.more()
-                # Apart from the first message, which may have to wait for a client that does not read: what
-                # ends the call then must not send this again.
-                await context.send_initial_metadata((("x-request-id", caller.request_id),))
-                while deltas:
-                    for delta in deltas:
-                        await context.write(_response(ident, delta, service.tokenizer))
-                    deltas = await outputs.more()
+        async with running(service) as call:
+            with self.calls.named(caller.tenant, ident, call), _fields_of(request):
+                kind, body = generate_body(request, service.config.limits)
+                async with generating(service, kind, body, call, whole, request.session_id) as outputs:
+                    await _send(context, ident, outputs, service.tokenizer)
 
     async def Abort(self, request: pb.AbortRequest, context: CallContext) -> pb.AbortResponse:
         return pb.AbortResponse(success=self.calls.abort(CALLER.get().tenant, request.request_id))
@@ -97,6 +91,18 @@ class Inference:
             for link in sorted(service.dispatcher.links.values(), key=lambda link: link.info.worker_id)
         ]
         return pb.GetLoadsResponse(version=self._version, loads=loads)
+
+
+async def _send(context: CallContext, ident: str, outputs: Outputs, tokenizer: Tokenizer) -> None:
+    """All that comes, until it ends."""
+    deltas = await outputs.more()
+    # Apart from the first message, which may have to wait for a client that does not read: what ends the call
+    # then must not send this again.
+    await context.send_initial_metadata((("x-request-id", CALLER.get().request_id),))
+    while deltas:
+        for delta in deltas:
+            await context.write(_response(ident, delta, tokenizer))
+        deltas = await outputs.more()
 
 
 def _fields_of(request: pb.GenerateRequest) -> Any:

@@ -79,7 +79,7 @@ class OpenInference:
     async def ModelInfer(self, request: pb.ModelInferRequest, context: CallContext) -> pb.ModelInferResponse:
         service = self._models.find(request.model_name or None)
         _check_version(request.model_version)
-        with running(service) as call:
+        async with running(service) as call:
             body, wanted = _body(request, service.config.limits), _wanted(request)
             with fields_named({"prompt": TEXT_INPUT}):
                 async with generating(service, "completion", body, call, whole=True) as outputs:
@@ -117,6 +117,9 @@ def _wanted(request: pb.ModelInferRequest) -> tuple[str, ...]:
     for index, output in enumerate(request.outputs):
         if output.name not in OUTPUTS:
             raise InvalidRequest(f"outputs: one of {', '.join(OUTPUTS)}", param=f"outputs[{index}].name")
+        if output.parameters:
+            param = f"outputs[{index}].parameters"
+            raise InvalidRequest("outputs: a tensor has no parameters here", param=param)
     return tuple(dict.fromkeys(output.name for output in request.outputs)) or OUTPUTS
 
 

@@ -40,8 +40,8 @@ class RunningCall:
             raise self.reason from None
 
 
-@contextmanager
-def running(service: Service) -> Iterator[RunningCall]:
+@asynccontextmanager
+async def running(service: Service) -> AsyncIterator[RunningCall]:
     """Within it, what ends the call from outside is raised as the error it is, and errors are counted. The
     client's own end (it left, its deadline is over) stays a cancellation."""
     deadline_s, call = service.config.limits.request_deadline_s, RunningCall()
@@ -50,6 +50,8 @@ def running(service: Service) -> Iterator[RunningCall]:
     try:
         try:
             yield call
+            if call.reason is not None:  # it came too late to be noticed
+                await asyncio.sleep(0)
         except asyncio.CancelledError:
             call.ended()
             raise

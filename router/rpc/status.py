@@ -25,7 +25,7 @@ _CODES = {
     499: grpc.StatusCode.CANCELLED,
     503: grpc.StatusCode.UNAVAILABLE,
 }
-MAX_DETAILS = 1024  # characters; longer ones would not fit what peers take as headers
+MAX_DETAILS = 512  # characters; longer ones would not fit what peers take as headers
 
 
 class Aborted(EllmError):

@@ -142,6 +142,9 @@ def test_unknown_names(rpc: Client) -> None:
     message = infer(b"x")
     message.outputs.add(name="embedding")
     refused(lambda: rpc.open.ModelInfer(message, timeout=60), INVALID, "outputs[0].name")
+    message.outputs[0].name = "text_output"
+    message.outputs[0].parameters["binary_data"].bool_param = True
+    refused(lambda: rpc.open.ModelInfer(message, timeout=60), INVALID, "outputs[0].parameters")
     missing = grpc.StatusCode.NOT_FOUND
     refused(lambda: rpc.open.ModelInfer(oip.ModelInferRequest(model_name="other"), timeout=60), missing)
     ask = oip.ModelMetadataRequest(name=MODEL, version="2")
