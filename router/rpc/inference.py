@@ -16,7 +16,7 @@ from ellm.router.rpc.bodies import MAX_REQUEST_ID, fields_named, generate_body
 from ellm.router.rpc.call_context import CallContext
 from ellm.router.rpc.guard import CALLER
 from ellm.router.rpc.outputs import Delta, Outputs
-from ellm.router.rpc.running import RunningCalls, generating, running
+from ellm.router.rpc.running import RunningCall, RunningCalls, generating, running
 from ellm.router.sequence import ScoredToken
 from ellm.router.tokenizer import Tokenizer
 from ellm.worker.api.errors import InvalidRequest, Unavailable
@@ -43,7 +43,7 @@ class Inference:
             with self.calls.named(caller.tenant, ident, call), _fields_of(request):
                 kind, body = generate_body(request, service.config.limits)
                 async with generating(service, kind, body, call, whole, request.session_id) as outputs:
-                    await _send(context, ident, outputs, service.tokenizer)
+                    await _send(context, ident, outputs, call, service.tokenizer)
 
     async def Abort(self, request: pb.AbortRequest, context: CallContext) -> pb.AbortResponse:
         return pb.AbortResponse(success=self.calls.abort(CALLER.get().tenant, request.request_id))
@@ -93,15 +93,15 @@ class Inference:
         return pb.GetLoadsResponse(version=self._version, loads=loads)
 
 
-async def _send(context: CallContext, ident: str, outputs: Outputs, tokenizer: Tokenizer) -> None:
+async def _send(
+    context: CallContext, ident: str, outputs: Outputs, call: RunningCall, tokenizer: Tokenizer
+) -> None:
     """All that comes, until it ends."""
     deltas = await outputs.more()
-    # Apart from the first message, which may have to wait for a client that does not read: what ends the call
-    # then must not send this again.
-    await context.send_initial_metadata((("x-request-id", CALLER.get().request_id),))
+    await call.send(context.send_initial_metadata((("x-request-id", CALLER.get().request_id),)))
     while deltas:
         for delta in deltas:
-            await context.write(_response(ident, delta, tokenizer))
+            await call.send(context.write(_response(ident, delta, tokenizer)))
         deltas = await outputs.more()
 
 

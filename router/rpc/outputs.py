@@ -93,6 +93,10 @@ class Outputs:
         self._sending = True  # until the next call
         return found
 
+    def drop(self) -> None:
+        """Nobody takes what waits."""
+        self._waiting.clear()
+
     def _wake(self) -> None:
         sleeper, self._sleeper = self._sleeper, None
         if sleeper is not None and not sleeper.done():

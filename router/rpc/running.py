@@ -6,7 +6,7 @@ What is generated is `entrance`'s and `Generation`'s, as over HTTP.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -19,19 +19,36 @@ from ellm.worker.api.errors import DeadlineExceeded, EllmError, InvalidRequest
 
 
 class RunningCall:
-    """One call's task, and why it is to end."""
+    """One call's task, what it holds, and why it is to end."""
 
     def __init__(self) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
+        self._sending = False
+        self.release: Callable[[], None] = lambda: None  # gives up what is generated
         self.reason: EllmError | None = None
 
     def end(self, error: EllmError) -> None:
-        """The first one counts."""
-        if self.reason is None:
-            self.reason = error
+        """The first one counts. What it holds is free at once; the client is told when it takes what is on
+        its way to it, for gRPC can neither call that back nor send a status past it."""
+        if self.reason is not None:
+            return
+        self.reason = error
+        if self._sending:
+            asyncio.get_running_loop().call_soon(self.release)  # not within what tells of an output
+        else:
             self._task.cancel()
+
+    async def send(self, sending: Awaitable[None]) -> None:
+        """Something to the client. Raises the reason if it is to end meanwhile."""
+        self._sending = True
+        try:
+            await sending
+        finally:
+            self._sending = False
+        if self.reason is not None:
+            raise self.reason
 
     def ended(self) -> None:
         """Its task was cancelled. Raises the reason if it was for one."""
@@ -103,5 +120,11 @@ async def generating(
         limit = service.config.limits.max_client_buffer_bytes
         slow = SlowReader("the client reads its stream too slowly")
         outputs = Outputs(generation.job.num_sequences, limit, lambda: call.end(slow), whole=whole)
+
+        def release() -> None:
+            generation.close()
+            outputs.drop()
+
+        call.release = release
         await generation.submit(outputs)
         yield outputs

@@ -124,12 +124,14 @@ def test_a_client_that_does_not_read_is_cut_off_and_disturbs_nobody() -> None:
         rpc_client(server) as rpc,
     ):
         # Megabytes of scores, more than what the connection holds.
-        call = slow.inference.Generate(request(n=16, logprobs=20, **LONG))
+        call = slow.inference.Generate(request(n=16, logprobs=20, **LONG), timeout=240)
         wait_until(lambda: server.on_loop(lambda: len(server.rpc.inference.calls)) == 1, 30)
         assert_served(rpc)
         wait_until(lambda: server.service.metrics.finished["abort"] == 16, 60)
-        assert_nothing_left(server)
+        # Its blocks are free before it reads on and is told.
+        wait_until(lambda: server.on_loop(lambda: server.workers[0].front.num_live) == 0, 60)
         refused(lambda: list(call), grpc.StatusCode.RESOURCE_EXHAUSTED, error="client_too_slow")
+        assert_nothing_left(server)
         assert server.service.metrics.errors["client_too_slow"] == 1
         assert_served(slow)
 
