@@ -22,6 +22,8 @@ _SCALARS = (
     "skip_special_tokens",
 )  # fmt: skip
 _OF_REQUEST = ("add_special_tokens", "cache_salt", "tpot_slo_ms", "ttft_slo_ms", "priority")
+_GUIDES = ("guided_json", "guided_regex", "guided_grammar")
+MAX_CHOICES = 4096
 MAX_REQUEST_ID = 128
 
 
@@ -30,6 +32,7 @@ def generate_body(request: GenerateRequest, limits: LimitsConfig) -> tuple[Kind,
     body = {name: getattr(request, name) for name in _OF_REQUEST if request.HasField(name)}
     params = request.sampling_params
     body.update((name, getattr(params, name)) for name in _SCALARS if params.HasField(name))
+    body.update((name, getattr(params, name)) for name in _GUIDES if getattr(params, name))
     body.update(_repeated(params, limits))
     body["return_token_ids"] = True
     if request.model:
@@ -53,11 +56,14 @@ def _repeated(params: SamplingParams, limits: LimitsConfig) -> Iterator[tuple[st
         ("stop", limits.max_stop),
         ("stop_token_ids", MAX_STOP_TOKEN_IDS),
         ("logit_bias", limits.max_logit_bias),
+        ("guided_choice", MAX_CHOICES),
     ):
         if len(getattr(params, name)) > most:
             raise InvalidRequest(f"{name}: at most {most}", param=name)
     if params.stop:
         yield "stop", list(params.stop)
+    if params.guided_choice:
+        yield "guided_choice", list(params.guided_choice)
     if params.stop_token_ids:
         yield "stop_token_ids", list(params.stop_token_ids)
     if params.logit_bias:
