@@ -20,6 +20,7 @@ from ellm.deploy.resolve import resolve
 from ellm.deploy.tree import EllmConfig, ServedModel, worker_deployment
 from ellm.router.deployment import router_application
 from ellm.router.replicas import RayDirectory
+from ellm.router.rpc.server import Listen
 from ellm.worker.supervisor import worker_application
 
 
@@ -72,4 +73,5 @@ def build_application(config: EllmConfig) -> serve.Application:
         partial(find_or_start, RayDirectory, config.controller, scales)
         if config.controller.enabled
         else None,
+        None if config.cluster.grpc_port is None else Listen(config.cluster.host, config.cluster.grpc_port),
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from ellm.deploy.tree import EllmConfig
+from ellm.router.config import GrpcConfig
 from ellm.worker.api.config import ModelConfig, WorkerConfig, served_name
 from ellm.worker.api.errors import ConfigError
 
@@ -25,8 +26,13 @@ def resolve(config: EllmConfig) -> EllmConfig:
     worker = models[0].worker if models else _resolve_one(config.worker, here, ranks)
     router = config.router
     if router.api_key_file is not None:  # routers start elsewhere
-        router = replace(router, api_key_file=os.path.abspath(os.path.expanduser(router.api_key_file)))
+        router = replace(router, api_key_file=_absolute(router.api_key_file))
+    router = replace(router, grpc=GrpcConfig(_absolute(router.grpc.tls_cert), _absolute(router.grpc.tls_key)))
     return replace(config, worker=worker, models=models, router=router)
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else os.path.abspath(os.path.expanduser(path))
 
 
 def _resolve_one(worker: WorkerConfig, here: bool, ranks: int) -> WorkerConfig:

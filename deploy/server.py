@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ellm.deploy import application, ports, ray_cluster, room, workers
+from ellm.deploy.announcement import announce, base_url
 from ellm.deploy.application import DeployFailed
 from ellm.deploy.http_client import RequestFailed, Server
 from ellm.deploy.progress import Progress
@@ -23,6 +23,7 @@ from ellm.deploy.tree import EllmConfig, ServedModel, worker_deployment
 from ellm.router.config import ROUTER_CPUS
 from ellm.router.keys import read_keys
 from ellm.router.policies import make_policy as router_policy
+from ellm.router.rpc import tls
 from ellm.worker.api.config import SIMULATED, ModelConfig, WorkerConfig
 from ellm.worker.api.errors import ConfigError
 from ellm.worker.engine.policies import make_policy as engine_policy
@@ -103,6 +104,7 @@ def check(config: EllmConfig) -> None:
     router_policy(config.router.policy)
     if config.router.api_key_file is not None:
         read_keys(Path(config.router.api_key_file))
+    tls.read_pair(config.router.grpc)
     problems = {model.name: problem for model in config.served if (problem := check_model(model.worker))}
     if len(problems) == len(config.served):  # of several, one that cannot be served stops no other
         raise next(iter(problems.values()))
@@ -139,8 +141,6 @@ def check_fits(model: ModelConfig, found: Architecture) -> None:
 
 def start_ray(config: EllmConfig, progress: Progress) -> None:
     """Ray and Serve, ours or the cluster's. Raises EllmError."""
-    if config.cluster.grpc_port is not None:
-        progress.line("gRPC is not served by this version: the port stays closed")
     haproxy = config.cluster.haproxy and ray_cluster.haproxy_works()
     if config.cluster.haproxy and not haproxy:
         progress.line("HAProxy does not run on this machine; Ray Serve's own proxy takes its place")
@@ -224,13 +224,6 @@ def needed_cpus(config: EllmConfig) -> float:
     return config.router.num_replicas * ROUTER_CPUS + ranks * config.cluster.worker_num_cpus
 
 
-def base_url(config: EllmConfig) -> str:
-    """Where a client on this machine finds the server."""
-    host = config.cluster.host
-    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{config.cluster.port}" if ":" in host else f"http://{host}:{config.cluster.port}"
-
-
 def wait_until_ready(config: EllmConfig, progress: Progress, deadline: float) -> None:
     """Until /health/ready is 200 through the ingress. Raises DeployFailed."""
     server = Server(base_url(config), timeout_s=2.0)
@@ -261,23 +254,6 @@ def worker_table(config: EllmConfig, num_workers: int) -> list[dict[str, Any]]:
         if len(table) >= num_workers or time.monotonic() > deadline:
             return table
         time.sleep(0.05)
-
-
-def announce(config: EllmConfig) -> None:
-    url = base_url(config)
-    body = {
-        "model": config.worker.model.name,
-        "prompt": "The list method append",
-        "max_tokens": 32,
-        "temperature": 0,
-    }
-    needed = config.router.api_keys or config.router.api_key_file is not None
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if needed else ""
-    print(f"\nReady: {url}\n")
-    print(f"  curl {url}/v1/completions -H 'Content-Type: application/json'{key} \\")
-    print(f"    -d '{json.dumps(body)}'")
-    chat = " --api-key YOUR_KEY" if key else ""
-    print(f"  ellm chat --url {url}{chat}\n\nCtrl-C stops it.", flush=True)
 
 
 def watch(interrupt: Interrupt, progress: Progress, parent: int) -> bool:

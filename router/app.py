@@ -130,6 +130,7 @@ def create_app(
     app = FastAPI(title="eLLM on Ray", version=package_version(), lifespan=lifespan, redirect_slashes=False)
     app.state.models = models
     app.state.guidance = book
+    app.state.keys = keys
     app.add_middleware(
         Edge, keys=keys, admin_key=config.admin_key, echo_request_id=echo_request_id, clock=clock
     )

@@ -37,6 +37,14 @@ class FailoverConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class GrpcConfig:
+    """Of the gRPC server, where `cluster.grpc_port` says that there is one."""
+
+    tls_cert: str | None = None  # PEM files, the chain and its key: with both TLS is on
+    tls_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RouterConfig:
     num_replicas: int = 1
     policy: str = "headroom"
@@ -54,3 +62,4 @@ class RouterConfig:
     pace_max_hold_s: float = 10.0  # at most so many seconds of a paced stream are held
     pace_max_hold_tokens: int = 1024
     drain_timeout_s: float = 60.0  # a router that goes waits so long for its open streams
+    grpc: GrpcConfig = field(default_factory=GrpcConfig)

@@ -20,6 +20,7 @@ from ellm.router.app import ModelSource, create_app
 from ellm.router.config import ROUTER_CPUS, RouterConfig
 from ellm.router.controller_line import RayControllerLine
 from ellm.router.replicas import RayDirectory
+from ellm.router.rpc.server import Listen, check_listen, with_rpc
 from ellm.router.simulated_tokenizer import PREFIX, simulated_tokenizer
 from ellm.router.tokenizer import Tokenizer
 from ellm.worker.api.config import ModelConfig, served_name
@@ -39,11 +40,13 @@ def router_application(
     models: Sequence[ModelConfig],
     workers: Sequence[serve.Application] = (),
     find_controller: Callable[[], Any] | None = None,
+    grpc: Listen | None = None,
 ) -> serve.Application:
     """The Serve application: routers as the ingress, and `workers` deployed with them. `find_controller`
-    finds or makes the controller's actor; without it nobody advises."""
+    finds or makes the controller's actor; without it nobody advises. `grpc` is where each router serves that,
+    on its own node; None: it does not."""
     deployment = serve.deployment(
-        serve.ingress(_builder(config, tuple(models), find_controller))(),
+        serve.ingress(_builder(config, tuple(models), find_controller, grpc))(),
         name=DEPLOYMENT_NAME,
         num_replicas=config.num_replicas,
         ray_actor_options={"num_cpus": ROUTER_CPUS, "runtime_env": {"env_vars": ONE_LOOP}},
@@ -60,7 +63,10 @@ def router_application(
 
 
 def _builder(
-    config: RouterConfig, models: Sequence[ModelConfig], find_controller: Callable[[], Any] | None
+    config: RouterConfig,
+    models: Sequence[ModelConfig],
+    find_controller: Callable[[], Any] | None,
+    grpc: Listen | None,
 ) -> Callable[[], Any]:
     """What Serve calls in each replica."""
 
@@ -73,6 +79,9 @@ def _builder(
             controller=None if find_controller is None else RayControllerLine(find_controller),
             echo_request_id=False,  # Serve does it itself, whatever the application does
         )
+        if grpc is not None:
+            check_listen(grpc)  # here an error keeps its words: of one in the lifespan Serve tells nothing
+            with_rpc(app, config, grpc)
         # What is loaded by now stays: the collector need not look at it with every request.
         gc.collect()
         gc.freeze()

@@ -7,7 +7,6 @@ but no admin key, for nobody. Without any key the server is open.
 
 from __future__ import annotations
 
-import hmac
 import logging
 import re
 import time
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ellm.router.errors import Forbidden, Unauthorized
+from ellm.router.access import Access
 from ellm.router.http_bodies import ClientLeft, header, send_error
 from ellm.router.keys import ApiKey, KeyRing
 from ellm.worker.api.errors import EllmError
@@ -69,9 +68,7 @@ class Edge:
     ) -> None:
         self._app = app
         self._echo = echo_request_id
-        self._keys = keys
-        self._clock = clock
-        self._admin_key = admin_key.encode() if admin_key else None  # an empty one would let all in
+        self._access = Access(keys, admin_key, clock)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -104,21 +101,7 @@ class Edge:
 
     def _owner(self, scope: Scope) -> ApiKey | None:
         """Whose key it is; None where none is needed. Raises Unauthorized, Forbidden."""
-        path, key = scope["path"], bearer(scope)
+        path = scope["path"]
         if path in OPEN_PATHS:
             return None
-        if path.startswith(ADMIN_PATHS) and (self._admin_key is not None or self._keys.needed):
-            self._check_admin(key)
-            return None
-        if not self._keys.needed:
-            return None
-        owner = self._keys.find(key, self._clock())
-        if owner is None:
-            raise Unauthorized("this needs an API key: Authorization: Bearer KEY")
-        return owner
-
-    def _check_admin(self, key: str) -> None:
-        if self._admin_key is None:
-            raise Forbidden("this needs the admin key, and the server has none: set router.admin_key")
-        if not hmac.compare_digest(key.encode(), self._admin_key):
-            raise Unauthorized("this needs the admin key: Authorization: Bearer KEY")
+        return self._access.owner(bearer(scope), admin=path.startswith(ADMIN_PATHS))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from ellm.router.config import RouterConfig
 from ellm.router.dispatch import Dispatcher
 from ellm.router.edge import CONTEXT, RequestContext
+from ellm.router.entrance import admitted
 from ellm.router.errors import BodyTooLarge
 from ellm.router.generation import Generation
 from ellm.router.http_bodies import (
@@ -28,13 +29,12 @@ from ellm.router.http_bodies import (
     send_json,
     stream_start,
 )
-from ellm.router.keys import ApiKey
 from ellm.router.metrics import RouterMetrics
 from ellm.router.openai.answer import Answer, ChatShape, CompletionShape
 from ellm.router.openai.convert import Converter, Job, ModelBounds
 from ellm.router.openai.schema import ChatRequest, CompletionRequest, parse
 from ellm.router.paced_stream import PacedStream
-from ellm.router.service_level import ServiceLevel, with_headers
+from ellm.router.service_level import ServiceLevel
 from ellm.router.sinks import EventStream, Gathered
 from ellm.router.tenants import TenantLimits
 from ellm.router.tokenizer import Tokenizer
@@ -104,43 +104,15 @@ class Exchange(Response):
             await send_error(send, error)
 
     async def _answer(self, body: Any, scope: Scope, send: Send, context: RequestContext) -> None:
-        service = self._service
-        arrived_at = service.dispatcher.clock()
-        # From here on the request is counted: its body is held while it waits for a worker and is tokenised.
-        admission = service.dispatcher.admission
-        admission.enter(1)
-        try:
-            if context.key is not None:
-                service.tenants.enter(context.key, arrived_at)
-            job = await service.job(self._kind, with_headers(body, scope["headers"]))
-        finally:
-            admission.leave(1)
-        job = in_class(job, context.key)
-        shape = ChatShape() if self._kind == "chat" else CompletionShape()
-        answer = Answer(shape, job, service.tokenizer, service.model, service.fingerprint)
-        salt = f"{context.tenant}/{job.cache_salt}" if context.tenant or job.cache_salt else ""
-        session = header(scope, b"x-session-id")
-        generation = Generation(job, service.dispatcher, service.tokenizer, arrived_at, salt, session)
-        generation.tenant = context.tenant
-        reserved = self._reserve(context.key, job)
-        try:
+        service, session = self._service, header(scope, b"x-session-id")
+        async with admitted(service, self._kind, body, scope["headers"], context.key, session) as generation:
+            job = generation.job
+            shape = ChatShape() if self._kind == "chat" else CompletionShape()
+            answer = Answer(shape, job, service.tokenizer, service.model, service.fingerprint)
             if job.stream:
                 await self._stream(generation, answer, send)
             else:
                 await self._whole(generation, answer, send)
-        finally:
-            generation.close()
-            if context.key is not None:
-                used, now = generation.usage().completion_tokens, service.dispatcher.clock()
-                service.tenants.settle(context.key, reserved, used, now)
-
-    def _reserve(self, key: ApiKey | None, job: Job) -> int:
-        """Charge the key for all that the job may use; returns how much of that is output."""
-        output = job.n * sum(sampling.max_tokens for sampling in job.sampling)
-        if key is not None:
-            prompt, now = sum(len(prompt.ids) for prompt in job.prompts), self._service.dispatcher.clock()
-            self._service.tenants.reserve(key, job.num_sequences, prompt, output, now)
-        return output
 
     async def _whole(self, generation: Generation, answer: Answer, send: Send) -> None:
         sink = Gathered(generation, answer)
@@ -182,15 +154,6 @@ class Exchange(Response):
         error = DeadlineExceeded(f"the request took longer than {deadline_s:g} s")
         left = deadline_s - (self._service.dispatcher.clock() - generation.arrived_at)
         return asyncio.get_running_loop().call_later(max(0.0, left), end, error)
-
-
-def in_class(job: Job, key: ApiKey | None) -> Job:
-    """The job in its key's class: no request of a key runs before those of the class."""
-    if key is None or key.priority is None:
-        return job
-    asked = job.level.priority
-    priority = key.priority if asked == 0 else max(asked, key.priority)
-    return replace(job, level=replace(job.level, priority=priority))
 
 
 async def _while_client_stays(receive: Receive, work: Callable[[], Awaitable[None]]) -> None:

@@ -13,12 +13,18 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import grpc
 import openai
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.processes import process_alive
 from support.served import ELLM, Served, served, wait_for
 
 from ellm.deploy.ports import free_ports
+from ellm.router.rpc.ellm_inference_pb2 import GenerateRequest, SamplingParams
+from ellm.router.rpc.ellm_inference_pb2_grpc import InferenceStub
+from ellm.router.rpc.open_inference_pb2 import ModelInferRequest
+from ellm.router.rpc.open_inference_pb2_grpc import GRPCInferenceServiceStub
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -27,8 +33,9 @@ PROMPT = "The list method append"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Served]:
-    (port,) = free_ports(1)
-    flags = ["--port", str(port), "--workers", "2", "--device", "cpu", "--kv-blocks", "512"]
+    port, grpc_port = map(str, free_ports(2))
+    flags = ["--port", port, "--grpc-port", grpc_port, "--workers", "2", "--device", "cpu"]
+    flags += ["--kv-blocks", "512"]
     with served(*flags) as made:
         made.wait_until_ready()
         yield made
@@ -37,6 +44,13 @@ def server() -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def url(server: Served) -> str:
     return server.wait_until_ready()
+
+
+@pytest.fixture(scope="module")
+def channel(server: Served) -> Iterator[grpc.Channel]:
+    address = server.wait_for_line(r"^gRPC: (127\.0\.0\.1:\d+)$").group(1)
+    with grpc.insecure_channel(address) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +83,11 @@ def long_stream(client: openai.OpenAI, model: str, num_tokens: int) -> Any:
     )
 
 
+def generate_request(num_tokens: int) -> GenerateRequest:
+    params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=num_tokens > 100)
+    return GenerateRequest(text=PROMPT, sampling_params=params)
+
+
 def test_it_says_what_it_does_and_how_to_ask_it(server: Served, url: str) -> None:
     for phase in (
         "Ray: ",
@@ -94,6 +113,24 @@ def test_a_completion(client: openai.OpenAI, model: str) -> None:
     assert answer.usage.completion_tokens <= 16
     again = client.completions.create(model=model, prompt=PROMPT, max_tokens=16, temperature=0)
     assert again.choices[0].text == answer.choices[0].text
+
+
+def test_the_same_over_grpc(client: openai.OpenAI, model: str, channel: grpc.Channel) -> None:
+    told = client.completions.create(model=model, prompt=PROMPT, max_tokens=16, temperature=0)
+    assert told.usage is not None
+    responses = list(InferenceStub(channel).Generate(generate_request(16), timeout=120))
+    assert "".join(one.text for one in responses) == told.choices[0].text
+    assert responses[-1].finish_reason == told.choices[0].finish_reason
+    assert responses[-1].usage.completion_tokens == told.usage.completion_tokens
+    message = ModelInferRequest(model_name=model)
+    tensor = message.inputs.add(name="text_input", datatype="BYTES", shape=[1])
+    tensor.contents.bytes_contents.append(PROMPT.encode())
+    message.parameters["max_tokens"].int64_param = 16
+    message.parameters["temperature"].double_param = 0.0
+    answer = GRPCInferenceServiceStub(channel).ModelInfer(message, timeout=120)
+    assert answer.outputs[0].contents.bytes_contents[0].decode() == told.choices[0].text
+    health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=60)
+    assert health.status == health_pb2.HealthCheckResponse.SERVING
 
 
 def test_a_streamed_chat(client: openai.OpenAI, model: str) -> None:
@@ -153,7 +190,7 @@ def test_a_stream_survives_the_death_of_its_worker(client: openai.OpenAI, model:
 
 
 def test_ctrl_c_lets_a_stream_end_and_leaves_nothing(
-    server: Served, client: openai.OpenAI, model: str, url: str
+    server: Served, client: openai.OpenAI, model: str, channel: grpc.Channel
 ) -> None:
     started = threading.Event()
     texts: list[str] = []
@@ -168,8 +205,12 @@ def test_ctrl_c_lets_a_stream_end_and_leaves_nothing(
     reader = threading.Thread(target=read)
     reader.start()
     assert started.wait(60)
+    call = InferenceStub(channel).Generate(generate_request(600), timeout=240)
+    assert next(call).token_ids
     assert len(server.processes()) > 5
     server.signal(signal.SIGINT)
+    last = list(call)[-1]
+    assert (last.finish_reason, last.usage.completion_tokens) == ("length", 600)
     code = server.wait()
     reader.join(10)
     assert code == 0, server.output

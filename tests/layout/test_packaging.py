@@ -96,6 +96,12 @@ def test_the_wheel_holds_the_model_and_the_license(wheel_files: list[str]) -> No
     assert any(name.endswith("entry_points.txt") for name in wheel_files)
 
 
+def test_the_wheel_holds_the_protos_and_their_types(wheel_files: list[str]) -> None:
+    wanted = {f"ellm/{name}" for name in tree_names() if name.endswith((".proto", ".pyi"))}
+    assert len(wanted) == 4
+    assert wanted <= set(wheel_files)
+
+
 def test_the_wheel_holds_nothing_else(wheel_files: list[str]) -> None:
     strange = [
         name
@@ -103,6 +109,7 @@ def test_the_wheel_holds_nothing_else(wheel_files: list[str]) -> None:
         if not name.endswith(".py")
         and ".dist-info/" not in name
         and not name.startswith("ellm/deploy/bundled/pydoc-5m/")
+        and not (name.startswith("ellm/router/rpc/") and name.endswith((".proto", ".pyi")))
     ]
     assert strange == []
     assert not any(name.startswith(("tests/", "ellm/tests/")) or "/test_" in name for name in wheel_files)

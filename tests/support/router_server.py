@@ -23,6 +23,7 @@ from ellm.router.app import ModelSource, create_app
 from ellm.router.config import RouterConfig
 from ellm.router.exchange import Service
 from ellm.router.models import Models
+from ellm.router.rpc.server import Listen, with_rpc
 from ellm.worker.api.config import SchedulerConfig, WorkerConfig
 from ellm.worker.api.cost_model import CostModel
 from ellm.worker.api.report import WorkerInfo
@@ -94,8 +95,11 @@ class RouterServer:
         workers: list[EchoWorker] | None = None,
         config: RouterConfig | None = None,
         broken: dict[str, str] | None = None,
+        *,
+        grpc: bool = False,
     ) -> None:
-        """Each model that a worker has is served; `broken` are models that cannot be."""
+        """Each model that a worker has is served; `broken` are models that cannot be. With `grpc` it speaks
+        that too, on `rpc.port`."""
         self.workers = [EchoWorker(0)] if workers is None else workers
         self.config = config or RouterConfig(refresh_s=0.05)
         names = dict.fromkeys(worker.channel.info.model for worker in self.workers) or {MODEL: None}
@@ -105,6 +109,7 @@ class RouterServer:
         }
         self.directory = next(iter(self.directories.values()))
         self._broken = broken
+        self._grpc = grpc
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self._socket = socket.create_server(("127.0.0.1", 0))
@@ -150,6 +155,8 @@ class RouterServer:
         self.workers.append(worker)
 
     def _ready(self) -> bool:
+        if self._grpc and not (hasattr(self, "rpc") and self.rpc.port):
+            return False
         try:
             return not self.workers or httpx.get(f"{self.url}/health/ready").status_code == 200
         except httpx.TransportError:
@@ -161,6 +168,8 @@ class RouterServer:
             worker.front.start()
         sources = [ModelSource(name, FOLDER, directory) for name, directory in self.directories.items()]
         app = create_app(self.config, sources, broken=self._broken)
+        if self._grpc:
+            self.rpc = with_rpc(app, self.config, Listen("127.0.0.1", 0))
         self.models: Models = app.state.models
         self.service: Service = next(iter(self.models.services.values()))
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)

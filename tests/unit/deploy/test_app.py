@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from ray import serve
 
+from ellm.deploy import app
 from ellm.deploy.app import build, build_application
 from ellm.deploy.config import from_mapping
 from ellm.deploy.resolve import resolve
+from ellm.router.rpc.server import Listen
 from ellm.worker.api.errors import ConfigError
 
 
@@ -32,3 +34,13 @@ def test_the_deployments_have_what_the_config_says(tmp_path: Path) -> None:
     (workers,) = router.init_args
     deployment = getattr(workers, "_bound_deployment", workers)
     assert deployment.num_replicas == 3
+
+
+def test_routers_listen_for_grpc_where_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[object] = []
+    real = app.router_application
+    monkeypatch.setattr(app, "router_application", lambda *args: given.append(args[-1]) or real(*args))
+    for data in ({}, {"grpc_port": 8001, "host": "::1"}):
+        build_application(resolve(from_mapping({"device": "cpu", "address": "auto", **data})))
+    assert given == [None, Listen("::1", 8001)]
+    assert str(given[1]) == "[::1]:8001"
