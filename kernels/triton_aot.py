@@ -38,7 +38,7 @@ OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """One kernel as the device would get it. `failure` says why it is no good."""
+    """One kernel as the device would get it. `failure` says why there is none."""
 
     kernel: str
     detail: str
@@ -46,11 +46,17 @@ class Compiled:
     registers: int = 0
     shared_bytes: int = 0
     spill_bytes: int = 0
+    matrix: str = ""  # instructions of the matrix products: wgmma (Hopper's), mma, or none
     failure: str | None = None
 
     @property
     def passed(self) -> bool:
         return self.failure is None and self.shared_bytes <= SHARED_LIMIT
+
+    @property
+    def result(self) -> str:
+        shared = f"{self.shared_bytes / 1024:.1f} KiB shared"
+        return f"{self.registers} registers, {shared}, {self.spill_bytes} B spilled, {self.matrix}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +128,7 @@ def _launch(fn: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
 
 def compile_one(launch: _Launch, detail: str, arch: int) -> Compiled:
     """The kernel of one launch for compute capability `arch` (90: Hopper)."""
-    name, begin = launch.fn.__name__, perf_counter()
+    name, begin = launch.fn.__name__.removesuffix("_kernel"), perf_counter()
     sizes = {launch.fn.arg_names[at]: value for at, value in launch.constants}
     mode = "".join(f" {key.lower()}" for key in ("PARTS", "SINGLE", "ADDS", "HAS_WINDOW") if sizes.get(key))
     source = ASTSource(
@@ -138,7 +144,8 @@ def compile_one(launch: _Launch, detail: str, arch: int) -> Compiled:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         return Compiled(name, detail + mode, perf_counter() - begin, failure=reason)
     seconds = perf_counter() - begin
-    return Compiled(name, detail + mode, seconds, registers, made.metadata.shared, spills)
+    matrix = next((kind for kind in ("wgmma", "mma") if f"{kind}." in made.asm["ptx"]), "no matrix unit")
+    return Compiled(name, detail + mode, seconds, registers, made.metadata.shared, spills, matrix)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

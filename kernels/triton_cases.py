@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any, Protocol
 
@@ -60,14 +61,15 @@ class Scale:
     split_tokens: int | None  # None: as in service
     heads: tuple[tuple[int, int], ...]  # (H, K)
     dims: tuple[int, ...] = DIMS
+    few_dims: tuple[int, ...] = DIMS  # of attention in types other than bfloat16, where it shall be quick
     dtypes: tuple[torch.dtype, ...] = DTYPES
 
 
-TINY = Scale((1, 48, 256), (0, 1, 5), 150, 64, ((4, 2), (3, 1)))
+TINY = Scale((1, 48, 256), (0, 1, 5), 150, 64, ((4, 2), (3, 1)), few_dims=(64, 256))
 REAL = Scale((128, 4096, 14336), (0, 1, 300), 5000, None, ((32, 8), (14, 2), (8, 8)))
 # For the compiler: types, widths and what divides them, not numbers of rows.
 COMPILED = Scale((128, 4096, 14336), (2,), 600, None, ((32, 8), (14, 2), (8, 8)))
-QUICKLY_COMPILED = Scale((4096,), (2,), 600, None, ((32, 8),), (128,), (torch.bfloat16,))
+QUICKLY_COMPILED = Scale((4096,), (2,), 600, None, ((32, 8),), (128,), dtypes=(torch.bfloat16,))
 
 
 def cases(scale: Scale, *, quick: bool) -> Iterator[Case]:
@@ -107,30 +109,35 @@ def _row_cases(scale: Scale, quick: bool) -> Iterator[Case]:
     for dtype, size, rows in product(scale.dtypes, scale.sizes, scale.rows):
         if quick and rows == 1 and size != scale.sizes[0]:
             continue
-        detail = f"{_name(dtype)} {rows}x{size}"
+        detail, at = f"{_name(dtype)} {rows}x{size}", (dtype, rows, size)
+        yield Case("rms_norm", detail, dtype, partial(_rms_norm, at=at, adds=False))
+        yield Case("rms_norm", f"{detail} residual", dtype, partial(_rms_norm, at=at, adds=True))
+        yield Case("layer_norm", detail, dtype, partial(_layer_norm, at=at))
+        yield Case("silu_mul", detail, dtype, partial(_silu_mul, at=at))
 
-        def norm(body: Body, device: torch.device, adds: bool, at: tuple[Any, ...]) -> list[Tensor]:
-            dtype, rows, size = at
-            draw = _Draw(device, dtype)
-            x, weight = draw.rows(rows, size, body.poison), draw(size)
-            residual = draw(rows, size) if adds else None
-            return list(body.ops.rms_norm(x, weight, 1e-5, residual))
 
-        def layer(body: Body, device: torch.device, at: tuple[Any, ...]) -> list[Tensor]:
-            dtype, rows, size = at
-            draw = _Draw(device, dtype)
-            x = draw.rows(rows, size, body.poison)
-            return [body.ops.layer_norm(x, draw(size), draw(size), 1e-5)]
+_Rows = tuple[torch.dtype, int, int]  # type, rows, elements of a row
+_HeadRows = tuple[torch.dtype, int, int, int, int]  # type, rows, H, K, D
 
-        def silu(body: Body, device: torch.device, at: tuple[Any, ...]) -> list[Tensor]:
-            dtype, rows, size = at
-            return [body.ops.silu_mul(4 * _Draw(device, dtype).rows(rows, 2 * size, body.poison))]
 
-        at = (dtype, rows, size)
-        yield Case("rms_norm", detail, dtype, lambda b, d, at=at: norm(b, d, False, at))
-        yield Case("rms_norm", f"{detail} residual", dtype, lambda b, d, at=at: norm(b, d, True, at))
-        yield Case("layer_norm", detail, dtype, lambda b, d, at=at: layer(b, d, at))
-        yield Case("silu_mul", detail, dtype, lambda b, d, at=at: silu(b, d, at))
+def _rms_norm(body: Body, device: torch.device, at: _Rows, adds: bool) -> list[Tensor]:
+    dtype, rows, size = at
+    draw = _Draw(device, dtype)
+    x, weight = draw.rows(rows, size, body.poison), draw(size)
+    residual = draw(rows, size) if adds else None
+    return list(body.ops.rms_norm(x, weight, 1e-5, residual))
+
+
+def _layer_norm(body: Body, device: torch.device, at: _Rows) -> list[Tensor]:
+    dtype, rows, size = at
+    draw = _Draw(device, dtype)
+    x = draw.rows(rows, size, body.poison)
+    return [body.ops.layer_norm(x, draw(size), draw(size), 1e-5)]
+
+
+def _silu_mul(body: Body, device: torch.device, at: _Rows) -> list[Tensor]:
+    dtype, rows, size = at
+    return [body.ops.silu_mul(_Draw(device, dtype).rows(rows, 2 * size, body.poison).mul_(4))]
 
 
 def _head_cases(scale: Scale, quick: bool) -> Iterator[Case]:
@@ -139,13 +146,9 @@ def _head_cases(scale: Scale, quick: bool) -> Iterator[Case]:
             at = (dtype, rows, heads, kv_heads, dim)
             detail = f"{_name(dtype)} {rows} rows {heads}:{kv_heads}x{dim}"
             for half in (dim // 2,) if quick else (dim // 2, dim // 4):
-                yield Case(
-                    "rotary",
-                    f"{detail} of {2 * half}",
-                    dtype,
-                    lambda b, d, at=at, half=half: _rotary(b, d, *at, half),
-                )
-            yield Case("kv_store", detail, dtype, lambda b, d, at=at: _kv_store(b, d, *at))
+                run = partial(_rotary, at=at, half=half)
+                yield Case("rotary", f"{detail} of {2 * half}", dtype, run)
+            yield Case("kv_store", detail, dtype, partial(_kv_store, at=at))
 
 
 def _joined(draw: _Draw, rows: int, heads: int, kv_heads: int, dim: int) -> tuple[Tensor, ...]:
@@ -154,9 +157,8 @@ def _joined(draw: _Draw, rows: int, heads: int, kv_heads: int, dim: int) -> tupl
     return joined, *joined.split_with_sizes([heads, kv_heads, kv_heads], 1)
 
 
-def _rotary(
-    body: Body, device: torch.device, dtype: torch.dtype, rows: int, heads: int, kv: int, dim: int, half: int
-) -> list[Tensor]:
+def _rotary(body: Body, device: torch.device, at: _HeadRows, half: int) -> list[Tensor]:
+    dtype, rows, heads, kv, dim = at
     draw = _Draw(device, dtype)
     joined, q, k, _ = _joined(draw, rows, heads, kv, dim)
     cos_sin = draw(2 * rows + 1, 2, half, dtype=torch.float32)
@@ -164,9 +166,8 @@ def _rotary(
     return [joined]
 
 
-def _kv_store(
-    body: Body, device: torch.device, dtype: torch.dtype, rows: int, heads: int, kv: int, dim: int
-) -> list[Tensor]:
+def _kv_store(body: Body, device: torch.device, at: _HeadRows) -> list[Tensor]:
+    dtype, rows, heads, kv, dim = at
     draw = _Draw(device, dtype)
     _, _, k, v = _joined(draw, rows, heads, kv, dim)
     pool = torch.full((2, rows // 4 + 2, kv, 16, dim), POISON, dtype=dtype, device=device)
@@ -196,7 +197,7 @@ class _Layer:
 def _attention_cases(scale: Scale, quick: bool) -> Iterator[Case]:
     number = 0
     for dtype, dim, heads in product(scale.dtypes, scale.dims, scale.heads):
-        if quick and heads != scale.heads[scale.dims.index(dim) % len(scale.heads)]:
+        if quick and not _is_quick(scale, dtype, dim, heads):
             continue
         for choice in tile_choices(dtype, dim, heads[0] // heads[1]):
             windows = (None, scale.context // 5)
@@ -215,9 +216,13 @@ def _attention_cases(scale: Scale, quick: bool) -> Iterator[Case]:
     yield _attention_case("no rows", layer, ())
 
 
+def _is_quick(scale: Scale, dtype: torch.dtype, dim: int, heads: tuple[int, int]) -> bool:
+    dims = scale.dims if dtype == torch.bfloat16 else scale.few_dims
+    return dim in dims and heads == scale.heads[scale.dims.index(dim) % len(scale.heads)]
+
+
 def _attention_case(detail: str, layer: _Layer, entries: Entries) -> Case:
-    run: Run = lambda body, device: _attention(body, device, layer, entries)  # noqa: E731
-    return Case("paged_attention", detail, layer.dtype, run)
+    return Case("paged_attention", detail, layer.dtype, partial(_attention, layer=layer, entries=entries))
 
 
 def _exact_cases(detail: str, strict: _Layer) -> Iterator[Case]:

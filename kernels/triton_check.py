@@ -29,7 +29,7 @@ class Kernels:
     ops: Any = triton_rows
 
     def attend(self, choice: TileChoice, *args: Any) -> Tensor:
-        return triton_tiles.paged_attention(*args, choice=choice)
+        return triton_tiles.paged_attention(*args, choice)
 
 
 class Twins:
@@ -58,6 +58,10 @@ class Verdict:
     def passed(self) -> bool:
         return self.failure is None and self.error <= self.tolerance
 
+    @property
+    def result(self) -> str:
+        return f"error {self.error:.1e} of {self.tolerance:.1e}"
+
 
 def check(device: torch.device, *, quick: bool, kernel: str | None = None) -> Iterator[Verdict]:
     """The verdicts, one by one. Under the interpreter shapes are tiny."""
@@ -79,8 +83,8 @@ def judge(case: Case, device: torch.device) -> Verdict:
         failure = f"{type(error).__name__}: {reason}"
         return Verdict(case.kernel, case.detail, float("inf"), tolerance, perf_counter() - begin, failure)
     expected = case.run(Twins(), device) if expected is None else expected
-    error = max(map(_difference, got, expected))
-    return Verdict(case.kernel, case.detail, error, tolerance, perf_counter() - begin)
+    difference = max(map(_difference, got, expected))
+    return Verdict(case.kernel, case.detail, difference, tolerance, perf_counter() - begin)
 
 
 @contextmanager

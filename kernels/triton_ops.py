@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from subprocess import CalledProcessError
 from typing import TypeVar
 
@@ -38,8 +39,10 @@ class TritonOps:
     name = "triton"
     deterministic = False
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        """device: where the tensors will be, "cuda:1" for example."""
         self._torch = TorchOps()
+        self._index = torch.device(device).index  # None: the thread's current device
         self._broken: set[str] = set()
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
@@ -117,7 +120,9 @@ class TritonOps:
         if name in self._broken:
             return twin()
         try:
-            return kernel()
+            # Triton launches on the thread's current device, wherever the tensors are.
+            with nullcontext() if self._index is None else torch.cuda.device(self._index):
+                return kernel()
         except DEVICE_ERRORS:
             raise
         except COMPILE_ERRORS as error:

@@ -127,13 +127,13 @@ class _Layer:
         """The first num_decode rows, an entry each."""
         meta = self._meta
         count, num_parts = meta.num_decode, -(-meta.max_kv_len // split)
-        grid = (count, self._kv_heads)
         if num_parts == 1:
+            grid: tuple[int, ...] = (count, self._kv_heads)
             self._attend(grid, out, None, 0, count, tile, SINGLE=True, TOKENS=1, SPLIT=0)
             return
         parts = out.new_empty((count, self._heads, num_parts, out.shape[2]), dtype=torch.float32)
         states = parts.new_empty((2, count, self._heads, num_parts))
-        grid = (*grid, num_parts)
+        grid = (count, self._kv_heads, num_parts)
         self._attend(grid, parts, states, 0, count, tile, SINGLE=True, TOKENS=1, SPLIT=split)
         join_kernel[(count, self._heads)](
             parts,
