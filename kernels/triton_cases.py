@@ -24,13 +24,17 @@ DIMS = (32, 64, 80, 96, 128, 256)
 POISON = float("nan")
 
 
+# Queries, keys, values, where they stand, scale, window.
+AttentionArgs = tuple[Tensor, Tensor, Tensor, AttentionMeta, float, int | None]
+
+
 class Body(Protocol):
     """The operations under test, and what fills memory that nobody owns."""
 
     poison: float
     ops: Any
 
-    def attend(self, choice: TileChoice, *args: Any) -> Tensor:
+    def attend(self, choice: TileChoice, args: AttentionArgs) -> Tensor:
         """Paged attention by these tiles, where the body has tiles."""
         ...
 
@@ -265,7 +269,7 @@ def _attention(body: Body, device: torch.device, layer: _Layer, entries: Entries
     meta = _meta(entries, tables, size, device)
     q = draw(int(meta.cu_seqlens_q[-1]), num_heads + 1, layer.dim)[:, 1:]
     args = (q, pools[0], pools[1], meta, layer.dim**-0.5, layer.window)
-    return [body.attend(layer.choice, *args)]
+    return [body.attend(layer.choice, args)]
 
 
 def _meta(entries: Entries, tables: Tensor, block_size: int, device: torch.device) -> AttentionMeta:

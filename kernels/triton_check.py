@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ellm.kernels import triton_rows, triton_tiles
 from ellm.kernels.reference import TorchOps
-from ellm.kernels.triton_cases import POISON, REAL, TINY, Case, cases
+from ellm.kernels.triton_cases import POISON, REAL, TINY, AttentionArgs, Case, cases
 from ellm.kernels.triton_floats import INTERPRETED
 from ellm.kernels.triton_tiles import TileChoice
 
@@ -28,7 +28,7 @@ class Kernels:
     poison = POISON
     ops: Any = triton_rows
 
-    def attend(self, choice: TileChoice, *args: Any) -> Tensor:
+    def attend(self, choice: TileChoice, args: AttentionArgs) -> Tensor:
         return triton_tiles.paged_attention(*args, choice)
 
 
@@ -38,7 +38,7 @@ class Twins:
     poison = 0.0
     ops: Any = TorchOps()
 
-    def attend(self, choice: TileChoice, *args: Any) -> Tensor:
+    def attend(self, choice: TileChoice, args: AttentionArgs) -> Tensor:
         result: Tensor = self.ops.paged_attention(*args)
         return result
 

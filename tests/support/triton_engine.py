@@ -24,7 +24,7 @@ from ellm.worker.api.config import SchedulerConfig
 from ellm.worker.executor import resolve
 from ellm.worker.executor.local import LocalExecutor
 
-LENGTHS = {1: 37, 2: 18}  # seq_id -> prompt tokens
+LENGTHS = {1: 37, 2: 3}  # seq_id -> prompt tokens
 WHOLE, HOLED = 2, 3  # tokens decoded before and after the hole is made
 
 
@@ -34,11 +34,11 @@ def tokens(folder: Path, ops: Ops) -> list[list[int]]:
     config = golden.config(folder, jit=False, num_blocks=16, transient_blocks=2, host_bytes=1 << 18)
     # The largest step runs once at start.
     engine = LocalExecutor.load(
-        replace(config, scheduler=SchedulerConfig(max_num_seqs=2, max_step_tokens=36))
+        replace(config, scheduler=SchedulerConfig(max_num_seqs=2, max_step_tokens=21))
     )
     driver = HoleDriver(engine)
     tracks = [driver.add(i, golden.prompt(length, i), GREEDY) for i, length in LENGTHS.items()]
-    driver.step({i: 18 for i in LENGTHS})
+    driver.step({1: 18, 2: 3})
     driver.step({1: 19, 2: 1})  # the rest of the first as a chunk, beside a decode row
     for _ in range(WHOLE):
         driver.step({1: 1, 2: 1})
