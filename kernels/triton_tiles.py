@@ -59,7 +59,8 @@ def tile_choices(dtype: torch.dtype, dim: int, group: int) -> tuple[TileChoice, 
     least = max(16, triton.next_power_of_2(group))
     if dtype == torch.float32:  # no tensor cores at full precision: registers set the size
         small = Tile(least, 32 if dim <= 128 else 16, 8)
-        return TileChoice(small, Tile(max(32, least), small.keys, 8)), TileChoice(small, small, same_sums=True)
+        chunks = Tile(max(32, least), small.keys, 8)
+        return TileChoice(small, chunks), TileChoice(small, small, same_sums=True)
     if dim > 128:
         decode, prefill = Tile(least, 32, 4, 3), Tile(max(64, least), 32, 8)
         others = [TileChoice(Tile(least, 64), Tile(max(64, least), 64, 8))]
