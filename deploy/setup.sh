@@ -8,7 +8,7 @@ PYTHON="${PYTHON:-python3}"
 VENV=.venv
 STAMP=$VENV/.setup
 LOG=$VENV/setup.log
-EXTRAS=serve,jit,test,dev
+EXTRAS=serve,jit,gpu,test,dev
 
 fail() { echo "setup: $*" >&2; exit 1; }
 

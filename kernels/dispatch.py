@@ -1,19 +1,24 @@
 """Which body runs the operations on a device.
 
-The numba body is the CPU's where numba can be used: it alone gives STRICT there. torch's is everywhere.
+The numba body is the CPU's where numba can be used: it alone gives STRICT there. The Triton body is a GPU's
+where its kernels can be compiled for it. torch's is everywhere.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import platform
+
+import torch
 
 from ellm.kernels.ops import Ops
 from ellm.kernels.reference import TorchOps
 
 log = logging.getLogger(__name__)
 
+LEAST_CAPABILITY = 8  # of a GPU: bfloat16 in its matrix units
 NO_STRICT = "slower attention, and results may depend on the batch (no STRICT)"
 
 
@@ -35,10 +40,41 @@ def has_numba() -> bool:
     return jit_problem() is None
 
 
+def triton_problem(device: str) -> str | None:
+    """Why the Triton kernels cannot be used on a torch device, or None. The interpreter stands for a GPU."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'ellm-on-ray[gpu]')"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.partition(":")[0] != "cuda" or not torch.cuda.is_available():
+        return f"the Triton kernels need a GPU, or their interpreter (TRITON_INTERPRET=1), not {device!r}"
+    if torch.version.hip is not None:
+        return "the Triton kernels have only been compiled for NVIDIA GPUs"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < LEAST_CAPABILITY:
+        return (
+            f"the Triton kernels need compute capability {LEAST_CAPABILITY}.0, this GPU has {major}.{minor}"
+        )
+    return None
+
+
+def triton_body(device: str) -> Ops:
+    """The Triton body by name: also on a CPU, where its kernels are interpreted (TRITON_INTERPRET=1, slow).
+
+    Raises ValueError where it cannot be had.
+    """
+    problem = triton_problem(device)
+    if problem:
+        raise ValueError(problem)
+    from ellm.kernels.triton_ops import TritonOps
+
+    return TritonOps(device)
+
+
 def select(device: str, *, jit: bool | None = None, deterministic: bool | None = None) -> Ops:
     """The body for a torch device ("cpu", "cuda", "cuda:1").
 
-    jit: None takes numba where it can be used, True insists on it, False refuses it.
+    jit: None takes numba (Triton on a GPU) where it can be used, True insists on numba, False refuses both.
     deterministic: True insists on STRICT; None takes it where the body gives it; False does without, where
     that is faster.
     Raises ValueError where a thing insisted on cannot be had.
@@ -57,4 +93,13 @@ def select(device: str, *, jit: bool | None = None, deterministic: bool | None =
         raise ValueError(f"deterministic=True cannot be had on {device!r} without the numba kernels")
     if problem and deterministic is None:
         log.warning("%s: %s", problem, NO_STRICT)
+    return TorchOps() if on_cpu or jit is False else _gpu_ops(device)
+
+
+def _gpu_ops(device: str) -> Ops:
+    problem = triton_problem(device)
+    if problem is None:
+        return triton_body(device)
+    if torch.cuda.is_available():
+        log.warning("%s: torch's operations take their place, which are slower", problem)
     return TorchOps()

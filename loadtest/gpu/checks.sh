@@ -3,19 +3,30 @@
 #
 #   OUT=results loadtest/gpu/checks.sh
 #
-# Runs the golden tests that are marked `gpu` (models, holes, host tier on CUDA), then times a decode step and the
-# copies of the host tier. Everything it prints also goes to $OUT/checks.log.
+# Checks every kernel against its torch twin, runs the golden tests that are marked `gpu` (models, holes, host tier on
+# CUDA), then times attention by every tile, a decode step and the copies of the host tier. Everything it prints also
+# goes to $OUT/checks.log. Exit code 1 where a check or a test failed.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 OUT="${OUT:-loadtest/results/gpu}"
 PYTHON="${PYTHON:-python3}"
 mkdir -p "$OUT" .types/ellm
 for folder in kernels worker cluster router loadtest deploy; do ln -sfn "../../$folder" ".types/ellm/$folder"; done
+failed=0
+# Runs one step, no longer than 9 minutes, and says how it ended.
+step() {
+  local name=$1 code=0
+  shift
+  timeout 540 "$@" || code=$?
+  echo "$name: exit code $code"
+  [ "$code" = 0 ] || failed=1
+}
 export PYTHONPATH="$PWD/.types:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=4
 {
   "$PYTHON" -c 'import torch; print("torch", torch.__version__, torch.cuda.get_device_name(0))'
-  "$PYTHON" -m pytest -q -m gpu tests/golden -p no:cacheprovider
-  echo "golden tests on the GPU: exit code $?"
-  "$PYTHON" -m ellm.loadtest.gpu.steps --out "$OUT/steps.json"
-  echo "steps: exit code $?"
+  step kernels "$PYTHON" -m ellm.deploy.cli kernels check --quick
+  step "golden tests on the GPU" "$PYTHON" -m pytest -q -m gpu tests/golden -p no:cacheprovider
+  step attention "$PYTHON" -m ellm.loadtest.gpu.attention --out "$OUT/attention.json"
+  step steps "$PYTHON" -m ellm.loadtest.gpu.steps --out "$OUT/steps.json"
+  [ "$failed" = 0 ]
 } 2>&1 | tee "$OUT/checks.log"

@@ -1,0 +1,170 @@
+"""Paged attention by every tile of its shape on a GPU: decode beside the rate of a plain copy, prefill beside
+torch's own attention. One JSON file.
+
+    python -m ellm.loadtest.gpu.attention --out attention.json
+
+Without a GPU the same runs interpreted on sizes given by hand, which shows that it works and nothing else:
+
+    TRITON_INTERPRET=1 python -m ellm.loadtest.gpu.attention --device cpu --dtype float32 --heads 4 2 \\
+        --dim 32 --decode 2x40 --prefill 50 --copy-mib 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ellm.kernels.ops import AttentionMeta
+from ellm.kernels.triton_tiles import TileChoice, paged_attention, tile_choices
+
+BLOCK_SIZE = 16
+REPEATS = 11
+CALLS = 10  # queued at once, so that launching them does not count
+
+
+class Layer:
+    """A pool whose blocks are dealt at random, and steps over it."""
+
+    def __init__(self, args: argparse.Namespace, sequences: int, tokens: int) -> None:
+        self.heads, self.kv_heads = args.heads
+        self._shape = (self.heads, args.dim)
+        self.device, self.dtype = torch.device(args.device), getattr(torch, args.dtype)
+        self._sequences, self._tokens = sequences, tokens
+        per_sequence = -(-tokens // BLOCK_SIZE)
+        torch.manual_seed(0)
+        shape = (2, sequences * per_sequence, self.kv_heads, BLOCK_SIZE, args.dim)
+        self.pools = torch.randn(shape, device=self.device, dtype=self.dtype)
+        self._tables = torch.randperm(shape[1]).view(sequences, per_sequence).int().to(self.device)
+        self.kv_bytes = 2 * sequences * tokens * self.kv_heads * args.dim * self.dtype.itemsize
+
+    def step(self, rows: int) -> Callable[[TileChoice], Tensor]:
+        """Attention of the last `rows` rows of every sequence."""
+        count = self._sequences
+
+        def to(values: Tensor, dtype: torch.dtype) -> Tensor:
+            return values.to(self.device, dtype)
+
+        entry = torch.arange(count).repeat_interleave(rows)
+        positions = torch.arange(self._tokens - rows, self._tokens).repeat(count)
+        meta = AttentionMeta(
+            cu_seqlens_q=to(rows * torch.arange(count + 1), torch.int32),
+            kv_lens=to(torch.full((count,), self._tokens), torch.int32),
+            block_tables=self._tables,
+            positions=to(positions, torch.int64),
+            slot_mapping=to(positions, torch.int64),  # attention does not read it
+            num_decode=count if rows == 1 else 0,
+            max_kv_len=self._tokens,
+            row_entry=to(entry, torch.int32),
+        )
+        q = torch.randn(count * rows, *self._shape, device=self.device, dtype=self.dtype)
+        keys, values = self.pools
+        scale = self._shape[1] ** -0.5
+        return lambda choice: paged_attention(q, keys, values, meta, scale, None, choice)
+
+
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Of one call: the median of several runs after one warm-up, which compiles."""
+    call()
+    if device.type != "cuda":
+        begin = perf_counter()
+        call()
+        return perf_counter() - begin
+    times = []
+    for _ in range(REPEATS):
+        torch.cuda.synchronize(device)
+        begin = perf_counter()
+        for _ in range(CALLS):
+            call()
+        torch.cuda.synchronize(device)
+        times.append((perf_counter() - begin) / CALLS)
+    return median(times)
+
+
+def copy_rate(args: argparse.Namespace) -> float:
+    """Bytes read and written per second by a plain copy on the device."""
+    device = torch.device(args.device)
+    source = torch.zeros(args.copy_mib << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds(lambda: target.copy_(source), device)
+
+
+def tiles(args: argparse.Namespace) -> tuple[TileChoice, ...]:
+    return tile_choices(getattr(torch, args.dtype), args.dim, args.heads[0] // args.heads[1])
+
+
+def decode(args: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
+    """Every batch by every tile: bytes of KV per second, and as a share of the copy's."""
+    found = []
+    for word in args.decode:
+        sequences, tokens = map(int, word.split("x"))
+        layer = Layer(args, sequences, tokens)
+        step = layer.step(1)
+        for choice in tiles(args):
+            time = seconds(partial(step, choice), layer.device)
+            row = {"batch": sequences, "context": tokens, "tiles": choice.name, "ms": 1e3 * time}
+            row |= {"kv_mib": layer.kv_bytes / 2**20, "share_of_copy": layer.kv_bytes / time / rate}
+            found.append(row)
+            print(row, flush=True)
+    return found
+
+
+def prefill(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One prompt by every tile: TFLOP/s, and beside torch's own attention on contiguous keys."""
+    found = []
+    for tokens in args.prefill:
+        layer = Layer(args, 1, tokens)
+        step = layer.step(tokens)
+        flops = 2.0 * tokens * tokens * args.dim * layer.heads  # half of the square is masked
+        shapes = ((layer.heads, tokens), (layer.kv_heads, tokens), (layer.kv_heads, tokens))
+        q, k, v = (
+            torch.randn(1, *shape, args.dim, device=layer.device, dtype=layer.dtype) for shape in shapes
+        )
+
+        def library(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
+            out: Tensor = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=True
+            )
+            return out
+
+        theirs = seconds(library, layer.device)
+        for choice in tiles(args):
+            time = seconds(partial(step, choice), layer.device)
+            row = {"tokens": tokens, "tiles": choice.name, "ms": 1e3 * time, "tflops": flops / time / 1e12}
+            row |= {"torch_ms": 1e3 * theirs, "torch_over_ours": theirs / time}
+            found.append(row)
+            print(row, flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--device", default="cuda")
+    add("--dtype", default="bfloat16")
+    add("--heads", type=int, nargs=2, default=[32, 8], metavar=("H", "K"))
+    add("--dim", type=int, default=128)
+    add("--decode", nargs="*", default=["1x65536", "8x16384", "32x4096", "128x2048"], metavar="BATCHxCONTEXT")
+    add("--prefill", type=int, nargs="*", default=[1024, 4096, 16384], metavar="TOKENS")
+    add("--copy-mib", type=int, default=1024)
+    add("--out", default="attention.json")
+    args = parser.parse_args()
+    rate = copy_rate(args)
+    name = torch.cuda.get_device_name(0) if args.device.startswith("cuda") else "interpreter"
+    result = {"device": name, "torch": torch.__version__, "arguments": vars(args), "copy_bytes_per_s": rate}
+    result |= {"decode": decode(args, rate), "prefill": prefill(args)}
+    Path(args.out).write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The Triton kernels: right under the interpreter, compiled for Hopper, and a check of them that can fail.
+
+Whether kernels are interpreted is settled when Triton is first imported: each way has a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.checkpoints import write_checkpoint
+from support.tree import ROOT
+
+from ellm.deploy import cli
+
+TIMEOUT_S = 900  # of a process: 15 s on an idle core, minutes on a loaded machine
+pytestmark = [pytest.mark.needs_module("triton"), pytest.mark.timeout(TIMEOUT_S + 60)]
+
+KERNELS = {"rms_norm", "layer_norm", "silu_mul", "rotary", "kv_store", "paged_attention"}
+
+
+def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "PYTHONWARNINGS": "ignore"} | environment
+    command = [sys.executable, *words]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
+
+
+def check(*words: str, **environment: str) -> tuple[int, dict[str, Any]]:
+    done = python("-m", "ellm.deploy.cli", "kernels", "check", "--json", *words, **environment)
+    assert done.stdout, done.stderr[-2000:]
+    return done.returncode, json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("triton"))
+
+
+def test_every_kernel_equals_its_twin() -> None:
+    code, told = check("--quick")
+    assert [case for case in told["cases"] if not case["passed"]] == []
+    assert (code, told["failed"]) == (0, 0)
+    assert set(told["kernels"]) == KERNELS
+    details = [case["detail"] for case in told["cases"] if case["kernel"] == "paged_attention"]
+    for dtype, least in (("float32", 4), ("bfloat16", 18), ("float16", 6)):  # head dimensions times tiles
+        own = [detail for detail in details if detail.startswith(f"{dtype} ")]
+        assert sum("window" in detail for detail in own) == least
+        assert sum("in a chunk" in detail for detail in own) == 1
+    assert {"32", "256"} <= {word.partition("x")[2] for d in details for word in d.split() if ":" in word}
+
+
+# Each a way to be wrong, in one process: compiling nothing, it takes Triton's import alone.
+BROKEN = """
+import itertools, json, os, sys
+from dataclasses import replace
+os.environ["TRITON_INTERPRET"] = "1"
+from ellm.deploy.cli import main
+from ellm.kernels import triton_check, triton_rows, triton_tiles
+from ellm.kernels.triton_cases import POISON
+
+right = triton_rows.silu_mul
+def a_little_off(x): return right(x) * 1.05
+def one_unwritten(x):
+    out = right(x)
+    out[-1:, -1:] = POISON
+    return out
+def raises(x): raise RuntimeError("no such instruction")
+def other_shape(x): return right(x)[:, :-1]
+codes = {}
+for wrong in (a_little_off, one_unwritten, raises, other_shape, right):
+    triton_rows.silu_mul = wrong
+    codes[wrong.__name__] = main(["kernels", "check", "--quick", "--kernel", "silu_mul"])
+
+attend = triton_tiles.paged_attention
+def sees_the_next_slot(q, k, v, meta, *rest, **keywords):
+    meta = replace(meta, kv_lens=meta.kv_lens + 1, positions=meta.positions + 1)
+    return attend(q, k, v, meta, *rest, **keywords)
+def other_scale(q, k, v, meta, scale, *rest, **keywords):
+    return attend(q, k, v, meta, 1.1 * scale, *rest, **keywords)
+def other_sums(q, k, v, meta, scale, window, choice):
+    return attend(q, k, v, meta, scale, window, replace(choice, same_sums=meta.num_decode > 0))
+from ellm.kernels.triton_cases import TINY, cases
+device = triton_check.torch.device("cpu")
+plain, exact = [
+    next(c for c in cases(TINY, quick=True) if c.kernel == "paged_attention" and bool(c.again) == again
+         and (not again or "in a chunk" in c.detail))
+    for again in (False, True)
+]
+for case, wrongs in ((plain, (sees_the_next_slot, other_scale)), (exact, (other_sums,))):
+    for wrong in wrongs:
+        triton_tiles.paged_attention = wrong
+        codes[wrong.__name__] = int(not triton_check.judge(case, device).passed)
+print(json.dumps(codes))
+"""
+
+
+@pytest.mark.slow
+def test_every_kernel_equals_its_twin_in_every_configuration() -> None:
+    code, told = check()
+    assert [case for case in told["cases"] if not case["passed"]] == []
+    assert (code, set(told["kernels"])) == (0, KERNELS)
+    assert told["total"] > 500
+
+
+@pytest.mark.slow
+def test_every_configuration_compiles_for_hopper(cache: str) -> None:
+    code, told = check("--aot", "sm_90", TRITON_CACHE_DIR=cache)
+    assert [case for case in told["cases"] if not case["passed"]] == []
+    assert code == 0
+
+
+def test_a_kernel_that_is_wrong_is_found() -> None:
+    done = python("-c", BROKEN)
+    assert done.returncode == 0, done.stderr[-2000:]
+    codes = json.loads(done.stdout.splitlines()[-1])
+    assert codes.pop("silu_mul") == 0
+    assert codes == dict.fromkeys(codes, 1)
+    assert len(codes) == 7
+    assert "FAIL silu_mul" in done.stdout
+    assert "RuntimeError: no such instruction" in done.stdout
+
+
+def test_every_kernel_compiles_for_hopper(cache: str) -> None:
+    code, told = check("--aot", "sm_90", "--quick", TRITON_CACHE_DIR=cache)
+    assert [case for case in told["cases"] if not case["passed"]] == []
+    assert code == 0
+    assert set(told["kernels"]) == KERNELS - {"paged_attention"} | {"attend", "join"}
+    for case in told["cases"]:
+        assert 0 < case["registers"] <= 255
+    chunks = [c for c in told["cases"] if c["kernel"] == "attend" and "single" not in c["detail"]]
+    assert {case["matrix"] for case in chunks} == {"wgmma"}
+
+
+UNFIT = """
+from ellm.deploy.cli import main
+from ellm.kernels import triton_aot
+triton_aot.SHARED_LIMIT = 1 << 10
+raise SystemExit(main(["kernels", "check", "--aot", "sm_90", "--quick", "--kernel", "silu_mul"])
+    + 10 * main(["kernels", "check", "--aot", "sm_90", "--quick", "--kernel", "paged_attention"]))
+"""
+
+
+def test_a_kernel_that_does_not_fit_is_found(cache: str) -> None:
+    done = python("-c", UNFIT, TRITON_CACHE_DIR=cache)
+    assert done.returncode == 10, done.stdout + done.stderr[-2000:]
+    assert "FAIL attend" in done.stdout
+
+
+def test_what_cannot_be_checked_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in (
+        (["--aot", "hopper"], "--aot: a GPU's architecture is written as sm_90, not 'hopper'"),
+        (["--aot", "sm_90", "--quick", "--kernel", "silu"], "there is no kernel 'silu'"),
+    ):
+        assert cli.main(["kernels", "check", *words]) == 2
+        assert capsys.readouterr().err == f"ellm kernels: {message}\n"
+
+
+def test_an_engine_on_the_kernels_says_what_one_on_torch_says(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "llama", num_attention_heads=4, head_dim=16)
+    done = python("-m", "support.triton_engine", str(tmp_path), TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["triton"] == told["torch"]
+    assert [len(outputs) for outputs in told["triton"]] == [6, 7]
