@@ -62,7 +62,7 @@ class Service:
         """Raises Unavailable when no worker is up in time."""
         info = self.dispatcher.info() or await self.dispatcher.wait_for_worker()
         default = ServiceLevel(info.tpot_slo_s, info.ttft_slo_s)
-        return ModelBounds(info.max_model_len, info.vocab_size, default)
+        return ModelBounds(info.max_model_len, info.vocab_size, default, info.grammars)
 
     async def job(self, kind: Kind, body: Any) -> Job:
         """Raises InvalidRequest, Unavailable."""

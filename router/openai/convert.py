@@ -10,10 +10,12 @@ import random
 from dataclasses import dataclass, replace
 
 from ellm.router.config import LimitsConfig
+from ellm.router.grammar_check import GrammarCheck
 from ellm.router.openai import fields
 from ellm.router.openai.chat_template import SPECIAL_TOKENS
 from ellm.router.openai.messages import plain_messages
 from ellm.router.openai.schema import ChatRequest, CompletionRequest, TokenizeRequest
+from ellm.router.openai.structured import Structure, structure
 from ellm.router.service_level import NO_PROMISE, ServiceLevel
 from ellm.router.tokenizer import INLINE_CHARS, Tokenizer, in_text_thread
 from ellm.worker.api.errors import InvalidRequest, PromptTooLong
@@ -44,6 +46,7 @@ class ModelBounds:
     max_model_len: int  # tokens, prompt and output together
     vocab_size: int
     default_level: ServiceLevel = NO_PROMISE
+    grammars: bool = False  # workers obey grammars
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,7 @@ class Converter:
     def __init__(self, tokenizer: Tokenizer, limits: LimitsConfig) -> None:
         self._tokenizer = tokenizer
         self._limits = limits
+        self._grammars = GrammarCheck(tokenizer)
 
     async def completion(self, body: CompletionRequest, bounds: ModelBounds) -> Job:
         """Raises InvalidRequest."""
@@ -90,6 +94,7 @@ class Converter:
         raw = fields.raw_prompts(body.prompt, n, self._limits)
         base = self._sampling(body, bounds, logprobs)
         job = self._job(body, n, bounds)
+        base = replace(base, grammar=await self._grammar(structure(body), bounds))
         if echo:
             base = replace(base, prompt_logprobs=logprobs)
         prompts, sampling = [], []
@@ -125,10 +130,19 @@ class Converter:
             raise InvalidRequest(f"{field}: 0 leaves nothing to generate", param=field)
         base = self._sampling(body, bounds, (top or 0) if body.logprobs else None)
         job = self._job(body, n, bounds)
+        base = replace(base, grammar=await self._grammar(structure(body), bounds))
         text = await self.rendered(body)
         prompt = await self._prompt(text, bool(body.add_special_tokens), bounds, "messages")
         room = _room(prompt, bounds, "messages")
         return replace(job, prompts=(prompt,), sampling=(_sized(base, asked or room, room, field),))
+
+    async def _grammar(self, asked: Structure | None, bounds: ModelBounds) -> str | None:
+        if asked is None:
+            return None
+        if not bounds.grammars:
+            raise InvalidRequest(f"{asked.field}: this model's workers obey no grammar", param=asked.field)
+        await self._grammars.check(asked.grammar, asked.field)
+        return asked.grammar
 
     async def rendered(self, body: ChatRequest | TokenizeRequest) -> str:
         """The text of a conversation by the model's template. Raises InvalidRequest."""

@@ -85,6 +85,11 @@ class _Generation(BaseModel):
     ttft_slo_ms: float | None = None
     priority: int | None = None
     stream_pace: bool | None = None
+    structured_outputs: Any = None  # these five ask for grammars: `structured`
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
 
 
 class CompletionRequest(_Generation):
@@ -106,6 +111,7 @@ class ChatRequest(_Generation):
     add_generation_prompt: bool | None = True
     continue_final_message: bool | None = False
     chat_template_kwargs: dict[str, Any] | None = None
+    response_format: Any = None  # {"type": ...}: `structured`
 
 
 class TokenizeRequest(BaseModel):
@@ -161,9 +167,8 @@ def refuse_unknown(extra: Mapping[str, Any]) -> None:
 
 _KNOWN_UNSUPPORTED = frozenset(
     {
-        "audio", "web_search_options", "verbosity", "guided_json", "guided_regex", "guided_choice",
-        "guided_grammar", "structured_outputs", "json_schema", "grammar", "prompt_logprobs", "chat_template",
-        "documents", "detokenize", "truncate",
+        "audio", "web_search_options", "verbosity", "json_schema", "grammar", "prompt_logprobs",
+        "chat_template", "documents", "detokenize", "truncate",
         "truncate_prompt_tokens", "allowed_token_ids", "prompt_embeds", "echo", "logprobs",
         "mm_processor_kwargs", "typical_p", "mirostat",
     }
