@@ -132,7 +132,12 @@ class Grammars:
 
         with self._lock:
             if self._tokens is None:
-                text = Tokenizer.from_file(str(self._file)).to_str()
-                eos = [token for token in self._eos if token < self._vocab_size]
-                self._tokens = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=eos)
+                tokenizer = Tokenizer.from_file(str(self._file))
+                known = set(tokenizer.get_vocab(with_added_tokens=True).values())
+                eos = [token for token in self._eos if token in known]  # a config may name more
+                try:
+                    text, size = tokenizer.to_str(), self._vocab_size
+                    self._tokens = LLTokenizer(text, n_vocab=size, eos_token=eos)
+                except ValueError as error:
+                    raise ConfigError(f"this tokenizer obeys no grammar: {error}") from None
             return self._tokens
