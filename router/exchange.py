@@ -30,9 +30,10 @@ from ellm.router.http_bodies import (
 )
 from ellm.router.keys import ApiKey
 from ellm.router.metrics import RouterMetrics
-from ellm.router.openai.answer import Answer, ChatShape, CompletionShape
+from ellm.router.openai.answer import Answer
 from ellm.router.openai.convert import Converter, Job, ModelBounds
 from ellm.router.openai.schema import ChatRequest, CompletionRequest, parse
+from ellm.router.openai.shapes import ChatShape, CompletionShape
 from ellm.router.paced_stream import PacedStream
 from ellm.router.service_level import ServiceLevel, with_headers
 from ellm.router.sinks import EventStream, Gathered

@@ -41,6 +41,7 @@ class Gathered:
         finish_reason: FinishReason | None,
     ) -> None:
         self._texts[sequence.index].append(text)
+        self._answer.take(sequence.index, text, len(token_ids))
         if scored:
             self._scored[sequence.index].extend(scored)
         if finish_reason is not None:

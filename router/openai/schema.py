@@ -112,6 +112,10 @@ class ChatRequest(_Generation):
     continue_final_message: bool | None = False
     chat_template_kwargs: dict[str, Any] | None = None
     response_format: Any = None  # {"type": ...}: `structured`
+    tools: Any = None  # these three: `tools`
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = True  # what a model thinks aloud comes apart from what it says
 
 
 class TokenizeRequest(BaseModel):

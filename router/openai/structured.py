@@ -48,13 +48,14 @@ def structure(body: Any) -> Structure | None:
         raise InvalidRequest(
             f"{asked[1].field} and {asked[0].field} exclude each other", param=asked[1].field
         )
-    if not asked:
-        return None
-    if body.min_tokens:
-        raise InvalidRequest(f"min_tokens does not go with {asked[0].field}", param="min_tokens")
-    if body.ignore_eos:
-        raise InvalidRequest(f"ignore_eos does not go with {asked[0].field}", param="ignore_eos")
-    return asked[0]
+    return asked[0] if asked else None
+
+
+def check_company(asked: Structure, body: Any) -> None:
+    """Raises InvalidRequest for a field that contradicts a grammar: its end is the output's."""
+    for name in ("min_tokens", "ignore_eos"):
+        if getattr(body, name):
+            raise InvalidRequest(f"{name} does not go with {asked.field}", param=name)
 
 
 def json_grammar(schema: Any, field: str, *, lenient: bool = False) -> str:
