@@ -10,6 +10,10 @@ import orjson
 
 from ellm.worker.api.errors import InvalidRequest
 
+# Of OpenAI's message types. What is refused changes a prompt in ways that no template here knows; all else, a
+# client's own fields included, reaches the template.
+READ_BY_TEMPLATE = frozenset({"role", "content", "name", "refusal", "tool_calls", "tool_call_id"})
+REFUSED = ("audio", "function_call")
 MAX_CALLS = 256  # of one message
 _ROLE = re.compile(r"[a-z_]{1,32}")
 
@@ -29,7 +33,7 @@ def _plain(message: Mapping[str, Any], path: str) -> dict[str, Any]:
         raise InvalidRequest(
             f"{path}.role: one of system, developer, user, assistant, tool", param=f"{path}.role"
         )
-    for name in ("audio", "function_call"):
+    for name in REFUSED:
         if message.get(name) is not None:
             raise InvalidRequest(f"{path}.{name} is not supported", param=f"{path}.{name}")
     content = message.get("content")

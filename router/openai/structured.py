@@ -7,7 +7,7 @@ checked before anything is read; what the grammar itself says is `GrammarCheck`'
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ _GUIDED = {
     "guided_choice": "choice",
     "guided_grammar": "grammar",
 }
+JSON_SCHEMA_FIELDS = frozenset({"name", "description", "schema", "strict"})
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
@@ -113,7 +114,7 @@ def _response_format(body: Any) -> Structure | None:
 def _json_schema(asked: Any, field: str) -> Structure:
     if not isinstance(asked, Mapping):
         raise InvalidRequest(f"{field}: an object with name and schema", param=field)
-    _nothing_but(asked, {"name", "description", "schema", "strict"}, field)
+    _nothing_but(asked, JSON_SCHEMA_FIELDS, field)
     if not isinstance(asked.get("name"), str):
         raise InvalidRequest(f"{field}.name: a text", param=f"{field}.name")
     if not isinstance(asked.get("strict"), bool | None):
@@ -123,7 +124,7 @@ def _json_schema(asked: Any, field: str) -> Structure:
     return Structure(json_grammar(schema, where), where)
 
 
-def _nothing_but(asked: Mapping[str, Any], known: set[str], field: str) -> None:
+def _nothing_but(asked: Mapping[str, Any], known: Set[str], field: str) -> None:
     for name, value in asked.items():
         if name not in known and value is not None:
             shown = f"{field}.{name[:64]}".encode("ascii", "replace").decode()

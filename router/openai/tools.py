@@ -22,6 +22,7 @@ from ellm.worker.api.errors import InvalidRequest
 MAX_TOOLS = 128
 MAX_TOOLS_BYTES = 128 * 1024  # of all definitions together
 MAX_CALLS = 8  # in one answer that must call
+FUNCTION_FIELDS = frozenset({"name", "description", "parameters", "strict"})
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 _CHOICES = "none, auto, required, or an object that names a function"
 
@@ -152,7 +153,7 @@ def _tool(tool: Any, place: int) -> Tool:
     function = tool.get("function")
     if not isinstance(function, Mapping):
         raise InvalidRequest(f"{path}.function: an object", param=f"{path}.function")
-    for name in function.keys() - {"name", "description", "parameters", "strict"}:
+    for name in function.keys() - FUNCTION_FIELDS:
         shown = f"{path}.function.{name[:64]}".encode("ascii", "replace").decode()
         raise InvalidRequest(f"{shown} is not a field of a function", param=shown)
     name, parameters, strict = function.get("name"), function.get("parameters"), function.get("strict")
