@@ -55,7 +55,7 @@ class SamplingBatch:
     bias_ids: Tensor | None = None  # [Q] int64
     bias: Tensor | None = None  # [Q] float32
     # What rows may emit at all: row mask_row[j] only tokens whose bit (id % 32 of word id / 32) is set.
-    mask_row: Tensor | None = None  # [M] int64, each row once
+    mask_row: Tensor | None = None  # [M] int64, rising
     masks: Tensor | None = None  # [M, ceil(V / 32)] int32
 
 

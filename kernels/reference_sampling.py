@@ -15,6 +15,7 @@ undefined, others are not touched.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,12 +41,21 @@ def adjust_logits(logits: Tensor, batch: SamplingBatch) -> Tensor:
         _penalise(out, batch)
     if batch.masks is not None:
         assert batch.mask_row is not None
-        out[batch.mask_row] = out[batch.mask_row].masked_fill(~unpack(batch.masks, out.shape[1]), NEG_INF)
+        banned = ~unpack(batch.masks, out.shape[1])
+        if len(banned) == len(out):  # all rows, in their order
+            out.masked_fill_(banned, NEG_INF)
+        else:
+            out[batch.mask_row] = out[batch.mask_row].masked_fill_(banned, NEG_INF)
     return out
 
 
 def unpack(masks: Tensor, vocab_size: int) -> Tensor:
     """Bits of masks [M, ceil(V / 32)] int32 -> bool [M, V]."""
+    if masks.device.type == "cpu":
+        octets = masks.numpy().view(np.uint8)
+        return torch.from_numpy(
+            np.unpackbits(octets, axis=1, count=vocab_size, bitorder="little").view(np.bool_)
+        )
     shifts = torch.arange(32, dtype=torch.int32, device=masks.device)
     bits = (masks.unsqueeze(-1) >> shifts) & 1
     return bits.flatten(1)[:, :vocab_size].bool()

@@ -63,7 +63,9 @@ class Service:
         """Raises Unavailable when no worker is up in time."""
         info = self.dispatcher.info() or await self.dispatcher.wait_for_worker()
         default = ServiceLevel(info.tpot_slo_s, info.ttft_slo_s)
-        return ModelBounds(info.max_model_len, info.vocab_size, default, info.grammars)
+        # While releases are mixed a worker of an older one would answer as if no grammar had come.
+        grammars = info.grammars and all(link.info.grammars for link in self.dispatcher.links.values())
+        return ModelBounds(info.max_model_len, info.vocab_size, default, grammars)
 
     async def job(self, kind: Kind, body: Any) -> Job:
         """Raises InvalidRequest, Unavailable."""

@@ -148,7 +148,12 @@ def test_the_official_client(url: str) -> None:
     for call in message.tool_calls:
         jsonschema.validate(json.loads(call.function.arguments), SCHEMAS[call.function.name])
     schema = {"name": "clock", "schema": CLOCK, "strict": True}
-    made = official.chat.completions.create(
+    strict = official.with_options(_extra_kwargs={"_strict_response_validation": True})
+    called = strict.chat.completions.create(
+        model=NAME, messages=MESSAGES, tools=TOOLS, tool_choice="required", seed=3,  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert called.choices[0].message.tool_calls
+    made = strict.chat.completions.create(
         model=NAME, messages=MESSAGES, max_completion_tokens=200,  # type: ignore[arg-type]
         response_format={"type": "json_schema", "json_schema": schema},  # type: ignore[arg-type, misc, list-item]
     )  # fmt: skip
