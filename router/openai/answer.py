@@ -89,6 +89,7 @@ class Answer:
         self._logprobs = bool(job.sampling) and job.sampling[0].logprobs is not None
         parsing, count = job.parsing, job.num_sequences
         self._parsers = [] if parsing is None else [ChatParser(parsing) for _ in range(count)]
+        self.parses = bool(self._parsers)  # wants every token, also one without a text
         # Text alone goes by template unless something comes with every token.
         alone = not (job.return_token_ids or job.continuous_usage or self._logprobs)
         self.templated = alone and not self._parsers
@@ -116,10 +117,10 @@ class Answer:
             return b""
         return event(self._chunk(sequence.index, (first or self._shape.delta("", None)) | ids, None, None))
 
-    def take(self, index: int, text: str, num_tokens: int) -> None:
+    def take(self, index: int, text: str, token_ids: Sequence[int]) -> None:
         """Text of an answer that is not streamed, as it comes."""
         if self._parsers:
-            self._parsers[index].feed(text, num_tokens)
+            self._parsers[index].feed(text, map(self._tokenizer.token_bytes, token_ids))
 
     def chunk(
         self,
@@ -137,9 +138,7 @@ class Answer:
             logprobs = self._shape.logprobs(scored, self._tokenizer, offset)
         ids = {"token_ids": list(token_ids)} if self._job.return_token_ids else {}
         if self._parsers:
-            return self._parsed(
-                index, text, len(token_ids), ids | {"logprobs": logprobs}, finish_reason, usage
-            )
+            return self._parsed(index, text, token_ids, ids | {"logprobs": logprobs}, finish_reason, usage)
         delta = self._shape.delta(text, logprobs) | ids
         return event(self._chunk(index, delta, finish_reason, usage))
 
@@ -147,14 +146,14 @@ class Answer:
         self,
         index: int,
         text: str,
-        num_tokens: int,
+        token_ids: Sequence[int],
         first: dict[str, Any],
         reason: str | None,
         usage: Usage | None,
     ) -> bytes:
         """A chunk for each part of the message; `first` goes with the first, the reason with the last."""
         parser = self._parsers[index]
-        deltas = parser.feed(text, num_tokens)
+        deltas = parser.feed(text, map(self._tokenizer.token_bytes, token_ids))
         if reason is not None:
             deltas += parser.finish()
             reason = _reason(parser, reason)

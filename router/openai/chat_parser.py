@@ -6,6 +6,7 @@ One parser serves one choice, streamed or not; the parts do not depend on how th
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from ellm.router.openai.tool_calls import Called, Event, Said, ToolCallParser, ToolFormat
 
 BEGIN, END = "<think>", "</think>"
+_BEGIN, _END = BEGIN.encode(), END.encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,35 @@ class _Reasoning:
             parts.append((reasoning, text))
 
 
+class _ReasoningTokens:
+    """How many tokens the reasoning took, its marks included; by the tokens' own bytes, so that it does not
+    matter how many of them come at once."""
+
+    def __init__(self, opened: bool) -> None:
+        self._begun = opened
+        self._over = False
+        self._seen = b""
+        self._count = 0
+
+    @property
+    def count(self) -> int:
+        return self._count if self._begun else 0
+
+    def add(self, tokens: Iterable[bytes]) -> None:
+        for token in tokens:
+            if self._over:
+                return
+            self._seen += token
+            self._count += 1
+            start = self._seen.lstrip()
+            if not self._begun and not _BEGIN.startswith(start):
+                self._begun = start.startswith(_BEGIN)
+                self._over = not self._begun
+            if self._begun:
+                self._over = _END in self._seen
+                self._seen = self._seen[-len(_END) :]
+
+
 class ChatParser:
     """Of one choice. `feed` and `finish` return deltas of a stream; `message` says all that there was."""
 
@@ -105,20 +136,22 @@ class ChatParser:
         self._content: list[str] = []
         self._thoughts: list[str] = []
         self._calls: list[dict[str, Any]] = []
-        self.reasoning_tokens = 0
+        self._count = _ReasoningTokens(parsing.opened)
 
     @property
     def called(self) -> bool:
         return bool(self._calls)
 
-    def feed(self, text: str, num_tokens: int) -> list[dict[str, Any]]:
+    @property
+    def reasoning_tokens(self) -> int:
+        return self._count.count
+
+    def feed(self, text: str, tokens: Iterable[bytes] = ()) -> list[dict[str, Any]]:
+        """New text, and the bytes of the new tokens each by itself."""
         if self._reasoning is None:
             return self._plain(text)
-        before = self._reasoning.inside
-        parts = self._reasoning.feed(text)
-        if before or self._reasoning.inside:
-            self.reasoning_tokens += num_tokens
-        return [delta for part in parts for delta in self._part(*part)]
+        self._count.add(tokens)
+        return [delta for part in self._reasoning.feed(text) for delta in self._part(*part)]
 
     def finish(self) -> list[dict[str, Any]]:
         deltas: list[dict[str, Any]] = []

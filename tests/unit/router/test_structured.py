@@ -92,6 +92,20 @@ def test_constrained_and_free_requests_share_steps(client: httpx.Client) -> None
         assert all(p < 0 for p in choice["logprobs"]["token_logprobs"])
 
 
+def test_an_echo_is_not_constrained(client: httpx.Client) -> None:
+    """Nor is it of the grammar; its tokens are scored like any prompt's."""
+    body = {"prompt": "go: ", "echo": True, "logprobs": 2, "seed": 1, "guided_choice": ["stop", "start"]}
+    (choice,) = post(client, body, "completions")["choices"]
+    assert choice["text"] in ("go: stop", "go: start")
+    assert choice["finish_reason"] == "stop"
+    logprobs = choice["logprobs"]
+    assert logprobs["token_logprobs"][0] is None
+    assert all(p <= 0 for p in logprobs["token_logprobs"][1:])
+    assert "".join(logprobs["tokens"]).startswith(choice["text"])
+    events = stream(client, "/v1/completions", body)
+    assert "".join(c["text"] for e in events for c in e["choices"]) == choice["text"]
+
+
 @pytest.mark.parametrize(
     ("fields", "form"),
     [

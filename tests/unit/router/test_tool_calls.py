@@ -20,7 +20,7 @@ def read(parsing: Parsing, pieces: list[str]) -> tuple[dict[str, Any], list[dict
     """(the message, the deltas of the stream)."""
     parser, deltas = ChatParser(parsing), []
     for piece in pieces:
-        deltas += parser.feed(piece, 1)
+        deltas += parser.feed(piece)
     deltas += parser.finish()
     return parser.message(), deltas
 
@@ -83,9 +83,9 @@ def test_calls_are_found_in_any_cut(form: Any, text: str, content: str, calls: l
 
 def test_arguments_are_streamed_as_they_come() -> None:
     parser = ChatParser(Parsing(HERMES))
-    head = parser.feed('<tool_call>\n{"name": "f", "arguments": {"text": "abc', 1)
+    head = parser.feed('<tool_call>\n{"name": "f", "arguments": {"text": "abc')
     assert joined(head) == ("", "", [("f", '{"text": "abc')])
-    (more,) = parser.feed(' def"', 1)
+    (more,) = parser.feed(' def"')
     assert more == {"tool_calls": [{"index": 0, "function": {"arguments": ' def"'}}]}
 
 
@@ -117,8 +117,27 @@ def test_reasoning_comes_before_calls() -> None:
     for size in (1, 4, 1000):
         parser, deltas = ChatParser(Parsing(HERMES, True)), []
         for i in range(0, len(text), size):
-            deltas += parser.feed(text[i : i + size], 1)
+            deltas += parser.feed(text[i : i + size])
         deltas += parser.finish()
         assert joined(deltas) == (f"A call: {CALL}", "", [WEATHER])
         assert parser.called
         assert parser.message()["content"] is None
+
+
+@pytest.mark.parametrize(
+    ("opened", "tokens", "count"),
+    [
+        (False, [b"<th", b"ink>", b"\xc3", b"\xa4", b"b </", b"think>", b"So", b"</think>"], 6),
+        (False, [b" ", b"<think>", b"a", b"b"], 4),
+        (False, [b"So", b"<think>", b"</think>"], 0),
+        (True, [b"Why?", b"</think>", b"So"], 2),
+        (False, [b" ", b"\n"], 0),
+    ],
+)
+def test_reasoning_tokens_are_counted(opened: bool, tokens: list[bytes], count: int) -> None:
+    """As they come: one by one, or several at once."""
+    for size in (1, 2, 3, 10):
+        parser = ChatParser(Parsing(None, True, opened))
+        for i in range(0, len(tokens), size):
+            parser.feed("", tokens[i : i + size])
+        assert parser.reasoning_tokens == count

@@ -271,7 +271,7 @@ def test_what_the_grammar_lets_through_the_parser_reads(tmp_path: Path, form: To
         text = tokenizer.decode(ids)
         parser = ChatParser(Parsing(form))
         for i in range(0, len(text), 7):
-            parser.feed(text[i : i + 7], 1)
+            parser.feed(text[i : i + 7])
         parser.finish()
         message = parser.message()
         assert message["content"] is None, text
