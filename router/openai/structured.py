@@ -31,6 +31,15 @@ _GUIDED = {
     "guided_grammar": "grammar",
 }
 JSON_SCHEMA_FIELDS = frozenset({"name", "description", "schema", "strict"})
+FORMATS = frozenset(
+    {
+        *("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"),
+        # Defined, and refused by the library: they must not be passed over.
+        *("idn-email", "idn-hostname", "iri", "iri-reference", "uri-reference", "uri-template"),
+        *("json-pointer", "relative-json-pointer", "regex"),
+    }
+)
+_VALUES = frozenset({"enum", "const", "default", "examples"})  # no schemas in these
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
@@ -62,19 +71,37 @@ def check_company(asked: Structure, body: Any) -> None:
 def json_grammar(schema: Any, field: str, *, lenient: bool = False) -> str:
     """Of a JSON schema. `lenient`: keywords that cannot be obeyed are passed over. Raises InvalidRequest."""
     matcher = _library(field)
-    if isinstance(schema, str):
-        text = schema
-    elif isinstance(schema, Mapping | bool):
-        text = _dumped(schema, field)
-    else:
-        raise InvalidRequest(f"{field}: a JSON schema, which is an object", param=field)
+    text = schema if isinstance(schema, str) else _dumped(schema, field)
     if len(text) > MAX_GRAMMAR_BYTES:
         raise InvalidRequest(f"{field}: more than {MAX_GRAMMAR_BYTES} bytes", param=field)
+    if isinstance(schema, str):
+        try:
+            schema = orjson.loads(text)
+        except orjson.JSONDecodeError as error:
+            raise InvalidRequest(f"{field}: not JSON: {error}"[:200], param=field) from None
+        text = _dumped(schema, field)
+    if not isinstance(schema, Mapping | bool):
+        raise InvalidRequest(f"{field}: a JSON schema, which is an object", param=field)
+    if '"format"' in text:
+        text = _dumped(_known_formats(schema), field)
     defaults: dict[str, Any] = {"whitespace_pattern": WHITESPACE, "lenient": lenient}
     try:
         return matcher.grammar_from_json_schema(text, defaults)  # type: ignore[arg-type]
     except ValueError as error:
         raise InvalidRequest(f"{field}: {str(error)[:200]}", param=field) from None
+
+
+def _known_formats(schema: Any) -> Any:
+    """Without the formats that nobody has defined: to them a schema says nothing (JSON Schema, 7.2.3)."""
+    if isinstance(schema, list):
+        return [_known_formats(one) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    return {
+        key: value if key in _VALUES else _known_formats(value)
+        for key, value in schema.items()
+        if not (key == "format" and isinstance(value, str) and value not in FORMATS)
+    }
 
 
 def _library(field: str) -> type[LLMatcher]:

@@ -125,6 +125,18 @@ def test_other_forms(client: httpx.Client, fields: dict[str, Any], form: str) ->
     assert choice["finish_reason"] == "stop"
 
 
+def test_a_format_that_nobody_has_defined_says_nothing(client: httpx.Client) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"format": {"type": "string", "format": "color", "maxLength": 3}},
+        "required": ["format"], "additionalProperties": False, "x-guidance": {"whitespace_pattern": ""},
+    }  # fmt: skip
+    answer = post(client, asked(schema, max_tokens=60))
+    jsonschema.validate(json.loads(answer["choices"][0]["message"]["content"]), schema)
+    regex = {"type": "string", "format": "idn-email"}
+    assert "idn-email" in refused(client, asked(regex))["message"]
+
+
 def test_any_object(client: httpx.Client) -> None:
     """Random weights write endlessly: up to its limit it is the beginning of an object."""
     answer = post(
@@ -147,6 +159,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (asked({"type": "array", "uniqueItems": True}), "json_schema.schema", "uniqueItems"),
     (asked({"type": "string", "pattern": "(?<x"}), "json_schema.schema", "regex"),
     (asked(7), "json_schema.schema", "object"),
+    (asked("{"), "json_schema.schema", "not JSON"),
     (asked(nested(200)), "json_schema.schema", ""),
     (asked(nested(300)), "json_schema.schema", "deep"),
     (asked(HUGE), "json_schema.schema", "bytes"),
