@@ -8,9 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import jsonschema
 import pytest
-from llguidance import LLMatcher
 from support import golden
 from support.engine_driver import EngineDriver, plain
 from support.golden import Checkpoint
@@ -22,6 +20,8 @@ from ellm.worker.api.config import SchedulerConfig
 from ellm.worker.api.request import EngineRequest, SamplingParams
 from ellm.worker.engine.policies import Policy
 from ellm.worker.executor.base import Executor
+
+pytestmark = [pytest.mark.needs_module(name) for name in ("numba", "llguidance", "jsonschema")]
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -35,7 +35,7 @@ SCHEMA: dict[str, Any] = {
     "$defs": {"flag": {"type": "boolean"}},
     "x-guidance": {"whitespace_pattern": ""},
 }
-GRAMMAR = LLMatcher.grammar_from_json_schema(SCHEMA)
+GRAMMAR = json.dumps({"grammars": [{"json_schema": SCHEMA}]})  # as llguidance reads it
 GREEDY = SamplingParams(temperature=0.0, max_tokens=60)
 FREE = replace(GREEDY, ignore_eos=True)
 
@@ -74,10 +74,11 @@ def want(checkpoint: Callable[[str], Checkpoint]) -> dict[str, list[int]]:
     return driver.streams
 
 
-@pytest.mark.needs_module("numba")
 def test_outputs_are_of_the_grammar(
     checkpoint: Callable[[str], Checkpoint], want: dict[str, list[int]]
 ) -> None:
+    import jsonschema
+
     tokenizer = Tokenizer.from_file(str(checkpoint("llama")[0] / "tokenizer.json"))
     matcher = golden.executor(checkpoint("llama")[0], jit=False).grammars
     assert matcher is not None
@@ -96,7 +97,6 @@ def test_outputs_are_of_the_grammar(
     assert ended >= 2
 
 
-@pytest.mark.needs_module("numba")
 @pytest.mark.parametrize("depth", [1, 2])
 def test_no_token_depends_on_residency(
     checkpoint: Callable[[str], Checkpoint], want: dict[str, list[int]], depth: int
@@ -117,7 +117,6 @@ def test_no_token_depends_on_residency(
     small.close()
 
 
-@pytest.mark.needs_module("numba")
 def test_another_worker_goes_on_where_the_first_stopped(
     checkpoint: Callable[[str], Checkpoint], want: dict[str, list[int]]
 ) -> None:
@@ -140,7 +139,6 @@ def test_another_worker_goes_on_where_the_first_stopped(
     executor.close()
 
 
-@pytest.mark.needs_module("numba")
 def test_ranks_obey_alike(
     ranks: RankPool, checkpoint: Callable[[str], Checkpoint], want: dict[str, list[int]]
 ) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from llguidance import LLMatcher
 from support.checkpoints import EOS_TOKEN_ID, VOCAB_SIZE, write_tokenizer
 from support.engine_driver import EngineDriver, request
 from tokenizers import Tokenizer
@@ -17,7 +17,15 @@ from ellm.worker.engine.plan import BatchPlan, StepResult
 from ellm.worker.executor.simulated import SimulatedExecutor
 from ellm.worker.model.grammar import MAX_KEPT, TOO_COMPLEX, Grammars, GrammarState
 
-REGEX = LLMatcher.grammar_from_regex("ab(cd)?")
+pytestmark = pytest.mark.needs_module("llguidance")
+
+
+def grammar(lark: str) -> str:
+    """As llguidance reads it."""
+    return json.dumps({"grammars": [{"lark_grammar": lark}]})
+
+
+REGEX = grammar("start: /ab(cd)?/")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +81,7 @@ def test_a_place_follows_from_the_output(grammars: Grammars, tokens: dict[str, i
 
 
 def test_a_grammar_that_grows_too_complex_fails_alone(grammars: Grammars, tokens: dict[str, int]) -> None:
-    state = grammars.begin(LLMatcher.grammar_from_lark('start: "a" start'), ())  # without end
+    state = grammars.begin(grammar('start: "a" start'), ())  # without end
     assert allowed(state) == [tokens["a"]]
     state.add(tokens["a"])
     assert state.error == TOO_COMPLEX
@@ -83,21 +91,21 @@ def test_a_grammar_that_grows_too_complex_fails_alone(grammars: Grammars, tokens
 
 
 def test_what_cannot_be_compiled_is_refused_with_the_reason(grammars: Grammars) -> None:
-    for grammar, reason in (
-        (LLMatcher.grammar_from_regex("(a"), "unclosed"),
-        (LLMatcher.grammar_from_json_schema('{"type": "integer", "minimum": 5, "maximum": 3}'), "greater"),
+    for bad, reason in (
+        (grammar("start: /(a/"), "unclosed"),
+        (grammar('start: %json {"type": "integer", "minimum": 5, "maximum": 3}'), "greater"),
         ("{}", "grammar"),
         ("x" * (MAX_GRAMMAR_BYTES + 1), "at most"),
     ):
         with pytest.raises(InvalidRequest, match=reason):
-            grammars.compile(grammar)
+            grammars.compile(bad)
 
 
 def test_compiled_grammars_are_kept_and_bounded(grammars: Grammars) -> None:
     first = grammars.compile(REGEX)
     assert grammars.compile(REGEX) is first
     for i in range(MAX_KEPT):
-        grammars.compile(LLMatcher.grammar_from_regex(f"x{i}"))
+        grammars.compile(grammar(f"start: /x{i}/"))
     assert grammars.compile(REGEX) is not first
 
 
