@@ -54,6 +54,9 @@ class SamplingBatch:
     bias_row: Tensor | None = None  # [Q] int64
     bias_ids: Tensor | None = None  # [Q] int64
     bias: Tensor | None = None  # [Q] float32
+    # What rows may emit at all: row mask_row[j] only tokens whose bit (id % 32 of word id / 32) is set.
+    mask_row: Tensor | None = None  # [M] int64, rising
+    masks: Tensor | None = None  # [M, ceil(V / 32)] int32
 
 
 class Linear(Protocol):
@@ -124,8 +127,8 @@ class Ops(Protocol):
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """logits [S, V] -> token ids [S] int64 (CPU or device).
 
-        Order: bias, penalties, then greedy argmax (lowest id wins a tie), or temperature, top-k, top-p,
-        min-p and Gumbel noise from f(seed, choice index, output index, token id).
+        Order: bias, penalties, masks, then greedy argmax (lowest id wins a tie), or temperature, top-k,
+        top-p, min-p and Gumbel noise from f(seed, choice index, output index, token id).
         """
         ...
 

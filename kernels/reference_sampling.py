@@ -2,7 +2,8 @@
 
 Order and ties, which every body keeps:
   1. logits in float32; bias is added; then penalties: repetition (divide a positive logit, multiply another),
-     then output_count * frequency and, where the count is not 0, presence are taken off;
+     then output_count * frequency and, where the count is not 0, presence are taken off; then tokens that a
+     row's mask does not allow go to -inf;
   2. a row of temperature 0 takes the largest logit, the lowest id of equals;
   3. others: z = (logit - largest) / temperature; tokens in order of (z falling, id rising); top-k keeps the
      first k; top-p keeps a token while the mass of those before it, of what top-k kept, is below top_p (so at
@@ -14,6 +15,7 @@ undefined, others are not touched.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +27,8 @@ NOISE_CHUNK = 1 << 21  # logits whose noise is made at once: float64 temporaries
 
 
 def adjust_logits(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """Bias and penalties: logits [S, V] -> [S, V], a float32 copy where there are any."""
-    if batch.bias is None and batch.penalty_ids is None:
+    """Bias, penalties and masks: logits [S, V] -> [S, V], a float32 copy where there are any."""
+    if batch.bias is None and batch.penalty_ids is None and batch.masks is None:
         return logits
     out = logits.float()
     if out is logits:
@@ -37,7 +39,26 @@ def adjust_logits(logits: Tensor, batch: SamplingBatch) -> Tensor:
         out.index_put_((batch.bias_row, batch.bias_ids), batch.bias, accumulate=True)
     if batch.penalty_ids is not None:
         _penalise(out, batch)
+    if batch.masks is not None:
+        assert batch.mask_row is not None
+        banned = ~unpack(batch.masks, out.shape[1])
+        if len(banned) == len(out):  # all rows, in their order
+            out.masked_fill_(banned, NEG_INF)
+        else:
+            out[batch.mask_row] = out[batch.mask_row].masked_fill_(banned, NEG_INF)
     return out
+
+
+def unpack(masks: Tensor, vocab_size: int) -> Tensor:
+    """Bits of masks [M, ceil(V / 32)] int32 -> bool [M, V]."""
+    if masks.device.type == "cpu":
+        octets = masks.numpy().view(np.uint8)
+        return torch.from_numpy(
+            np.unpackbits(octets, axis=1, count=vocab_size, bitorder="little").view(np.bool_)
+        )
+    shifts = torch.arange(32, dtype=torch.int32, device=masks.device)
+    bits = (masks.unsqueeze(-1) >> shifts) & 1
+    return bits.flatten(1)[:, :vocab_size].bool()
 
 
 def _penalise(logits: Tensor, batch: SamplingBatch) -> None:

@@ -30,9 +30,10 @@ from ellm.router.http_bodies import (
     stream_start,
 )
 from ellm.router.metrics import RouterMetrics
-from ellm.router.openai.answer import Answer, ChatShape, CompletionShape
+from ellm.router.openai.answer import Answer
 from ellm.router.openai.convert import Converter, Job, ModelBounds
 from ellm.router.openai.schema import ChatRequest, CompletionRequest, parse
+from ellm.router.openai.shapes import ChatShape, CompletionShape
 from ellm.router.paced_stream import PacedStream
 from ellm.router.service_level import ServiceLevel
 from ellm.router.sinks import EventStream, Gathered
@@ -62,7 +63,9 @@ class Service:
         """Raises Unavailable when no worker is up in time."""
         info = self.dispatcher.info() or await self.dispatcher.wait_for_worker()
         default = ServiceLevel(info.tpot_slo_s, info.ttft_slo_s)
-        return ModelBounds(info.max_model_len, info.vocab_size, default)
+        # While releases are mixed a worker of an older one would answer as if no grammar had come.
+        grammars = info.grammars and all(link.info.grammars for link in self.dispatcher.links.values())
+        return ModelBounds(info.max_model_len, info.vocab_size, default, grammars)
 
     async def job(self, kind: Kind, body: Any) -> Job:
         """Raises InvalidRequest, Unavailable."""

@@ -41,6 +41,7 @@ class Gathered:
         finish_reason: FinishReason | None,
     ) -> None:
         self._texts[sequence.index].append(text)
+        self._answer.take(sequence.index, text, token_ids)
         if scored:
             self._scored[sequence.index].extend(scored)
         if finish_reason is not None:
@@ -164,7 +165,7 @@ class EventStream:
         if job.score_only:
             text, token_ids, scored, finish_reason = "", (), (), finish_reason and "length"
         with_ids = job.return_token_ids and token_ids
-        if finish_reason is not None or text or scored or with_ids:
+        if finish_reason is not None or text or scored or with_ids or self._answer.parses:
             usage = self._generation.usage() if job.continuous_usage else None
             self._put(self._answer.chunk(index, text, token_ids, scored, finish_reason, usage))
         if finish_reason is not None:

@@ -89,6 +89,10 @@ class Tokenizer:
         """The token as the vocabulary writes it."""
         return self._tokens[token_id] if token_id < len(self._tokens) else None
 
+    def definition(self) -> str:
+        """All of it as the text of a tokenizer.json."""
+        return str(self._fast.to_str())
+
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The prompt of a conversation. Raises InvalidRequest."""
         if self.template is None:

@@ -103,7 +103,11 @@ class RankActor:
             self._error = (EllmError.code, str(error) or repr(error))
             return False
         self._engine = EngineLoop(
-            loaded.core, loaded.executor, report_s=self._config.heartbeat_s, on_failure=self._engine_failed
+            loaded.core,
+            loaded.executor,
+            report_s=self._config.heartbeat_s,
+            on_failure=self._engine_failed,
+            grammars=loaded.grammars,
         )
         self._front = WorkerFront(
             self._info(loaded, rank_pids), self._config, self._engine, on_failure=self._engine_failed
@@ -215,6 +219,7 @@ class RankActor:
             memory=limits.memory,
             tpot_slo_s=None if scheduler.tpot_slo_ms is None else scheduler.tpot_slo_ms / 1000,
             ttft_slo_s=None if scheduler.ttft_slo_ms is None else scheduler.ttft_slo_ms / 1000,
+            grammars=loaded.grammars is not None,
         )
 
     def _engine_failed(self, error: BaseException) -> None:

@@ -16,7 +16,7 @@ from ellm.worker.api.config import SIMULATED, WorkerConfig, served_name
 from ellm.worker.api.cost_model import CostModel
 from ellm.worker.api.errors import ConfigError
 from ellm.worker.engine.core import EngineCore
-from ellm.worker.executor.base import Executor, ModelLimits
+from ellm.worker.executor.base import Executor, GrammarCompiler, ModelLimits
 from ellm.worker.executor.simulated import SimulatedExecutor
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class LoadedEngine:
     device: str
     dtype: str
     deterministic: bool
+    grammars: GrammarCompiler | None = None  # None: requests with a grammar are refused
 
 
 def load_engine(
@@ -65,6 +66,7 @@ def load_engine(
         executor.device,
         executor.dtype,
         executor.deterministic,
+        executor.grammars,
     )
 
 

@@ -28,7 +28,8 @@ from ellm.worker.api.output import SequenceOutput
 from ellm.worker.api.report import WorkerInfo, WorkerReport, WorkerState
 from ellm.worker.api.request import EngineRequest
 from ellm.worker.engine.tombstones import Tombstones
-from ellm.worker.loop import EngineLoop, refusal
+from ellm.worker.grammar_gate import refusal
+from ellm.worker.loop import EngineLoop
 from ellm.worker.outbox import Outbox
 from ellm.worker.packed_report import PackedReport
 
@@ -236,8 +237,7 @@ class WorkerFront:
         if known or self._ended.covers(request_id, attempt, self._clock()):
             return False
         if self.state != "ready" or self._failed:
-            error = Unavailable("the worker takes no new requests")
-            box.put([refusal(request, error)], self._clock())
+            box.put([refusal(request, Unavailable("the worker takes no new requests"))], self._clock())
             return False
         if owner is not None:
             self._forget(request_id, owner)

@@ -23,7 +23,8 @@ from ellm.worker.api.output import SequenceOutput
 from ellm.worker.api.report import WorkerReport
 from ellm.worker.api.request import EngineRequest
 from ellm.worker.engine.core import EngineCore
-from ellm.worker.executor.base import BatchPlan, Executor, StepResult
+from ellm.worker.executor.base import BatchPlan, Executor, GrammarCompiler, StepResult
+from ellm.worker.grammar_gate import GrammarGate, refusal
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,12 @@ class _Submit:
     router_id: str
     seq: int
     requests: Sequence[EngineRequest]
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    request: EngineRequest
+    error: EllmError | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +77,7 @@ class _Stop:
     pass
 
 
-_Mail = _Submit | _Abort | _Forget | _HandBack | _Done | _Crash | _Stop
+_Mail = _Submit | _Compiled | _Abort | _Forget | _HandBack | _Done | _Crash | _Stop
 
 
 class _StepThread:
@@ -118,8 +125,10 @@ class EngineLoop:
         report_s: float = 0.1,
         on_failure: Callable[[BaseException], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
-        """`report_s`: how old `report` may become."""
+        """`report_s`: how old `report` may become. Without `grammars` requests that have one are refused."""
+        self._gate = GrammarGate(grammars, lambda *compiled: self._mailbox.put(_Compiled(*compiled)))
         self._core = core
         self._executor = executor
         self._report_s = report_s
@@ -241,9 +250,11 @@ class EngineLoop:
             case _Done(result):
                 self._finish(result)
             case _Submit(router_id, seq, requests):
-                self._add(requests)
+                self._add([request for request in requests if not self._gate.holds(request)])
                 self._submit_seqs[router_id] = max(seq, self._submit_seqs.get(router_id, -1))
                 self._submitted = True  # load has changed: say so soon
+            case _Compiled(request, error):
+                self._add([request], error)
             case _Abort(ids):
                 now = self._clock()
                 for request_id, attempt in ids:
@@ -253,8 +264,8 @@ class EngineLoop:
                 self._give_back(self._clock(), everybody=everybody)
             case _Forget(router_id):
                 self._submit_seqs.pop(router_id, None)
-            case _Crash(error):
-                raise error
+            case _Crash(failure):
+                raise failure
             case _Stop():
                 self._stopping = True
 
@@ -265,11 +276,14 @@ class EngineLoop:
         if outputs:
             self._publish(outputs)
 
-    def _add(self, requests: Sequence[EngineRequest]) -> None:
+    def _add(self, requests: Sequence[EngineRequest], known: EllmError | None = None) -> None:
+        """`known`: an error that was found before."""
         refused = []
         now = self._clock()
         for request in requests:
             try:
+                if known is not None:
+                    raise known
                 self._core.add_request(request, now)
             except EllmError as error:
                 refused.append(refusal(request, error))
@@ -284,16 +298,3 @@ class EngineLoop:
     def _renew_report(self, now: float) -> None:
         self._report_at = now
         self.report = replace(self._core.report(now), last_submit_seq=tuple(self._submit_seqs.items()))
-
-
-def refusal(request: EngineRequest, error: EllmError) -> SequenceOutput:
-    """The one output of a request that cannot run here."""
-    return SequenceOutput(
-        request.request_id,
-        request.attempt,
-        len(request.output_ids),
-        (),
-        "error",
-        error=(error.code, error.message),
-        retry_after_s=error.retry_after_s,
-    )

@@ -2,7 +2,8 @@
 
 A chunk that carries text alone is made from a template: bytes before, the text as JSON, bytes after. All else
 (first and last chunk, logprobs, token ids) is rare and built as a dict. One `Answer` serves one request; its
-`Shape` says how a choice looks.
+`Shape` says how a choice looks. Where a chat has tools or thinks aloud, a parser per choice takes its text
+apart.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
-from ellm.router.openai.convert import Job
-from ellm.router.openai.logprobs import chat_logprobs, completion_logprobs, scored_prompt
+from ellm.router.openai.chat_parser import ChatParser
+from ellm.router.openai.job import Job
+from ellm.router.openai.logprobs import scored_prompt
+from ellm.router.openai.shapes import Shape
 from ellm.router.sequence import ScoredToken
 from ellm.router.sequence import Sequence as LiveSequence
 from ellm.router.tokenizer import Tokenizer
@@ -69,64 +72,6 @@ class ChoiceText:
     finish_reason: FinishReason | None
 
 
-class Shape(Protocol):
-    """How one kind of request's choices look."""
-
-    prefix: str  # of the id
-    object: str
-    chunk_object: str
-
-    def delta(self, text: str, logprobs: Any) -> dict[str, Any]:
-        """The part of a chunk's choice that carries new text."""
-        ...
-
-    def choice(self, text: str, logprobs: Any) -> dict[str, Any]:
-        """The part of a whole answer's choice that carries the text."""
-        ...
-
-    def opening(self) -> dict[str, Any] | None:
-        """What a stream says first of each choice."""
-        ...
-
-    def logprobs(self, scored: Sequence[ScoredToken], tokenizer: Tokenizer, base_offset: int) -> Any: ...
-
-
-class CompletionShape:
-    prefix = "cmpl-"
-    object = "text_completion"
-    chunk_object = "text_completion"
-
-    def delta(self, text: str, logprobs: Any) -> dict[str, Any]:
-        return {"text": text, "logprobs": logprobs}
-
-    def choice(self, text: str, logprobs: Any) -> dict[str, Any]:
-        return {"text": text, "logprobs": logprobs}
-
-    def opening(self) -> dict[str, Any] | None:
-        return None
-
-    def logprobs(self, scored: Sequence[ScoredToken], tokenizer: Tokenizer, base_offset: int) -> Any:
-        return completion_logprobs(scored, tokenizer, base_offset)
-
-
-class ChatShape:
-    prefix = "chatcmpl-"
-    object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-
-    def delta(self, text: str, logprobs: Any) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}, "logprobs": logprobs}
-
-    def choice(self, text: str, logprobs: Any) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": logprobs}
-
-    def opening(self) -> dict[str, Any] | None:
-        return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
-
-    def logprobs(self, scored: Sequence[ScoredToken], tokenizer: Tokenizer, base_offset: int) -> Any:
-        return chat_logprobs(scored, tokenizer)
-
-
 class Answer:
     """Writes one request's answer. Its id, time and model stay the same in all chunks."""
 
@@ -142,8 +87,12 @@ class Answer:
             "system_fingerprint": fingerprint,
         }
         self._logprobs = bool(job.sampling) and job.sampling[0].logprobs is not None
+        parsing, count = job.parsing, job.num_sequences
+        self._parsers = [] if parsing is None else [ChatParser(parsing) for _ in range(count)]
+        self.parses = bool(self._parsers)  # wants every token, also one without a text
         # Text alone goes by template unless something comes with every token.
-        self.templated = not (job.return_token_ids or job.continuous_usage or self._logprobs)
+        alone = not (job.return_token_ids or job.continuous_usage or self._logprobs)
+        self.templated = alone and not self._parsers
         self._templates: list[tuple[bytes, bytes]] = []
         self._echoes = [self._echo(i) for i in range(len(job.prompts))] if job.echo else []
 
@@ -168,6 +117,11 @@ class Answer:
             return b""
         return event(self._chunk(sequence.index, (first or self._shape.delta("", None)) | ids, None, None))
 
+    def take(self, index: int, text: str, token_ids: Sequence[int]) -> None:
+        """Text of an answer that is not streamed, as it comes."""
+        if self._parsers:
+            self._parsers[index].feed(text, map(self._tokenizer.token_bytes, token_ids))
+
     def chunk(
         self,
         index: int,
@@ -177,26 +131,53 @@ class Answer:
         finish_reason: FinishReason | None,
         usage: Usage | None,
     ) -> bytes:
-        """Any chunk of one choice."""
+        """Any chunk of one choice; several, or none, where it is parsed."""
         logprobs = None
         if scored:
             offset = len(self._echo_of(index)) if self._job.echo else 0
             logprobs = self._shape.logprobs(scored, self._tokenizer, offset)
-        delta = self._shape.delta(text, logprobs)
-        if self._job.return_token_ids:
-            delta["token_ids"] = list(token_ids)
+        ids = {"token_ids": list(token_ids)} if self._job.return_token_ids else {}
+        if self._parsers:
+            return self._parsed(index, text, token_ids, ids | {"logprobs": logprobs}, finish_reason, usage)
+        delta = self._shape.delta(text, logprobs) | ids
         return event(self._chunk(index, delta, finish_reason, usage))
+
+    def _parsed(
+        self,
+        index: int,
+        text: str,
+        token_ids: Sequence[int],
+        first: dict[str, Any],
+        reason: str | None,
+        usage: Usage | None,
+    ) -> bytes:
+        """A chunk for each part of the message; `first` goes with the first, the reason with the last."""
+        parser = self._parsers[index]
+        deltas = parser.feed(text, map(self._tokenizer.token_bytes, token_ids))
+        if reason is not None:
+            deltas += parser.finish()
+            reason = _reason(parser, reason)
+        if not deltas and (reason is not None or any(first.values())):
+            deltas.append({})
+        chunks = []
+        for i, delta in enumerate(deltas):
+            choice = {"delta": delta, "logprobs": None} | (first if i == 0 else {})
+            last = i == len(deltas) - 1
+            chunks.append(event(self._chunk(index, choice, reason if last else None, usage)))
+        return b"".join(chunks)
 
     def usage_chunk(self, usage: Usage) -> bytes:
         """The last chunk, without choices."""
-        return event({**self._head, "object": self._shape.chunk_object, "choices": [], "usage": usage.body()})
+        return event(
+            {**self._head, "object": self._shape.chunk_object, "choices": [], "usage": self._usage(usage)}
+        )
 
     def whole(self, sequences: Sequence[LiveSequence], choices: Sequence[ChoiceText], usage: Usage) -> bytes:
         """The answer that is not streamed."""
         made = [
             self._whole_choice(sequence, choice) for sequence, choice in zip(sequences, choices, strict=True)
         ]
-        body = {**self._head, "object": self._shape.object, "choices": made, "usage": usage.body()}
+        body = {**self._head, "object": self._shape.object, "choices": made, "usage": self._usage(usage)}
         return orjson.dumps(body)
 
     def _whole_choice(self, sequence: LiveSequence, choice: ChoiceText) -> dict[str, Any]:
@@ -207,26 +188,35 @@ class Answer:
             # Two parts of one list: offsets of the second begin behind the echo.
             moved = [ScoredToken(s.token_id, s.offset + len(echo), s.logprobs) for s in choice.scored]
             logprobs = self._shape.logprobs([*scored, *moved], self._tokenizer, 0)
-        made = {
-            "index": sequence.index,
-            **self._shape.choice(echo + choice.text, logprobs),
-            "finish_reason": choice.finish_reason,
-        }
+        said = self._shape.choice(echo + choice.text, logprobs)
+        reason: str | None = choice.finish_reason
+        if self._parsers:
+            parser = self._parsers[sequence.index]
+            parser.finish()
+            said, reason = {"message": parser.message(), "logprobs": logprobs}, _reason(parser, reason)
+        made = {"index": sequence.index, **said, "finish_reason": reason}
         if self._job.return_token_ids:
             made["token_ids"] = list(choice.token_ids)
             made["prompt_token_ids"] = list(sequence.prompt_ids)
         return made
 
     def _chunk(
-        self, index: int, delta: dict[str, Any], reason: FinishReason | None, usage: Usage | None
+        self, index: int, delta: dict[str, Any], reason: str | None, usage: Usage | None
     ) -> dict[str, Any]:
         choice = {"index": index, **delta, "finish_reason": reason}
         chunk = {**self._head, "object": self._shape.chunk_object, "choices": [choice]}
         if usage is not None:
-            chunk["usage"] = usage.body()
+            chunk["usage"] = self._usage(usage)
         elif self._job.include_usage:
             chunk["usage"] = None
         return chunk
+
+    def _usage(self, usage: Usage) -> dict[str, Any]:
+        body = usage.body()
+        if self._job.parsing is not None and self._job.parsing.reasoning:
+            thought = sum(parser.reasoning_tokens for parser in self._parsers)
+            body["completion_tokens_details"] = {"reasoning_tokens": thought}
+        return body
 
     def _echo(self, prompt_index: int) -> str:
         prompt = self._job.prompts[prompt_index]
@@ -246,3 +236,7 @@ class Answer:
             self._tokenizer,
             self._job.skip_special_tokens,
         )
+
+
+def _reason(parser: ChatParser, reason: str | None) -> str | None:
+    return "tool_calls" if parser.called and reason == "stop" else reason

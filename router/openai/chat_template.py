@@ -71,6 +71,7 @@ class ChatTemplate:
         """Raises ConfigError when the template does not parse."""
         self.source = source
         self._special_tokens = dict(special_tokens)
+        self.knows_tools = "tools" in source
         self._knows_developers = "developer" in source  # the newer name of the system role
         try:
             self._render: Callable[..., str] = _environment().from_string(source).render
@@ -98,6 +99,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
         """The prompt's text. `continue_final_message` leaves the last message open. Raises InvalidRequest."""
@@ -108,7 +110,7 @@ class ChatTemplate:
         values = self._special_tokens | variables
         try:
             text = self._render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **(values | {"tools": None})
+                messages=messages, add_generation_prompt=add_generation_prompt, **(values | {"tools": tools})
             )
         except _Refused as error:
             raise InvalidRequest(f"the chat template refuses: {error.message}", param="messages") from None

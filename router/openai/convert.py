@@ -7,17 +7,33 @@ fields and the tokenizer, nothing of workers but the model's context and vocabul
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 from ellm.router.config import LimitsConfig
+from ellm.router.grammar_check import GrammarCheck
 from ellm.router.openai import fields
+from ellm.router.openai.chat_parser import BEGIN, Parsing, reasons
 from ellm.router.openai.chat_template import SPECIAL_TOKENS
+from ellm.router.openai.job import Job, ModelBounds, Prompt
 from ellm.router.openai.messages import plain_messages
 from ellm.router.openai.schema import ChatRequest, CompletionRequest, TokenizeRequest
-from ellm.router.service_level import NO_PROMISE, ServiceLevel
+from ellm.router.openai.structured import Structure, check_company, json_grammar, structure
+from ellm.router.openai.tool_calls import ToolFormat
+from ellm.router.openai.tools import (
+    ToolUse,
+    arguments_schema,
+    format_of,
+    spelled_out,
+    tool_use,
+    tools_grammar,
+)
+from ellm.router.service_level import ServiceLevel
 from ellm.router.tokenizer import INLINE_CHARS, Tokenizer, in_text_thread
 from ellm.worker.api.errors import InvalidRequest, PromptTooLong
 from ellm.worker.api.request import DEFAULT_MAX_TOKENS, SamplingParams
+
+__all__ = ["Converter", "Job", "ModelBounds", "Prompt"]
 
 # What the template's own names stand for is not a client's to say.
 MAX_PROMPT_SCORES = 200_000  # prompt tokens x n x (logprobs + 1) of one request
@@ -29,54 +45,13 @@ _RESERVED = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """What goes in: ids, and the text they came from where there was one."""
-
-    ids: tuple[int, ...]
-    text: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class ModelBounds:
-    """What a request must fit, and what it is promised where it does not say."""
-
-    max_model_len: int  # tokens, prompt and output together
-    vocab_size: int
-    default_level: ServiceLevel = NO_PROMISE
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One request, ready to run: `n` sequences of each prompt."""
-
-    prompts: tuple[Prompt, ...]
-    sampling: tuple[SamplingParams, ...]  # of each prompt
-    n: int
-    stop: tuple[str, ...]
-    include_stop: bool
-    skip_special_tokens: bool
-    stream: bool
-    include_usage: bool
-    continuous_usage: bool
-    return_token_ids: bool
-    echo: bool
-    score_only: bool  # the one token that is generated is dropped (max_tokens = 0 with echo)
-    cache_salt: str
-    level: ServiceLevel
-    pace: bool | None  # a paced stream; None: as the router is set
-
-    @property
-    def num_sequences(self) -> int:
-        return self.n * len(self.prompts)
-
-
 class Converter:
     """Holds what all requests of one model share."""
 
     def __init__(self, tokenizer: Tokenizer, limits: LimitsConfig) -> None:
         self._tokenizer = tokenizer
         self._limits = limits
+        self._grammars = GrammarCheck(tokenizer)
 
     async def completion(self, body: CompletionRequest, bounds: ModelBounds) -> Job:
         """Raises InvalidRequest."""
@@ -90,6 +65,7 @@ class Converter:
         raw = fields.raw_prompts(body.prompt, n, self._limits)
         base = self._sampling(body, bounds, logprobs)
         job = self._job(body, n, bounds)
+        base = replace(base, grammar=await self._grammar(structure(body), body, bounds))
         if echo:
             base = replace(base, prompt_logprobs=logprobs)
         prompts, sampling = [], []
@@ -125,12 +101,61 @@ class Converter:
             raise InvalidRequest(f"{field}: 0 leaves nothing to generate", param=field)
         base = self._sampling(body, bounds, (top or 0) if body.logprobs else None)
         job = self._job(body, n, bounds)
-        text = await self.rendered(body)
+        use = tool_use(body)
+        form = None if use is None else format_of(self._template)
+        base = replace(base, grammar=await self._chat_grammar(body, use, form, bounds))
+        text = await self.rendered(body, use)
         prompt = await self._prompt(text, bool(body.add_special_tokens), bounds, "messages")
         room = _room(prompt, bounds, "messages")
-        return replace(job, prompts=(prompt,), sampling=(_sized(base, asked or room, room, field),))
+        return replace(
+            job,
+            prompts=(prompt,),
+            sampling=(_sized(base, asked or room, room, field),),
+            parsing=self._parsing(body, form, text, constrained=base.grammar is not None),
+        )
 
-    async def rendered(self, body: ChatRequest | TokenizeRequest) -> str:
+    @property
+    def _template(self) -> str | None:
+        template = self._tokenizer.template
+        return None if template is None else template.source
+
+    def _parsing(
+        self, body: ChatRequest, form: ToolFormat | None, text: str, *, constrained: bool
+    ) -> Parsing | None:
+        thinks = reasons(self._template or "")
+        if form is None and not thinks:
+            return None
+        opened = thinks and not constrained and text.rstrip().endswith(BEGIN)
+        return Parsing(form, thinks, opened, body.include_reasoning is not False)
+
+    async def _chat_grammar(
+        self, body: ChatRequest, use: ToolUse | None, form: ToolFormat | None, bounds: ModelBounds
+    ) -> str | None:
+        asked = structure(body)
+        if use is not None and use.required:
+            assert form is not None
+            if asked is not None:
+                field = "tool_choice"
+                raise InvalidRequest(f"{field}: a call that must be made excludes {asked.field}", param=field)
+            for tool in use.tools:
+                field = f"tools[{tool.place}].function.parameters"
+                arguments = json_grammar(arguments_schema(tool), field)
+                await self._grammar(Structure(arguments, field), body, bounds)
+            asked = Structure(tools_grammar(use, form), "tools")
+        return await self._grammar(asked, body, bounds)
+
+    async def _grammar(
+        self, asked: Structure | None, body: CompletionRequest | ChatRequest, bounds: ModelBounds
+    ) -> str | None:
+        if asked is None:
+            return None
+        check_company(asked, body)
+        if not bounds.grammars:
+            raise InvalidRequest(f"{asked.field}: this model's workers obey no grammar", param=asked.field)
+        await self._grammars.check(asked.grammar, asked.field)
+        return asked.grammar
+
+    async def rendered(self, body: ChatRequest | TokenizeRequest, use: ToolUse | None = None) -> str:
         """The text of a conversation by the model's template. Raises InvalidRequest."""
         messages = plain_messages(body.messages or [], self._limits.max_messages)
         options = dict(body.chat_template_kwargs or {})
@@ -145,9 +170,23 @@ class Converter:
             )
         options["continue_final_message"] = goes_on
         options["add_generation_prompt"] = body.add_generation_prompt is not False and not goes_on
-        if sum(len(message["content"] or "") for message in messages) <= INLINE_CHARS:
+        messages = self._with_tools(messages, use, options)
+        size = sum(len(message["content"] or "") for message in messages)
+        if size <= INLINE_CHARS and len(options.get("tools") or ()) <= 8:
             return self._tokenizer.render_chat(messages, **options)
         return await in_text_thread(self._tokenizer.render_chat, messages, **options)
+
+    def _with_tools(
+        self, messages: list[dict[str, Any]], use: ToolUse | None, options: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Where the template knows tools it gets them; any other reads of them in the messages."""
+        template = self._tokenizer.template
+        if template is None or template.knows_tools:
+            options["tools"] = None if use is None else use.definitions
+            return messages
+        if use is None and not any(message.get("tool_calls") for message in messages):
+            return messages
+        return spelled_out(messages, use)
 
     async def _prompt(
         self, raw: str | list[int], add_special: bool, bounds: ModelBounds, field: str, of_chars: int = 0

@@ -9,7 +9,7 @@ Limits that are configured are checked in `convert`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -20,7 +20,7 @@ _STRICT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, hide_input
 # A client's own business, or a hint that changes no result.
 HARMLESS = frozenset(
     {
-        "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+        "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
         "prompt_cache_retention", "prediction", "parallel_tool_calls", "request_id", "extra_headers",
         "cache_prompt",
     }
@@ -28,6 +28,9 @@ HARMLESS = frozenset(
 # Values of fields that we do not honour which ask for what happens anyway.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "verbosity": ("medium",),
     "tools": ([],),
     "functions": ([],),
     "tool_choice": ("none", "auto"),
@@ -49,9 +52,9 @@ _FIRST = Field(fail_fast=True)  # a list of a million faults has one that counts
 
 class StreamOptions(BaseModel):
     model_config = _STRICT
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
-    include_obfuscation: bool = False  # padding against traffic analysis: an offer, not a promise
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
+    include_obfuscation: Literal[False] | None = False  # padding against traffic analysis: not supported
 
 
 class _Generation(BaseModel):
@@ -85,6 +88,11 @@ class _Generation(BaseModel):
     ttft_slo_ms: float | None = None
     priority: int | None = None
     stream_pace: bool | None = None
+    structured_outputs: Any = None  # these five ask for grammars: `structured`
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
 
 
 class CompletionRequest(_Generation):
@@ -106,6 +114,11 @@ class ChatRequest(_Generation):
     add_generation_prompt: bool | None = True
     continue_final_message: bool | None = False
     chat_template_kwargs: dict[str, Any] | None = None
+    response_format: Any = None  # {"type": ...}: `structured`
+    tools: Any = None  # these three: `tools`
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = True  # what a model thinks aloud comes apart from what it says
 
 
 class TokenizeRequest(BaseModel):
@@ -145,15 +158,18 @@ def parse(kind: type[Body], body: Any) -> Body:
         param = _path(first["loc"])
         raise InvalidRequest(f"{param}: {_said(first)}", param=param) from None
     refuse_unknown(parsed.model_extra or {})
+    options = getattr(parsed, "stream_options", None)
+    if options is not None:
+        refuse_unknown(options.model_extra or {}, "stream_options.")
     return parsed
 
 
-def refuse_unknown(extra: Mapping[str, Any]) -> None:
+def refuse_unknown(extra: Mapping[str, Any], path: str = "") -> None:
     """Raises InvalidRequest for a field that would change the result if we knew it."""
     for name, value in extra.items():
         if value is None or name in HARMLESS or value in NEUTRAL.get(name, ()):
             continue
-        shown = name[:64].encode("ascii", "replace").decode()
+        shown = path + name[:64].encode("ascii", "replace").decode()
         if name in NEUTRAL or name in _KNOWN_UNSUPPORTED:
             raise InvalidRequest(f"{shown} is not supported", param=shown)
         raise InvalidRequest(f"{shown} is not a field of this request", param=shown)
@@ -161,9 +177,8 @@ def refuse_unknown(extra: Mapping[str, Any]) -> None:
 
 _KNOWN_UNSUPPORTED = frozenset(
     {
-        "audio", "web_search_options", "verbosity", "guided_json", "guided_regex", "guided_choice",
-        "guided_grammar", "structured_outputs", "json_schema", "grammar", "prompt_logprobs", "chat_template",
-        "documents", "detokenize", "truncate",
+        "audio", "web_search_options", "moderation", "json_schema", "grammar", "prompt_logprobs",
+        "chat_template", "documents", "detokenize", "truncate",
         "truncate_prompt_tokens", "allowed_token_ids", "prompt_embeds", "echo", "logprobs",
         "mm_processor_kwargs", "typical_p", "mirostat",
     }

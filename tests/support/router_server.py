@@ -11,8 +11,9 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 import httpx
@@ -92,15 +93,17 @@ class RouterServer:
 
     def __init__(
         self,
-        workers: list[EchoWorker] | None = None,
+        workers: Sequence[EchoWorker] | None = None,
         config: RouterConfig | None = None,
         broken: dict[str, str] | None = None,
+        folder: Path = FOLDER,
         *,
         grpc: bool = False,
     ) -> None:
-        """Each model that a worker has is served; `broken` are models that cannot be. With `grpc` it speaks
-        that too, on `rpc.port`."""
-        self.workers = [EchoWorker(0)] if workers is None else workers
+        """Each model that a worker has is served; `broken` are models that cannot be. `folder`: of the
+        tokenizer. With `grpc` it speaks that too, on `rpc.port`."""
+        self._folder = folder
+        self.workers = [EchoWorker(0)] if workers is None else list(workers)
         self.config = config or RouterConfig(refresh_s=0.05)
         names = dict.fromkeys(worker.channel.info.model for worker in self.workers) or {MODEL: None}
         self.directories = {
@@ -166,7 +169,7 @@ class RouterServer:
         self._loop = asyncio.get_running_loop()
         for worker in self.workers:
             worker.front.start()
-        sources = [ModelSource(name, FOLDER, directory) for name, directory in self.directories.items()]
+        sources = [ModelSource(name, self._folder, directory) for name, directory in self.directories.items()]
         app = create_app(self.config, sources, broken=self._broken)
         if self._grpc:
             self.rpc = with_rpc(app, self.config, Listen("127.0.0.1", 0))

@@ -29,6 +29,7 @@ class WorkerInfo:
     memory: tuple[tuple[str, int], ...] = ()  # (what, bytes): how the KV pool was sized
     tpot_slo_s: float | None = None  # of requests that bring none
     ttft_slo_s: float | None = None
+    grammars: bool = False  # SamplingParams.grammar is obeyed
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,9 @@ class SamplingParams:
     max_tokens: int = DEFAULT_MAX_TOKENS
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    # What the output must be, as llguidance reads it (worker/api/grammar.py); the end-of-text token is then
+    # allowed just where the grammar accepts.
+    grammar: str | None = None
 
     @property
     def greedy(self) -> bool:

@@ -6,6 +6,7 @@ dropped; one sampled for a sequence that was preempted in the meantime is kept.
 
 from __future__ import annotations
 
+from ellm.worker.api.errors import InvalidRequest
 from ellm.worker.api.output import FinishReason, SequenceOutput, TokenLogprobs
 from ellm.worker.engine.plan import PlanEntry, StepResult
 from ellm.worker.engine.policies.base import Policy
@@ -51,7 +52,7 @@ class Completion:
                     seq.high_water = end
                 self._residency.close_gap(seq)
                 if token >= 0:
-                    outputs.append(self._accept(seq, entry, token, result, now))
+                    outputs.append(self._sampled(seq, entry, token, result, now))
                 elif seq.prefill_only and end == seq.num_prompt:
                     outputs.append(self._end_scored(seq, now))
             if before is not running:
@@ -86,6 +87,20 @@ class Completion:
                 seq.late = now > seq.arrived_at + seq.ttft_slo_s
         elif seq.tpot_slo_s is not None and not seq.late:
             seq.late = now > first + seq.tpot_slo_s * (len(seq.tokens) - seq.first_index + 4)
+
+    def _sampled(
+        self, seq: Sequence, entry: PlanEntry, token: int, result: StepResult, now: float
+    ) -> SequenceOutput:
+        error = None if result.errors is None else result.errors.get(entry.seq_id)
+        if error is None:
+            return self._accept(seq, entry, token, result, now)
+        self._policy.aborted(seq, now)
+        self._state.finish(seq)
+        request = seq.request
+        code = (InvalidRequest.code, error)
+        return SequenceOutput(
+            request.request_id, request.attempt, len(seq.tokens) - seq.num_prompt, (), "error", error=code
+        )
 
     def _accept(
         self, seq: Sequence, entry: PlanEntry, token: int, result: StepResult, now: float

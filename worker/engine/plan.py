@@ -129,6 +129,8 @@ class StepResult:
         int, ...
     ] = ()  # of them, those that moved nothing: the target's content is undefined
     copy_times: CopyTimes | None = None
+    # seq_id -> why it cannot go on, of sequences that have an entry; what they sampled means nothing.
+    errors: dict[int, str] | None = None
 
 
 def step_features(plan: BatchPlan) -> StepFeatures:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from ellm.worker.engine.plan import BatchPlan, ModelLimits, StepResult
 
-__all__ = ["BatchPlan", "Executor", "ModelLimits", "StepResult"]
+__all__ = ["BatchPlan", "Executor", "GrammarCompiler", "ModelLimits", "StepResult"]
 
 
 class Executor(Protocol):
@@ -21,4 +21,12 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Free what `execute` needs. No call may follow."""
+        ...
+
+
+class GrammarCompiler(Protocol):
+    """Makes a grammar ready before the step that needs it."""
+
+    def compile(self, grammar: str) -> object:
+        """From any thread; takes up to tens of milliseconds, once. Raises InvalidRequest, ConfigError."""
         ...

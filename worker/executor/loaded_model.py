@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -35,6 +36,7 @@ class LoadedModel:
     dtype: torch.dtype
     device: torch.device
     weight_bytes: int  # as they lie on the device
+    folder: Path  # of the checkpoint
 
 
 def load_model(
@@ -56,4 +58,4 @@ def load_model(
     elements = reader.num_elements
     if arch.tie_word_embeddings and device.type == "cpu":
         elements += vocab_rows(arch, shard.size) * arch.embed_dim  # the head's packed copy
-    return LoadedModel(model, own, max_model_len, dtype, device, elements * dtype.itemsize)
+    return LoadedModel(model, own, max_model_len, dtype, device, elements * dtype.itemsize, folder)

@@ -23,6 +23,7 @@ from ellm.worker.executor.copies import Copier, EndedCopies
 from ellm.worker.executor.peers import NoPeers, Peers
 from ellm.worker.executor.profile import cache_key, profiled_cost_model
 from ellm.worker.executor.rank import LoadedRank, adopt_threads, load_rank
+from ellm.worker.model.grammar import Grammars
 from ellm.worker.model.hub import local_folder
 from ellm.worker.model.loader import Progress, no_progress
 from ellm.worker.model.runner import ModelRunner
@@ -41,6 +42,7 @@ class LocalExecutor:
         self._tier = rank.tier
         self._copier = rank.copier
         self._limits = rank.limits
+        self._grammars = rank.grammars
         self._threads = num_threads
         self._thread_id = -1
         self.architecture = loaded.arch
@@ -62,6 +64,11 @@ class LocalExecutor:
     @property
     def limits(self) -> ModelLimits:
         return self._limits
+
+    @property
+    def grammars(self) -> Grammars | None:
+        """What compiles grammars ahead of their sequences; None where none can be obeyed."""
+        return self._grammars if self._grammars.available else None
 
     @property
     def runner(self) -> ModelRunner:
@@ -89,6 +96,7 @@ class LocalExecutor:
             ended.done,
             ended.failed,
             ended.times,
+            output.errors,
         )
 
     def profile(

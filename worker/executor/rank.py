@@ -26,6 +26,7 @@ from ellm.worker.executor.warm_up import largest_plans, step_kinds
 from ellm.worker.model.architecture import Architecture
 from ellm.worker.model.computation import Communicator, TensorParallel
 from ellm.worker.model.cuda_host_pool import NUM_BUFFERS
+from ellm.worker.model.grammar import Grammars
 from ellm.worker.model.kv_cache import KVCache, block_bytes, transient_bytes
 from ellm.worker.model.loader import Progress
 from ellm.worker.model.runner import ModelRunner
@@ -43,6 +44,7 @@ class LoadedRank:
     loaded: LoadedModel
     tier: HostTier | None
     copier: Copier | None  # the tier's, as all ranks see it
+    grammars: Grammars
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,10 @@ def load_rank(config: WorkerConfig, progress: Progress, peers: Peers) -> LoadedR
     tier = make_host_tier(cache, size.num_host_blocks, budget.block) if size.num_host_blocks else None
     copier = None if tier is None else peers.copier(tier.copier, budget.block)
     limits = _limits(config, loaded.arch, size, budget)
-    return LoadedRank(parts.runner(cache, tier), limits, ops, loaded, tier, copier)
+    runner = parts.runner(cache, tier)
+    grammars = Grammars(loaded.folder, loaded.arch.vocab_size, loaded.arch.eos_token_ids)
+    runner.obey(grammars)
+    return LoadedRank(runner, limits, ops, loaded, tier, copier, grammars)
 
 
 def adopt_threads(num_threads: int | None) -> None:

@@ -18,6 +18,7 @@ from ellm.worker.api.config import WorkerConfig
 from ellm.worker.api.cost_model import CostModel
 from ellm.worker.engine.plan import BatchPlan, ModelLimits, StepResult
 from ellm.worker.executor.local import LocalExecutor
+from ellm.worker.model.grammar import Grammars
 from ellm.worker.model.hub import local_folder
 from ellm.worker.model.inspect import read_architecture
 from ellm.worker.model.loader import Progress, no_progress
@@ -86,6 +87,11 @@ class TensorParallelExecutor:
     def local(self) -> LocalExecutor:
         """This rank's part."""
         return self._local
+
+    @property
+    def grammars(self) -> Grammars | None:
+        """Rank 0's; the other ranks compile when the first plan names a sequence."""
+        return self._local.grammars
 
     @property
     def communication_s(self) -> float:

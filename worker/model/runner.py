@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ellm.kernels.ops import AttentionMeta, Ops
 from ellm.worker.api.output import TokenLogprobs
-from ellm.worker.engine.plan import BatchPlan
+from ellm.worker.engine.plan import BatchPlan, PlanEntry
 from ellm.worker.model.architecture import Architecture
 from ellm.worker.model.computation import Computation, TensorParallel, run, run_halves
+from ellm.worker.model.grammar import Grammars
 from ellm.worker.model.halves import Half, split
 from ellm.worker.model.inputs import InputBuilder, StepInputs
 from ellm.worker.model.kv_cache import KVCache
@@ -32,6 +33,7 @@ class StepOutput:
     token_ids: list[int]  # one per entry that samples, in the plan's order
     logprobs: dict[int, TokenLogprobs] | None  # by seq_id
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] | None  # by seq_id
+    errors: dict[int, str] | None = None  # by seq_id: whose grammar cannot go on
 
 
 class ModelRunner:
@@ -58,6 +60,10 @@ class ModelRunner:
         self._sequences = ResidentSequences(arch.eos_token_ids, arch.vocab_size, max_blocks)
         self._inputs = InputBuilder(self._sequences, cache.block_size, device)
         self._sampler = Sampler(ops, arch.vocab_size, device)
+
+    def obey(self, grammars: Grammars) -> None:
+        """Sequences may come with a grammar from now on."""
+        self._sequences.grammars = grammars
 
     @property
     def cache(self) -> KVCache:
@@ -136,7 +142,7 @@ class ModelRunner:
         token_ids: list[int] = tokens.tolist()
         _count(states, token_ids)
         logprobs = None if scores is None else {sampling[i][0].seq_id: s for i, s in scores.items()}
-        return StepOutput(token_ids, logprobs, prompt_logprobs)
+        return StepOutput(token_ids, logprobs, prompt_logprobs, _errors(sampling))
 
     def _score_prompts(
         self, plan: BatchPlan, inputs: StepInputs, hidden: Tensor
@@ -155,7 +161,15 @@ class ModelRunner:
 
 
 def _count(states: list[SequenceState], token_ids: list[int]) -> None:
-    """Let penalties see the new tokens."""
+    """Let penalties and grammars see the new tokens."""
     for state, token in zip(states, token_ids, strict=True):
         if state.counts is not None:
             state.counts.add(token)
+        if state.grammar is not None:
+            state.grammar.add(token)
+
+
+def _errors(sampling: list[tuple[PlanEntry, SequenceState]]) -> dict[int, str] | None:
+    """By seq_id, of grammars that have failed."""
+    found = {e.seq_id: s.grammar.error for e, s in sampling if s.grammar is not None and s.grammar.error}
+    return found or None

@@ -21,6 +21,7 @@ class Sampler:
     def __init__(self, ops: Ops, vocab_size: int, device: torch.device) -> None:
         self._ops = ops
         self._device = device
+        self._vocab_size = vocab_size
         self._slice_rows = max(1, _SCORED_BYTES // (4 * vocab_size))
 
     def sample(self, logits: Tensor, states: list[SequenceState], output_index: list[int]) -> Tensor:
@@ -80,6 +81,7 @@ class Sampler:
             frequency=self._floats([p.frequency_penalty for p in params], 0.0) if penalises else None,
             **(self._penalties([s.counts for s in states]) if penalises else {}),
             **self._biases(states, output_index),
+            **self._masks(states),
         )
 
     def _penalties(self, counts: list[TokenCounts | None]) -> dict[str, Tensor]:
@@ -108,6 +110,21 @@ class Sampler:
             "bias_row": to_device(rows.astype(np.int64), self._device),
             "bias_ids": to_device(np.concatenate([ids for _, ids, _ in found]), self._device),
             "bias": to_device(np.concatenate([values for _, _, values in found]), self._device),
+        }
+
+    def _masks(self, states: list[SequenceState]) -> dict[str, Tensor]:
+        """Of rows with a grammar; of none where all of them have ended."""
+        constrained = [(i, state.grammar) for i, state in enumerate(states) if state.grammar is not None]
+        if not constrained:
+            return {}
+        masks = np.zeros((len(constrained), (self._vocab_size + 31) // 32), dtype=np.int32)
+        filled = [j for j, (_, grammar) in enumerate(constrained) if grammar.fill(masks[j])]
+        if not filled:
+            return {}
+        rows = np.array([constrained[j][0] for j in filled], dtype=np.int64)
+        return {
+            "mask_row": to_device(rows, self._device),
+            "masks": to_device(masks if len(filled) == len(masks) else masks[filled], self._device),
         }
 
     def _floats(self, values: list[float], off: float) -> Tensor | None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ellm.worker.api.request import SamplingParams
 from ellm.worker.engine.plan import NewSequence
+from ellm.worker.model.grammar import Grammars, GrammarState
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -74,9 +75,19 @@ def _bias_arrays(bias: dict[int, float]) -> tuple[Ints, Floats]:
 class SequenceState:
     """One resident sequence."""
 
-    __slots__ = ("bias", "choice_index", "counts", "num_blocks", "plain", "prompt_ids", "row", "sampling")
+    __slots__ = (
+        *("bias", "choice_index", "counts", "grammar"),
+        *("num_blocks", "plain", "prompt_ids", "row", "sampling"),
+    )
 
-    def __init__(self, row: int, new: NewSequence, eos_token_ids: Sequence[int], vocab_size: int) -> None:
+    def __init__(
+        self,
+        row: int,
+        new: NewSequence,
+        eos_token_ids: Sequence[int],
+        vocab_size: int,
+        grammar: GrammarState | None = None,
+    ) -> None:
         sampling = new.sampling
         self.row = row
         self.num_blocks = 0  # of its table, already in the row
@@ -87,18 +98,23 @@ class SequenceState:
         self.bias: LogitBias | None = None
         if sampling.logit_bias or sampling.min_tokens:
             self.bias = LogitBias(sampling, eos_token_ids, vocab_size)
+        self.grammar = grammar
         # Greedy and nothing else: an argmax does.
-        self.plain = bool(
-            sampling.greedy and self.counts is None and self.bias is None and sampling.logprobs is None
-        )
+        adjusts = self.counts is not None or self.bias is not None or grammar is not None
+        self.plain = sampling.greedy and not adjusts and sampling.logprobs is None
 
 
 class ResidentSequences:
     """All resident sequences by seq_id, and their block tables as rows of one array."""
 
     def __init__(
-        self, eos_token_ids: Sequence[int], vocab_size: int, max_blocks: int, num_rows: int = 64
+        self,
+        eos_token_ids: Sequence[int],
+        vocab_size: int,
+        max_blocks: int,
+        num_rows: int = 64,
     ) -> None:
+        self.grammars: Grammars | None = None
         self._eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
         self._states: dict[int, SequenceState] = {}
@@ -123,7 +139,11 @@ class ResidentSequences:
             self.block_tables = np.concatenate((self.block_tables, np.zeros_like(self.block_tables)))
             self._free = list(range(2 * size - 1, size - 1, -1))
         row = self._free.pop()
-        self._states[new.seq_id] = SequenceState(row, new, self._eos_token_ids, self._vocab_size)
+        grammar, state = new.sampling.grammar, None
+        if grammar is not None:
+            assert self.grammars is not None, "a grammar came to a runner without grammars"
+            state = self.grammars.begin(grammar, new.output_ids)
+        self._states[new.seq_id] = SequenceState(row, new, self._eos_token_ids, self._vocab_size, state)
 
     def release(self, seq_id: int) -> None:
         """End a residence; unknown ids are ignored (a sequence may be released before its first plan)."""

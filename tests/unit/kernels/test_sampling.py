@@ -216,3 +216,42 @@ def test_logprobs_ranks_and_top(ops: Ops) -> None:
     assert ops.logprobs(logits, torch.tensor([3, 3]), 0)[1].tolist() == [4, 4]
     assert ops.logprobs(logits, torch.tensor([3, 3]), 0)[0][0] == -INF
     assert ops.logprobs(logits, torch.tensor([0, 0]), 9)[2].shape == (2, 4)
+
+
+def masked(allowed: list[list[int]], rows: list[int], vocab: int) -> dict[str, Tensor]:
+    """The fields of a batch in which these rows may emit these tokens alone."""
+    words = torch.zeros(len(rows), -(-vocab // 32) * 32, dtype=torch.int64)
+    for i, ids in enumerate(allowed):
+        words[i, ids] = 1
+    packed = (words.view(len(rows), -1, 32) << torch.arange(32)).sum(-1)
+    packed = torch.where(packed >= 1 << 31, packed - (1 << 32), packed)  # the sign is a bit like any other
+    return {"mask_row": torch.tensor(rows), "masks": packed.int()}
+
+
+@pytest.mark.parametrize("vocab", [31, 32, 33, 64, 1000])
+def test_a_masked_row_emits_what_its_mask_allows(ops: Ops, vocab: int) -> None:
+    """Whatever bias and penalties say; other rows as without masks; both bodies alike."""
+    generator = torch.Generator().manual_seed(vocab)
+    logits = 4 * torch.randn(40, vocab, generator=generator)
+    rows = [i for i in range(40) if i % 3]
+    allowed = [
+        torch.randperm(vocab, generator=generator)[: 1 + i % 5].tolist() + [vocab - 1] * (i % 2) for i in rows
+    ]
+    for temperature in (0.0, 1.0):
+        free = replace(
+            batch(40, temperature=temperature, top_k=7, top_p=0.9, min_p=0.01),
+            bias_row=torch.arange(40), bias_ids=torch.arange(40) % vocab, bias=torch.full((40,), 100.0),
+        )  # fmt: skip
+        held = replace(free, **masked(allowed, rows, vocab))  # type: ignore[arg-type]
+        kept = logits.clone()
+        tokens = ops.sample(logits, held)
+        assert torch.equal(logits, kept)
+        for i, token in enumerate(tokens.tolist()):
+            if i in rows:
+                assert token in allowed[rows.index(i)]
+            else:
+                assert token == ops.sample(logits, free)[i]
+        assert torch.equal(tokens, select("cpu", jit=False, deterministic=False).sample(logits, held))
+        for dtype in (torch.bfloat16, torch.float16):
+            for i, token in enumerate(ops.sample(logits.to(dtype), held).tolist()):
+                assert i not in rows or token in allowed[rows.index(i)]

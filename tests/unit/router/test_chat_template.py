@@ -158,5 +158,7 @@ def test_developers_are_the_system_where_a_template_knows_none() -> None:
 def test_parts_become_one_text() -> None:
     messages = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     assert plain_messages(messages, 10) == [{"role": "user", "content": "a\nb"}]
-    calls = [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]
-    assert plain_messages(calls, 10)[0]["tool_calls"] == [{"id": "1"}]
+    function = {"name": "f", "arguments": '{"a": 1}'}
+    calls = [{"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": function}]}]
+    (call,) = plain_messages(calls, 10)[0]["tool_calls"]
+    assert call == {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}

@@ -18,9 +18,10 @@ from ellm.router.config import LimitsConfig, RouterConfig
 from ellm.router.dispatch import Dispatcher
 from ellm.router.generation import Generation
 from ellm.router.metrics import RouterMetrics
-from ellm.router.openai.answer import Answer, CompletionShape
+from ellm.router.openai.answer import Answer
 from ellm.router.openai.convert import Converter, ModelBounds
 from ellm.router.openai.schema import CompletionRequest, parse
+from ellm.router.openai.shapes import CompletionShape
 from ellm.router.paced_stream import PacedStream
 from ellm.router.pacing import LEAD_S, RATE
 from ellm.router.sinks import EventStream

@@ -1,0 +1,154 @@
+"""Structured output on a suite of JSON schemas: which are refused and why, whether every answer validates.
+
+    python -m ellm.loadtest.json_schemas FOLDER --sample 500
+
+FOLDER holds schemas as *.json, in folders (JSONSchemaBench's `data`, say). Each goes the way of a request:
+the router's check, then a sequence's place in the grammar as a worker keeps it, and its tokens are drawn by
+the sampler under the masks. The logits are noise that leans to what closes strings, lists and objects: no
+model would try more of a grammar's corners, nor end sooner. `jsonschema` judges what comes out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ellm.kernels import dispatch
+from ellm.router.grammar_check import GrammarCheck
+from ellm.router.openai.structured import json_grammar
+from ellm.router.tokenizer import Tokenizer
+from ellm.worker.api.errors import InvalidRequest
+from ellm.worker.api.request import SamplingParams
+from ellm.worker.engine.plan import NewSequence
+from ellm.worker.model.architecture import Architecture
+from ellm.worker.model.grammar import Grammars
+from ellm.worker.model.inspect import read_architecture
+from ellm.worker.model.sampler import Sampler
+from ellm.worker.model.sequences import SequenceState
+
+BUNDLED = Path(__file__).resolve().parent.parent / "deploy" / "bundled" / "pydoc-5m"
+CLOSING = 12.0  # added to the logits of what closes something
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    kind: str  # valid, invalid, cut (max_tokens), failed (in the middle), refused, unjudged (no schema)
+    reason: str = ""
+    compile_s: float = 0.0
+    tokens: int = 0
+    mask_s: float = 0.0  # the dearest mask
+
+
+class Suite:
+    """Answers schemas with one model's tokens and no model."""
+
+    def __init__(self, folder: Path, max_tokens: int) -> None:
+        self._arch: Architecture = read_architecture(folder)
+        self._tokenizer = Tokenizer.load(folder)
+        self._check = GrammarCheck(self._tokenizer)
+        self._grammars = Grammars(folder, self._arch.vocab_size, self._arch.eos_token_ids)
+        ops = dispatch.select("cpu", jit=False, deterministic=False)
+        self._sampler = Sampler(ops, self._arch.vocab_size, torch.device("cpu"))
+        self._max_tokens = max_tokens
+        closing = torch.zeros(self._arch.vocab_size)
+        for token in range(self._tokenizer.vocab_size):
+            data = self._tokenizer.token_bytes(token)
+            if data and set(data) <= set(b'"]}'):
+                closing[token] = CLOSING
+        closing[list(self._arch.eos_token_ids)] = 2 * CLOSING
+        self._closing = closing
+
+    async def outcome(self, schema: Any, seed: int) -> Outcome:
+        start = time.perf_counter()
+        try:
+            grammar = json_grammar(schema, "schema")
+            await self._check.check(grammar, "schema")
+        except InvalidRequest as error:
+            return Outcome("refused", error.message)
+        compile_s = time.perf_counter() - start
+        sampling = SamplingParams(temperature=1.0, seed=seed, grammar=grammar)
+        place = self._grammars.begin(grammar, ())
+        sequence = NewSequence(0, (1,), (), sampling, 0)
+        state = SequenceState(0, sequence, self._arch.eos_token_ids, self._arch.vocab_size, place)
+        generator, ids, dearest = torch.Generator().manual_seed(seed), list[int](), 0.0
+        row = np.zeros((self._arch.vocab_size + 31) // 32, dtype=np.int32)
+        while len(ids) < self._max_tokens:
+            begun = time.perf_counter()
+            place.fill(row)
+            dearest = max(dearest, time.perf_counter() - begun)
+            logits = 3 * torch.randn(1, self._arch.vocab_size, generator=generator) + self._closing
+            ids.append(int(self._sampler.sample(logits, [state], [len(ids)]).item()))
+            place.add(ids[-1])
+            if place.error is not None:
+                return Outcome("failed", place.error, compile_s, len(ids), dearest)
+            if ids[-1] in self._arch.eos_token_ids:
+                return _judged(schema, self._tokenizer.decode(ids), compile_s, len(ids), dearest)
+        return Outcome("cut", "", compile_s, len(ids), dearest)
+
+
+def _judged(schema: Any, text: str, compile_s: float, tokens: int, mask_s: float) -> Outcome:
+    import jsonschema
+
+    try:
+        jsonschema.validate(json.loads(text), schema)
+    except (ValueError, jsonschema.ValidationError) as error:
+        return Outcome("invalid", f"{str(error)[:200]} in {text[:200]}", compile_s, tokens, mask_s)
+    except Exception as error:  # a schema that the judge itself cannot read
+        return Outcome("unjudged", f"{type(error).__name__}: {str(error)[:100]}", compile_s, tokens, mask_s)
+    return Outcome("valid", "", compile_s, tokens, mask_s)
+
+
+def depth(schema: Any) -> int:
+    """Of nested `properties`, `items` and alternatives."""
+    if isinstance(schema, dict):
+        inner = max((depth(value) for value in schema.values()), default=0)
+        return inner + (schema.get("type") in ("object", "array"))
+    if isinstance(schema, list):
+        return max(map(depth, schema), default=0)
+    return 0
+
+
+async def _run(paths: list[Path], suite: Suite) -> None:
+    kinds: Counter[str] = Counter()
+    deep, dearest, slowest, tokens = 0, 0.0, 0.0, 0
+    for i, path in enumerate(paths):
+        schema = json.loads(path.read_text())
+        found = await suite.outcome(schema, i)
+        kinds[found.kind] += 1
+        deep += depth(schema) >= 3
+        dearest, slowest = max(dearest, found.mask_s), max(slowest, found.compile_s)
+        tokens += found.tokens
+        if found.kind != "valid":
+            print(f"{found.kind:9} {path.parent.name}/{path.name}: {found.reason}", flush=True)
+    print(json.dumps(dict(kinds) | {
+        "schemas": len(paths), "depth_3_and_more": deep, "tokens": tokens,
+        "slowest_compile_s": round(slowest, 3), "dearest_mask_s": round(dearest, 4),
+    }))  # fmt: skip
+
+
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(description="Structured output on a suite of JSON schemas.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--sample", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-tokens", type=int, default=1500)
+    parser.add_argument("--model", type=Path, default=BUNDLED)
+    asked = parser.parse_args(words)
+    paths = sorted(asked.folder.rglob("*.json"))
+    random.Random(asked.seed).shuffle(paths)
+    asyncio.run(_run(paths[: asked.sample], Suite(asked.model, asked.max_tokens)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
