@@ -20,9 +20,8 @@ def test_no_field_is_forgotten() -> None:
         request_id="r", model="m", text="t", sampling_params=params, stream=False, add_special_tokens=False,
         cache_salt="s", session_id="i", tpot_slo_ms=1.5, ttft_slo_ms=2.5, priority=-3,
     )  # fmt: skip
-    assert {field.name for field, _ in params.ListFields()} == set(
-        pb.SamplingParams.DESCRIPTOR.fields_by_name
-    )
+    of_params = set(pb.SamplingParams.DESCRIPTOR.fields_by_name)
+    assert {field.name for field, _ in params.ListFields()} == of_params
     kind, body = generate_body(request, LimitsConfig())
     assert kind == "completion"
     fields = of_params | set(pb.GenerateRequest.DESCRIPTOR.fields_by_name)
