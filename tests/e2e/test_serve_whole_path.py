@@ -130,6 +130,31 @@ def test_the_same_over_grpc(client: openai.OpenAI, model: str, channel: grpc.Cha
     assert health.status == health_pb2.HealthCheckResponse.SERVING
 
 
+def test_structured_answers(client: openai.OpenAI, model: str) -> None:
+    """The bundled model knows no JSON and no tools: what comes is what the grammar makes it say."""
+    schema = {
+        "type": "object", "properties": {"kind": {"enum": ["list", "dict"]}, "ok": {"type": "boolean"}},
+        "required": ["kind", "ok"], "additionalProperties": False,
+    }  # fmt: skip
+    messages: Any = [{"role": "user", "content": "What is a list?"}]
+    asked: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    answer = client.chat.completions.create(
+        model=model, messages=messages, max_tokens=300, response_format=asked
+    )
+    found = json.loads(answer.choices[0].message.content or "")
+    assert found["kind"] in ("list", "dict")
+    assert isinstance(found["ok"], bool)
+    tools: Any = [{"type": "function", "function": {"name": "look_up", "parameters": schema}}]
+    answer = client.chat.completions.create(
+        model=model, messages=messages, max_tokens=300, tools=tools, tool_choice="required",
+        parallel_tool_calls=False,
+    )  # fmt: skip
+    (call,) = answer.choices[0].message.tool_calls or ()
+    assert call.type == "function"
+    assert call.function.name == "look_up"
+    assert json.loads(call.function.arguments).keys() == {"kind", "ok"}
+
+
 def test_a_streamed_chat(client: openai.OpenAI, model: str) -> None:
     messages: Any = [{"role": "user", "content": "What is a list?"}]
     chunks = list(
