@@ -41,7 +41,7 @@ PERSON: dict[str, Any] = {
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     folder = tmp_path_factory.mktemp("tiny")
     write_checkpoint(folder, max_position_embeddings=1024)
-    with model_server(folder) as server, server.client() as open_client:
+    with model_server(folder) as server, httpx.Client(base_url=server.url, timeout=120) as open_client:
         yield open_client
 
 

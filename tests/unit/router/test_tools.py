@@ -64,7 +64,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def client(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=60) as made:
+    with httpx.Client(base_url=url, timeout=120) as made:
         yield made
 
 
@@ -137,7 +137,7 @@ def test_without_a_must_the_model_may_say_anything(client: httpx.Client) -> None
 
 
 def test_the_official_client(url: str) -> None:
-    official = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60, max_retries=0)
+    official = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0)
     with official.chat.completions.stream(
         model=NAME, messages=MESSAGES, tools=TOOLS, tool_choice="required", seed=3,  # type: ignore[arg-type]
     ) as events:  # fmt: skip

@@ -64,20 +64,20 @@ def test_nobody_waits_for_anothers_grammar(started: Started) -> None:
     loop, compiler = started.loop, started.compiler
     assert compiler is not None
     loop.submit("router", 0, [constrained("slow", "good"), request("free", 3)])
-    wait_until(lambda: started.ends() == {"free": "length"})
+    wait_until(lambda: started.ends() == {"free": "length"}, 60)
     assert compiler.seen == ["good"]
     compiler.may_go_on.set()
-    wait_until(lambda: started.ends() == {"free": "length", "slow": "length"})
+    wait_until(lambda: started.ends() == {"free": "length", "slow": "length"}, 60)
 
 
 def test_one_that_is_aborted_meanwhile_never_runs(started: Started) -> None:
     loop, compiler = started.loop, started.compiler
     assert compiler is not None
     loop.submit("router", 0, [constrained("gone", "good"), constrained("stays", "other")])
-    wait_until(lambda: compiler.seen == ["good"])
+    wait_until(lambda: compiler.seen == ["good"], 60)
     loop.abort([("gone", 0)])
     compiler.may_go_on.set()
-    wait_until(lambda: started.ends() == {"stays": "length"})
+    wait_until(lambda: started.ends() == {"stays": "length"}, 60)
     assert all(output.request_id == "stays" for output in started.outputs)
 
 
@@ -86,7 +86,7 @@ def test_what_does_not_compile_is_refused_alone(started: Started) -> None:
     assert compiler is not None
     compiler.may_go_on.set()
     loop.submit("router", 0, [constrained(name, name) for name in ("bad", "crash", "good")])
-    wait_until(lambda: len(started.ends()) == 3)
+    wait_until(lambda: len(started.ends()) == 3, 60)
     assert started.ends() == {"bad": "error", "crash": "error", "good": "length"}
     assert error_of(started.outputs, "bad") == ("invalid_value", "no grammar")
     code, message = error_of(started.outputs, "crash") or ("", "")
@@ -98,6 +98,6 @@ def test_an_engine_without_grammars_refuses_them() -> None:
     """It would answer as if nothing had been asked."""
     made = Started(None)
     made.loop.submit("router", 0, [constrained("a", "good")])
-    wait_until(lambda: made.ends() == {"a": "error"})
+    wait_until(lambda: made.ends() == {"a": "error"}, 60)
     assert error_of(made.outputs, "a") == ("invalid_value", "this worker obeys no grammars")
     made.loop.stop(10)
