@@ -3,7 +3,7 @@
 A folder over its budget is printed loudly; on CI (variable CI) more than twice the budget fails the run.
 Machines are noisy: less than that never does.
 
-Where real clusters run (`SECOND_TRY`), one or two tests of a folder that fail are run once more in a fresh
+Where real time passes (`SECOND_TRY`), one or two tests of a folder that fail are run once more in a fresh
 process. What passes only then is named at the end, for somebody to look into.
 
     python tests/run.py [--full] [FOLDER ...] [pytest options]
@@ -22,7 +22,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 NO_TESTS = 5  # pytest's exit code
-SECOND_TRY = {"ray", "e2e", "chaos"}
+SECOND_TRY = {"unit", "ray", "e2e", "chaos"}
 MOST_TRIED_AGAIN = 2
 
 
