@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
 import statistics
 import sys
@@ -24,7 +25,7 @@ from typing import Any
 from ellm.loadtest.chaos_client import OpenLoop, Template, learn, make_templates, with_stops
 from ellm.loadtest.chaos_cluster import ChaosCluster, ChaosSetting, set_environment, wait_until
 from ellm.loadtest.chaos_faults import Fault, Faults
-from ellm.loadtest.chaos_verdict import against_plan, by_kind, judge, passed
+from ellm.loadtest.chaos_verdict import against_plan, by_kind, judge, notes_of, passed
 from ellm.loadtest.result import Result, command_line
 from ellm.router.config import RouterConfig
 from ellm.worker.api.config import (
@@ -181,7 +182,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(
             f"ready after {time.monotonic() - start:.0f} s: {[r['id'] for r in cluster.rows()]}", flush=True
         )
+        load = [os.getloadavg()[0]]
         loop, faults = disturb(cluster, args)
+        load.append(os.getloadavg()[0])
         verdict = judge(loop, loop.templates, faults) | leaks(cluster)
         verdict["workers at the start"] = cluster.setting.num_workers
     with contextlib.suppress(TimeoutError):
@@ -189,6 +192,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     verdict["leaked processes"] = [list(found) for found in cluster.left_behind()]
     verdict["recovered"] = all(fault.recovered_s is not None for fault in faults)
     verdict["seconds"] = round(time.monotonic() - start)
+    verdict["load average"] = load
     verdict["faults"] = [fault.to_dict() for fault in faults]
     verdict["rows"] = by_kind(loop, faults)
     return verdict | against_plan(verdict["rows"], faults, dict.fromkeys(args.kinds.split(","), args.each))
@@ -200,7 +204,6 @@ def main() -> int:
     rows = verdict.pop("rows")
     print(json.dumps({key: value for key, value in verdict.items() if key != "faults"}, indent=1))
     if args.name:
-        whole = {key: verdict[key] for key in ("requests", "lost", "lost with their router", "corrupted")}
         path = Result(
             name=args.name,
             title="Chaos: what clients notice when things break",
@@ -208,7 +211,7 @@ def main() -> int:
             command=command_line("ellm.loadtest.chaos"),
             rows=rows,
             seed=args.seed,
-            notes=[f"{key}: {value}" for key, value in whole.items()],
+            notes=notes_of(verdict, args.tokens),
             raw=verdict,
         ).write()
         print(f"wrote {path}")

@@ -106,3 +106,22 @@ def passed(verdict: dict[str, Any]) -> bool:
     )  # fmt: skip
     whole = verdict["workers at the end"] == verdict["workers at the start"]
     return not any(verdict[name] for name in none) and bool(verdict["recovered"]) and whole
+
+
+def notes_of(verdict: dict[str, Any], tokens: int) -> list[str]:
+    """What a reader has to know first. `tokens`: that a request puts out at least."""
+    left = f"leaked blocks {verdict['leaked blocks']}, leaked processes {len(verdict['leaked processes'])}"
+    words = [
+        f"{verdict['requests']} requests of at least {tokens} output tokens, client retries 0: lost "
+        f"{verdict['lost']}, corrupted {verdict['corrupted']}, {left}; {verdict['lost with their router']} "
+        "connections broke with a router that was killed.",
+        f"Longest pause of any stream {verdict['longest pause s']} s, 99th percentile "
+        f"{verdict['pause p99 s']} s.",
+    ]
+    if load := verdict.get("load average"):
+        words.append(f"Load average before and after: {', '.join(f'{one:.0f}' for one in load)}.")
+    words += [
+        f"{kind}: a pause of {pause_s:.1f} s, longer than a fault of this kind is to cost."
+        for kind, pause_s in verdict["pauses too long"].items()
+    ]
+    return words + [f"{kind} was applied {n} times too few." for kind, n in verdict["not applied"].items()]

@@ -13,7 +13,7 @@ import pytest
 from ellm.loadtest.chaos import parse
 from ellm.loadtest.chaos_client import Answer, OpenLoop, Template, ask, make_templates, with_stops
 from ellm.loadtest.chaos_faults import Fault
-from ellm.loadtest.chaos_verdict import PAUSE_S, ROUTER_SLACK, against_plan, by_kind, judge, passed
+from ellm.loadtest.chaos_verdict import PAUSE_S, ROUTER_SLACK, against_plan, by_kind, judge, notes_of, passed
 from ellm.router.config import RouterConfig
 
 BODY = {"n": 1, "stream": True}
@@ -154,6 +154,17 @@ def test_a_run_must_do_what_was_asked_and_no_pause_may_be_long() -> None:
     plan = against_plan(by_kind(loop, faults), faults, {"drain": 2, "stop_rank": 1, "kill_rank": 1})
     assert plan["not applied"] == {"drain": 1, "kill_rank": 1}
     assert not passed(verdict(answer("one two")) | plan)
+
+
+def test_the_notes_say_what_was_lost_and_what_was_not_done() -> None:
+    plan = {"not applied": {"drain": 2}, "pauses too long": {"stop_rank": 13.0}, "leaked processes": []}
+    notes = notes_of(verdict(answer("one two")) | plan | {"load average": [3.0, 12.4]}, 128)
+    assert "1 requests of at least 128 output tokens, client retries 0: lost 0, corrupted 0" in notes[0]
+    assert "Load average before and after: 3, 12." in notes
+    assert notes[-2:] == [
+        "stop_rank: a pause of 13.0 s, longer than a fault of this kind is to cost.",
+        "drain was applied 2 times too few.",
+    ]
 
 
 def test_it_is_the_product_that_is_disturbed() -> None:
