@@ -17,7 +17,7 @@ from ellm.worker.executor.simulated_link import LinkSpeed
 def play_with(policy: str, seed: int) -> EngineDriver:
     rng = Random(seed)
     setting = make_setting(rng, rng.choice([1.0, 1.3, 2.0, 4.0]))
-    host_blocks = rng.choice([0, 3, 20, 200])
+    host_blocks = rng.choice([3, 20, 200] if "stream=" in policy else [0, 3, 20, 200])
     limits = replace(
         setting.limits,
         num_host_blocks=host_blocks,
