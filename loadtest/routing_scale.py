@@ -53,12 +53,13 @@ class Shape:
 
 SHAPES = (Shape(256, 400, 1.0), Shape(4096, 4096, 0.08))  # of a chat; of Mooncake's conversations
 NOTES = [
-    "Every decision stands between other work here (reports, prompts, hashes), so it runs with cold caches, as "
-    "in a router. The collector is off: what a hundred routers and a thousand workers hold is not one router's "
-    "to look through.",
-    "In so short a run few of the long prompts find their prefix at a worker that their router knows. Where a "
-    "worker knows 4,096 tokens of a prompt, their hashes are most of a decision's cost: one after the other, "
-    "on a busy machine, when all 32 workers were still looked at, 388 us where none of it known took 90 us.",
+    "Every decision stands between other work here (reports, prompts, hashes), so it runs with cold caches, "
+    "as in a router. The collector is off: what a hundred routers and a thousand workers hold is not one "
+    "router's to look through.",
+    "In so short a run few of the long prompts find their prefix at a worker that their router knows. Where "
+    "a worker knows 4,096 tokens of a prompt, their hashes are most of a decision's cost: one after the "
+    "other, on a busy machine, when all 32 workers were still looked at, 388 us where none of it known took "
+    "90 us.",
 ]
 
 
