@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support import golden
-from support.engine_driver import EngineDriver, plain
+from support.engine_driver import EngineDriver, plain, play
 from support.golden import Checkpoint
 from support.random_residency import RandomResidency
 from support.ranks import RankPool
@@ -18,8 +18,6 @@ from tokenizers import Tokenizer
 
 from ellm.worker.api.config import SchedulerConfig
 from ellm.worker.api.request import EngineRequest, SamplingParams
-from ellm.worker.engine.policies import Policy
-from ellm.worker.executor.base import Executor
 
 pytestmark = [pytest.mark.needs_module(name) for name in ("numba", "llguidance", "jsonschema")]
 
@@ -55,21 +53,11 @@ def requests() -> list[EngineRequest]:
     ]
 
 
-def play(executor: Executor, scheduler: SchedulerConfig, policy: Policy | None = None) -> EngineDriver:
-    driver = EngineDriver(executor.limits, scheduler=scheduler, policy=policy)
-    driver.executor = executor  # type: ignore[assignment]
-    for request in requests():
-        assert driver.add(request)
-        driver.turn()
-    driver.run(max_turns=20_000)
-    return driver
-
-
 @pytest.fixture(scope="module")
 def want(checkpoint: Callable[[str], Checkpoint]) -> dict[str, list[int]]:
     """Each alone, one plan at a time."""
     executor = golden.executor(checkpoint("llama")[0], jit=True, num_blocks=200)
-    driver = play(executor, plain(max_num_seqs=1, pipeline_depth=1))
+    driver = play(executor, requests(), plain(max_num_seqs=1, pipeline_depth=1))
     executor.close()
     return driver.streams
 
@@ -105,15 +93,15 @@ def test_no_token_depends_on_residency(
     folder = checkpoint("llama")[0]
     room = {"transient_blocks": 20, "host_bytes": 1 << 20}
     small = golden.executor(folder, jit=True, num_blocks=8, **room)
-    driver = play(small, plain(max_num_seqs=8, max_step_tokens=96, pipeline_depth=depth))
+    driver = play(small, requests(), plain(max_num_seqs=8, max_step_tokens=96, pipeline_depth=depth))
     assert driver.streams == want
     assert driver.core.report(driver.now).num_preemptions > 0
     policies = ("adaptive", "full-swap") if depth == 2 else ("full-offload",)
     for policy in policies:
-        again = play(small, SchedulerConfig(policy=policy, max_num_seqs=8, max_step_tokens=96))
+        again = play(small, requests(), SchedulerConfig(policy=policy, max_num_seqs=8, max_step_tokens=96))
         assert again.streams == want, policy
     scheduler = plain(max_num_seqs=8, max_step_tokens=96, pipeline_depth=depth)
-    assert play(small, scheduler, RandomResidency(depth)).streams == want
+    assert play(small, requests(), scheduler, RandomResidency(depth)).streams == want
     small.close()
 
 
@@ -145,6 +133,6 @@ def test_ranks_obey_alike(
     config = golden.config(checkpoint("llama")[0], jit=True, num_blocks=12, tensor_parallel_size=2)
     with ranks.group(config) as executor:
         assert executor.grammars is not None
-        driver = play(executor, plain(max_num_seqs=8, max_step_tokens=96))
+        driver = play(executor, requests(), plain(max_num_seqs=8, max_step_tokens=96))
     assert ranks.ends == ["closed"]
     assert driver.streams == want

@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 from support import golden
-from support.engine_driver import EngineDriver, plain
+from support.engine_driver import EngineDriver, plain, play
 from support.golden import Checkpoint
 from support.random_residency import RandomResidency
 
@@ -40,13 +40,8 @@ def requests() -> list[EngineRequest]:
     return made
 
 
-def play(executor: LocalExecutor, scheduler: SchedulerConfig, policy: Policy | None = None) -> EngineDriver:
-    driver = EngineDriver(executor.limits, scheduler=scheduler, policy=policy)
-    driver.executor = executor  # type: ignore[assignment]
-    for request in requests():
-        assert driver.add(request)
-        driver.turn()
-    driver.run(max_turns=20_000)
+def played(executor: LocalExecutor, scheduler: SchedulerConfig, policy: Policy | None = None) -> EngineDriver:
+    driver = play(executor, requests(), scheduler, policy)
     executor.close()
     return driver
 
@@ -77,7 +72,7 @@ def test_no_token_depends_on_residency(
     checkpoint: Callable[[str], Checkpoint], case: str, dtype: str
 ) -> None:
     folder = checkpoint(case)
-    roomy = play(load(folder, dtype, 200), plain(max_num_seqs=1, pipeline_depth=1))
+    roomy = played(load(folder, dtype, 200), plain(max_num_seqs=1, pipeline_depth=1))
     recomputed = streamed = loaded = parks = 0
     for seed in range(4):
         rng = Random(seed)
@@ -86,7 +81,7 @@ def test_no_token_depends_on_residency(
             max_step_tokens=rng.choice([96, 192]),
             pipeline_depth=rng.choice([1, 2]),
         )
-        driver = play(load(folder, dtype, rng.choice([9, 10, 14])), scheduler, RandomResidency(seed))
+        driver = played(load(folder, dtype, rng.choice([9, 10, 14])), scheduler, RandomResidency(seed))
         for name, stream in roomy.streams.items():
             assert driver.streams[name] == stream, (seed, name)
             assert driver.outputs[name][-1].logprobs == roomy.outputs[name][-1].logprobs, (seed, name)
@@ -100,9 +95,9 @@ def test_no_token_depends_on_residency(
 @pytest.mark.parametrize("policy", ["literal(0.3)", "literal(0.5, stream=0.5)", "literal(0.4, stream=1.0)"])
 def test_literal_recompute_says_the_same(checkpoint: Callable[[str], Checkpoint], policy: str) -> None:
     folder = checkpoint("llama")
-    roomy = play(load(folder, "float32", 200), plain(max_num_seqs=1))
+    roomy = played(load(folder, "float32", 200), plain(max_num_seqs=1))
     scheduler = SchedulerConfig(policy=policy, max_num_seqs=8, max_step_tokens=192)
-    driver = play(load(folder, "float32", 14), scheduler)
+    driver = played(load(folder, "float32", 14), scheduler)
     assert driver.streams == roomy.streams
     rows = sum(entry.num_tokens for plan in driver.plans for entry in plan.entries if entry.recompute)
     assert rows > 0 or "stream=1.0" in policy

@@ -8,15 +8,13 @@ from random import Random
 
 import pytest
 from support import golden
-from support.engine_driver import EngineDriver, plain
+from support.engine_driver import plain, play
 from support.golden import Checkpoint
 from support.plans import GREEDY, PlanDriver
 from support.random_residency import RandomResidency
 from support.ranks import RankPool
 
-from ellm.worker.api.config import SchedulerConfig
 from ellm.worker.api.request import EngineRequest, SamplingParams
-from ellm.worker.engine.policies import Policy
 from ellm.worker.executor.base import Executor
 
 NUMBA = pytest.param(True, marks=pytest.mark.needs_module("numba"), id="numba")
@@ -91,16 +89,6 @@ def requests() -> list[EngineRequest]:
     return made
 
 
-def play(executor: Executor, scheduler: SchedulerConfig, policy: Policy | None = None) -> EngineDriver:
-    driver = EngineDriver(executor.limits, scheduler=scheduler, policy=policy)
-    driver.executor = executor  # type: ignore[assignment]
-    for request in requests():
-        assert driver.add(request)
-        driver.turn()
-    driver.run(max_turns=20_000)
-    return driver
-
-
 @pytest.mark.needs_module("numba")
 @pytest.mark.parametrize(
     ("case", "size", "overlap"),
@@ -118,12 +106,12 @@ def test_no_token_depends_on_residency(
     room for all, and the tokens of one rank."""
     folder, _ = checkpoint(case)
     alone = golden.executor(folder, jit=True, num_blocks=200)
-    tokens = play(alone, plain(max_num_seqs=1)).streams
+    tokens = play(alone, requests(), plain(max_num_seqs=1)).streams
     alone.close()
     room = {"transient_blocks": 20, "host_bytes": 1 << 20}
     settings = {"jit": True, "tensor_parallel_size": size, "tp_overlap": overlap, "tp_overlap_rows": 16}
     with ranks.group(golden.config(folder, num_blocks=200, **settings)) as executor:
-        roomy = play(executor, plain(max_num_seqs=8, max_step_tokens=96))
+        roomy = play(executor, requests(), plain(max_num_seqs=8, max_step_tokens=96))
     assert roomy.streams == tokens
     counts = [0, 0, 0]
     with ranks.group(golden.config(folder, num_blocks=10, **room, **settings)) as executor:
@@ -132,7 +120,7 @@ def test_no_token_depends_on_residency(
             scheduler = plain(
                 max_num_seqs=8, max_step_tokens=rng.choice([96, 192]), pipeline_depth=1 + seed % 2
             )
-            driver = play(executor, scheduler, RandomResidency(seed))
+            driver = play(executor, requests(), scheduler, RandomResidency(seed))
             for name, stream in tokens.items():
                 assert driver.streams[name] == stream, (seed, name)
                 assert driver.outputs[name][-1].logprobs == roomy.outputs[name][-1].logprobs, (seed, name)

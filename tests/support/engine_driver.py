@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from ellm.worker.api.config import CacheConfig, SchedulerConfig, WorkerConfig
@@ -13,6 +13,7 @@ from ellm.worker.api.request import EngineRequest, SamplingParams
 from ellm.worker.engine.core import EngineCore
 from ellm.worker.engine.plan import BatchPlan, BlockCopy, ModelLimits, NewSequence, StepResult
 from ellm.worker.engine.policies import Policy
+from ellm.worker.executor.base import Executor
 from ellm.worker.executor.simulated import SimulatedExecutor
 from ellm.worker.executor.simulated_link import LinkSpeed
 
@@ -138,4 +139,20 @@ def run_alone(
     driver = EngineDriver(roomy, scheduler=config, prefix_caching=False, output_length=output_length)
     driver.add(one)
     driver.run()
+    return driver
+
+
+def play(
+    executor: Executor,
+    requests: Iterable[EngineRequest],
+    scheduler: SchedulerConfig,
+    policy: Policy | None = None,
+) -> EngineDriver:
+    """`requests`, one a turn, on a real executor, to their end."""
+    driver = EngineDriver(executor.limits, scheduler=scheduler, policy=policy)
+    driver.executor = executor  # type: ignore[assignment]
+    for request in requests:
+        assert driver.add(request)
+        driver.turn()
+    driver.run(max_turns=20_000)
     return driver
