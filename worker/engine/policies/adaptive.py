@@ -68,7 +68,7 @@ class Adaptive(Policy):
             self._forget_plan()
         if state.host is not None:
             step_s = self.foresight.step_s
-            self.traffic.load(step_s)
+            self.traffic.load(step_s, lambda: self.restore_rows(state, len(state.running), now))
             if state.pool.num_available < _WRITE_THROUGH * state.pool.num_blocks:
                 self.traffic.save(self._save_order or state.running, step_s)
 
