@@ -31,7 +31,7 @@ TESTS = Path(__file__).parent
 NO_TESTS = 5  # pytest's exit code
 INTERRUPTED = 2
 MOST_TRIED_AGAIN = 2
-MOST_LANES = 4  # each job may hold a gigabyte
+MOST_LANES = 2  # more if asked for: cores that are counted may still be shared, and a job may hold a gigabyte
 BELOW = 10  # the niceness of what yields: it gets a tenth of a core that somebody else wants
 PATIENCE_S = 900  # and so long a test of it may take
 
