@@ -16,7 +16,16 @@ from typing import Generic, TypeVar
 
 CLUSTERS = ("ray", "e2e", "chaos")
 # Only compute. Long ones first: what is begun last should be short.
-COMPUTE = ("sim", "golden", "unit/engine", "unit/kernels", "unit/loadtest", "unit/model", "unit/cluster")
+COMPUTE = (
+    "sim",
+    "golden",
+    "unit/engine",
+    "unit/kernels",
+    "unit/loadtest",
+    "unit/model",
+    "unit/cluster",
+    "unit/...",
+)
 T = TypeVar("T")
 
 
@@ -37,18 +46,23 @@ class Job:
 
 
 def make_jobs(tests: Path, folders: Sequence[str]) -> list[Job]:
-    """Each folder with tests in it, `unit` in its parts; in the order in which they should begin."""
+    """Each folder with tests in it, `unit` in its parts, those with the most files first; in the order in
+    which they should begin."""
     jobs = []
     for folder in folders:
-        parts = sorted(path for path in (tests / folder).iterdir()) if folder == "unit" else []
-        parts = [path for path in parts if path.is_dir() and any(path.rglob("test_*.py"))]
-        jobs += [Job(f"{folder}/{part.name}", (part,)) for part in parts]
-        loose = sorted((tests / folder).glob("test_*.py"))
-        if folder == "unit" and loose:
-            jobs.append(Job(f"{folder}/...", tuple(loose)))
-        elif folder != "unit" and any((tests / folder).rglob("test_*.py")):
-            jobs.append(Job(folder, (tests / folder,)))
+        top = tests / folder
+        if folder != "unit":
+            jobs += [Job(folder, (top,))] if _num_files(top) else []
+            continue
+        parts = sorted((path for path in top.iterdir() if path.is_dir()), key=_num_files, reverse=True)
+        jobs += [Job(f"{folder}/{part.name}", (part,)) for part in parts if _num_files(part)]
+        if loose := tuple(sorted(top.glob("test_*.py"))):
+            jobs.append(Job(f"{folder}/...", loose))
     return jobs
+
+
+def _num_files(folder: Path) -> int:
+    return sum(1 for _ in folder.rglob("test_*.py"))
 
 
 class Lanes(Generic[T]):
