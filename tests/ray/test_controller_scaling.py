@@ -17,11 +17,12 @@ from support.cluster import local_cluster, wait_for
 from ellm.cluster.actor import find
 from ellm.deploy.app import build_application
 from ellm.deploy.config import from_mapping
+from ellm.deploy.ports import free_ports
 from ellm.deploy.resolve import resolve
 
 pytestmark = pytest.mark.ray
 
-PORT = 8473
+(PORT,) = free_ports(1)
 CONFIG = {
     "models": [
         {

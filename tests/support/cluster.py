@@ -25,6 +25,8 @@ def local_cluster(num_cpus: int = 8, http_port: int | None = None) -> Iterator[N
     """A cluster of this process's own. Afterwards none of its processes is left, or the test fails."""
     # Actors of the tests find their classes where the tests do.
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+    # As in production. With Ray's 15 whatever else runs would starve the workers.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     before = {p.pid for p in psutil.Process().children(recursive=True)}
     ray.init(
         address="local",

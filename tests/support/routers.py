@@ -75,7 +75,7 @@ async def until(condition: Callable[[], object], timeout_s: float = 15.0) -> Non
 
 
 async def until_replaced(directory: RayDirectory, old: set[str], number: int) -> list[StreamChannel]:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while True:
         found = await workers(directory)
         if len(found) == number and not old & {c.info.epoch for c in found}:
@@ -85,7 +85,7 @@ async def until_replaced(directory: RayDirectory, old: set[str], number: int) ->
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 90))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(test(), 240))  # type: ignore[arg-type]
 
 
 @ray.remote(num_cpus=0)

@@ -50,7 +50,7 @@ def asked(pieces: Sequence[bytes], status: str = "200 OK", *, whole: bool = True
             await served.wait()
             return answer
 
-    return asyncio.run(asyncio.wait_for(test(), 10))
+    return asyncio.run(asyncio.wait_for(test(), 60))
 
 
 def test_a_stream_in_pieces_is_read_whole() -> None:

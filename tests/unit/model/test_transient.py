@@ -131,7 +131,7 @@ def test_a_layers_blocks_are_there_before_it_and_stay_while_it_computes(
             for ahead in range(2):
                 if ahead:  # all that may run ahead has run
                     for _ in range(num_loaded if layer == 0 else num_loaded - 1):
-                        assert pool.streamed.acquire(timeout=10)
+                        assert pool.streamed.acquire(timeout=60)
                 for place, want in zip((0, 2), streamed(cache, layer), strict=True):
                     assert torch.equal(cache.bank(layer)[:, place], want)
                 if ahead and layer + 1 < LAYERS:

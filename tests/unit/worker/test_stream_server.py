@@ -179,7 +179,7 @@ def test_a_line_that_was_given_up_ends_though_nobody_reads_it(monkeypatch: pytes
                     line.sendall(msgpack.packb(message))
                 line.sendall(msgpack.packb(wire.submit("r", 0, [bulky("a", 990)])))
                 await until(lambda: s.front.num_streams == 1 and s.front.num_live == 1)
-                await until(lambda: s.front.num_live == 0)  # far more than the sockets hold
+                await until(lambda: s.front.num_live == 0, 15.0)  # far more than the sockets hold
                 s.front.arrive("r")
                 line.sendall(msgpack.packb(wire.abort("r", 0, [])))
                 await until(lambda: s.front.num_streams == 0)
