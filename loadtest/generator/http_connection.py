@@ -152,7 +152,7 @@ class HttpConnection(asyncio.Protocol):
     def _end(self, why: str | None) -> None:
         exchange, self._exchange = self._exchange, None
         reusable = why is None and not self._close_after and not self.closed
-        self.used = True
+        self.used = self.used or why is None
         if not reusable:
             self.cut()
         if exchange is None:

@@ -20,7 +20,7 @@ _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:1180px;padding:0 1em;color:#1e293b}
 h1{font-size:1.4em;margin-bottom:.2em}h2{font-size:1.1em;margin:1.6em 0 .4em}pre{background:#f1f5f9;
 padding:1em;overflow-x:auto;font-size:13px;border-radius:6px}.plots{display:grid;gap:14px;
-grid-template-columns:repeat(auto-fit,minmax(480px,1fr))}
+grid-template-columns:repeat(auto-fill,minmax(480px,1fr))}
 svg{width:100%;background:#fff;border:1px solid #e2e8f0;border-radius:6px}
 .title{font-size:13px;font-weight:600}.tick{font-size:11px;fill:#475569}.middle{text-anchor:middle}
 .end{text-anchor:end}.grid{stroke:#e2e8f0}.axis{stroke:#64748b}.mark{stroke:#64748b;stroke-dasharray:4 3}

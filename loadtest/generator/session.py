@@ -20,7 +20,7 @@ from ellm.loadtest.generator.worker_states import WorkerStates
 from ellm.worker.api.errors import ConfigError
 
 PAUSE_S = 1.0  # between rates: nothing of the one before is left, its last reports are in
-NOTHING_ENDED = 1  # exit code
+NOTHING_ANSWERED = 1  # exit code
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,8 @@ def single(options: Options, outputs: Outputs) -> int:
     result = measured(options, target, outputs.quiet)
     print("\n".join(["", *text.summary_lines(result)]))
     _write(outputs, result, lambda: report_html.run_page(result))
-    return 0 if result["summary"]["completed"] else NOTHING_ENDED
+    summary = result["summary"]
+    return NOTHING_ANSWERED if summary["failed"] and not summary["completed"] else 0
 
 
 def sweep_rates(options: Options, spec: str, duration_s: float | None, outputs: Outputs) -> int:

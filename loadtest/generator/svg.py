@@ -178,9 +178,10 @@ def _area(
 def _mark(frame: Frame, mark: Mark) -> str:
     if mark.x is not None:
         x = frame.x(mark.x)
+        side, anchor = (3, "") if x < 0.8 * WIDTH else (-3, " end")
         return (
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" class="mark"/>'
-            f'<text x="{x + 3:.1f}" y="{TOP + 22}" class="tick">{escape(mark.label)}</text>'
+            f'<text x="{x + side:.1f}" y="{TOP + 10}" class="tick{anchor}">{escape(mark.label)}</text>'
         )
     y = frame.y(mark.y or 0.0)
     return (
