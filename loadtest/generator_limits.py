@@ -4,8 +4,8 @@
                                              [--guidellm PATH] [--vllm PATH]
 
 The target computes nothing (`ellm.loadtest.generator.null_server`) and has one core, the generator's only
-sender another. For the agreement the target is paced by the clock (first token after 50 ms, then one each 10 ms) and
-every client sends the same number of requests of the same lengths at the same rate, in turn.
+sender another. For the agreement the target is paced by the clock (first token after 50 ms, then one each
+10 ms) and every client sends the same number of requests of the same lengths at the same rate, in turn.
 """
 
 from __future__ import annotations

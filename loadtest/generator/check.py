@@ -13,7 +13,14 @@ from dataclasses import replace
 from http.client import HTTPException
 from typing import Any
 
-from ellm.loadtest.generator.content import Scale, single_token_words
+from ellm.loadtest.generator.content import (
+    WORDS,
+    Prompt,
+    PromptWriter,
+    Scale,
+    Stretch,
+    single_token_words,
+)
 from ellm.loadtest.generator.http_client import error_code
 from ellm.loadtest.generator.options import Options
 from ellm.loadtest.generator.target import Target, TargetFailed, parse_target, request_body
@@ -86,9 +93,6 @@ def _with_model(target: Target, names: list[str]) -> Target:
 
 def _scale(target: Target, options: Options, words: tuple[str, ...]) -> Scale:
     """From what the server counts for two prompts; one token a word where it does not count."""
-    from ellm.loadtest.generator.content import WORDS, PromptWriter, Stretch
-    from ellm.loadtest.generator.plan import Prompt
-
     writer = PromptWriter(Scale(), words or WORDS)
     counted = []
     for number in PROBE_WORDS:
@@ -113,11 +117,11 @@ def _count_prompt(target: Target, options: Options, messages: list[dict[str, str
 async def _count_grpc(target: Target, options: Options, messages: list[dict[str, str]]) -> int:
     import grpc
 
-    from ellm.loadtest.generator.grpc_client import InferenceStub, generate_request, metadata_of, open_channel
+    from ellm.loadtest.generator.grpc_client import generate_request, metadata_of, open_channel, stub_of
 
     request = generate_request(target, options, messages, None, 1)
     async with open_channel(target) as channel:
-        call = InferenceStub(channel).Generate(request, metadata=metadata_of(target), timeout=TIMEOUT_S)
+        call = stub_of(channel).Generate(request, metadata=metadata_of(target), timeout=TIMEOUT_S)
         try:
             counts = [message.usage.prompt_tokens async for message in call]
         except grpc.aio.AioRpcError as error:

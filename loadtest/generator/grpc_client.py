@@ -15,7 +15,6 @@ from ellm.router.rpc.ellm_inference_pb2 import (
     Chat,
     ChatMessage,
     GenerateRequest,
-    GetModelInfoRequest,
     GetServerInfoRequest,
     SamplingParams,
     TokenIds,
@@ -38,6 +37,11 @@ def open_channel(target: Target, number: int = 0) -> Any:
     if target.tls:
         return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(), options=options)
     return grpc.aio.insecure_channel(address, options=options)
+
+
+def stub_of(channel: Any) -> Any:
+    """The calls of `ellm.v1.Inference`."""
+    return InferenceStub(channel)  # type: ignore[no-untyped-call]
 
 
 def metadata_of(target: Target) -> tuple[tuple[str, str], ...]:
@@ -72,7 +76,7 @@ class GrpcClient:
         self.start_s = 0.0
         count = min(MAX_CHANNELS, max(1, -(-streams // STREAMS_PER_CHANNEL)))
         self._channels = [open_channel(target, number) for number in range(count)]
-        self._stubs = [InferenceStub(channel) for channel in self._channels]
+        self._stubs = [stub_of(channel) for channel in self._channels]
         self._metadata = metadata_of(target)
         self._sent = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -157,16 +161,7 @@ class GrpcCall:
 async def ask_server(target: Target, timeout_s: float) -> tuple[str, list[str]]:
     """(what it is, its models). Raises grpc.aio.AioRpcError."""
     async with open_channel(target) as channel:
-        answer = await InferenceStub(channel).GetServerInfo(
+        answer = await stub_of(channel).GetServerInfo(
             GetServerInfoRequest(), metadata=metadata_of(target), timeout=timeout_s
         )
         return f"{answer.server} {answer.version}", list(answer.models)
-
-
-async def ask_model(target: Target, timeout_s: float) -> int:
-    """Tokens that prompt and output may have together. Raises grpc.aio.AioRpcError."""
-    async with open_channel(target) as channel:
-        answer = await InferenceStub(channel).GetModelInfo(
-            GetModelInfoRequest(model=target.model), metadata=metadata_of(target), timeout=timeout_s
-        )
-        return int(answer.max_context_length)

@@ -213,3 +213,8 @@ def _page(title: str, below: str, sections: Sequence[tuple[str, str]]) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{escape(title)}</h1><p>{escape(below)}</p>{body}</body></html>\n"
     )
+
+
+def page_of(title: str, below: str, texts: Sequence[tuple[str, Sequence[str]]], plots: Sequence[str]) -> str:
+    """A page of text and plots made elsewhere."""
+    return _page(title, below, [*((name, _pre(lines)) for name, lines in texts), ("Plots", _plots(plots))])

@@ -95,7 +95,7 @@ def _senders(
         for number, share in enumerate(shares):
             ours, theirs = context.Pipe()
             cpu = cpus[number % len(cpus)] if cpus else None
-            process = context.Process(
+            process: BaseProcess = context.Process(
                 target=run_sender, args=(theirs, target, options, share, cpu), daemon=True
             )
             process.start()

@@ -9,9 +9,11 @@ from typing import Any
 from ellm.loadtest.generator.record import Record
 
 try:  # comes with the `serve` extra; the standard library does as well, at four times the cost
-    from orjson import loads
+    import orjson
 except ImportError:
-    loads = json.loads
+    _loads: Callable[[bytes], Any] = json.loads
+else:
+    _loads = orjson.loads
 
 _OUTPUT_FIELDS = ("content", "reasoning_content", "reasoning", "tool_calls", "refusal")
 
@@ -55,7 +57,7 @@ class EventReader:
     def whole(self, data: bytes) -> None:
         """An answer that was not streamed: its output came at once."""
         try:
-            answer = loads(data)
+            answer = _loads(data)
         except ValueError:
             self._record.error = "the answer is neither an event stream nor JSON"
             return
@@ -69,7 +71,7 @@ class EventReader:
         if not data:
             return
         try:
-            event = loads(data)
+            event = _loads(data)
         except ValueError:
             self._record.error = "an event that is no JSON"
             return
