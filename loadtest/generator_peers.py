@@ -29,7 +29,7 @@ class Workload:
     prompt_tokens: int
     output_tokens: int
     seed: int
-    model: str = "null"
+    model: str = "null-model"
 
 
 def guidellm(program: str, work: Workload) -> dict[str, float]:
@@ -46,7 +46,7 @@ def guidellm(program: str, work: Workload) -> dict[str, float]:
                 f"kind=synthetic_text,prompt_tokens={work.prompt_tokens},output_tokens={work.output_tokens}",
                 "--profile", f"kind=poisson,rate={work.rate}",
                 "--constraint", f"kind=max_requests,count={work.num_requests}",
-                "--random-seed", str(work.seed),
+                "--seed", f"kind=static,value={work.seed}",
                 "--output", f"kind=json,path={out}",
                 "--disable-console-interactive",
             ]

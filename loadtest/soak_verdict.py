@@ -12,7 +12,7 @@ from dataclasses import dataclass
 MIB_SLACK = 8.0  # what an allocator holds back and gives again
 HANDLE_SLACK = 4.0  # connections that happen to be open
 MS_SLACK = 20.0
-TOLERANCE = 0.05
+TOLERANCE = 0.02
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import json
 import os
 from typing import Any
 
-MODEL = "null"
+MODEL = "null-model"
 WORD = " token"
 CHAT_PATH, COMPLETIONS_PATH = b"/v1/chat/completions", b"/v1/completions"
 _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
