@@ -4,8 +4,7 @@
                                              [--guidellm PATH] [--vllm PATH]
 
 The target computes nothing (`ellm.loadtest.generator.null_server`) and has one core, the generator's only
-sender another. For the agreement the target is paced by the clock (first token after 50 ms, then one each
-10 ms) and every client sends the same number of requests of the same lengths at the same rate, in turn.
+sender another. For the agreement the target is paced by the clock and every client sends the same number of requests of the same lengths at the same rate, in turn.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from ellm.loadtest.generator.run import run_once
 from ellm.loadtest.generator_peers import PEERS, Workload
 from ellm.loadtest.result import Result, Row, command_line
 
-TTFT_MS, TPOT_MS = 50.0, 10.0
 LATE_LIMIT_MS, RATE_LIMIT = 2.0, 2_000.0  # what is asked of the generator, the first at half the second
 AGREED = 0.05
 ABOUT = """\
@@ -35,9 +33,9 @@ One sender process on a core of its own against a server that computes nothing o
 tokens in answer to {prompt} prompt tokens, streamed over kept connections, Poisson arrivals, {seconds:g} s.
 `late` is from when a request was due to when it was written; medians over {rounds} rounds, all rates in turn.
 `ratio` is completed requests per second against the rate. Agreement: the target is paced by the clock (first
-token after {ttft:g} ms, then one each {tpot:g} ms); each client in turn, {count} requests at {rate:g}/s with
-{agree_prompt} prompt and {agree_tokens} output tokens, medians of means over {rounds} rounds; guidellm's TPOT
-is what it calls inter token latency."""
+token after so many ms, then one each so many); each client in turn, {count} requests at {rate:g}/s with
+{agree_prompt} prompt and {agree_tokens} output tokens, medians of means over {agree_rounds} rounds;
+guidellm's TPOT is what it calls inter token latency. The target's own pace is what a client without a cost would see."""
 
 
 def parse() -> argparse.Namespace:
@@ -48,6 +46,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=8, help="output tokens at those rates")
     parser.add_argument("--guidellm", metavar="PATH", help="its command, in an environment of its own")
     parser.add_argument("--vllm", metavar="PATH", help="the same")
+    parser.add_argument("--paces", default="50:10,250:25", help="TTFT:TPOT of the agreement's target, ms")
+    parser.add_argument("--agreement-rounds", type=int, default=2)
     parser.add_argument("--agreement-rate", type=float, default=10.0)
     parser.add_argument("--agreement-requests", type=int, default=150)
     parser.add_argument("--port", type=int, default=8931)
@@ -141,11 +141,12 @@ def capacity_rows(rates: list[float], rounds: dict[float, list[dict[str, float]]
     return rows
 
 
-def agreement_rows(rounds: dict[str, list[dict[str, float]]]) -> list[Row]:
+def agreement_rows(pace: str, rounds: dict[str, list[dict[str, float]]]) -> list[Row]:
+    ttft_ms, tpot_ms = pace.split(":")
     rows: list[Row] = []
     mine = rounds["ellm bench"]
     for name, measured in rounds.items():
-        row: Row = {"what": f"agreement: {name}"}
+        row: Row = {"what": f"agreement at {ttft_ms} and {tpot_ms} ms: {name}"}
         for key, label in (("ttft_ms", "TTFT mean, ms"), ("tpot_ms", "TPOT mean, ms")):
             row[label] = statistics.median(one[key] for one in measured)
             if name != "ellm bench":
@@ -157,12 +158,13 @@ def agreement_rows(rounds: dict[str, list[dict[str, float]]]) -> list[Row]:
     return rows
 
 
-def agreement(arguments: argparse.Namespace, cpu: int) -> dict[str, list[dict[str, float]]]:
+def agreement(arguments: argparse.Namespace, cpu: int, pace: str) -> dict[str, list[dict[str, float]]]:
     """Every client in turn, in both orders, against one paced server."""
+    ttft_ms, tpot_ms = (float(word) for word in pace.split(":"))
     programs = {name: getattr(arguments, name) for name in PEERS if getattr(arguments, name)}
     measured: dict[str, list[dict[str, float]]] = {"ellm bench": [], **{name: [] for name in programs}}
-    with null_server(arguments.port, cpu, TTFT_MS, TPOT_MS) as url:
-        for number in range(arguments.rounds):
+    with null_server(arguments.port, cpu, ttft_ms, tpot_ms) as url:
+        for number in range(arguments.agreement_rounds):
             work = Workload(url, arguments.agreement_rate, arguments.agreement_requests, 100, 32, number)
             for name in list(measured)[:: 1 if number % 2 == 0 else -1]:
                 figures = PEERS[name](programs[name], work) if name in programs else ours(work)
@@ -182,19 +184,20 @@ def main() -> int:
             for rate in rates:
                 rounds[rate].append(at_rate(arguments, url, rate, sender_cpu))
                 print(f"  {rate:g}/s: {rounds[rate][-1]}", flush=True)
-    measured = agreement(arguments, server_cpu)
-    rows = capacity_rows(rates, rounds) + agreement_rows(measured)
+    paces = arguments.paces.split(",")
+    measured = {pace: agreement(arguments, server_cpu, pace) for pace in paces}
+    agreed = [row for pace in paces for row in agreement_rows(pace, measured[pace])]
     result = Result(
         name=arguments.name,
         title="The load generator itself",
         about=ABOUT.replace("\n", " ").format(
             tokens=arguments.tokens, prompt=16, seconds=arguments.seconds, rounds=arguments.rounds,
-            ttft=TTFT_MS, tpot=TPOT_MS, count=arguments.agreement_requests, rate=arguments.agreement_rate,
-            agree_prompt=100, agree_tokens=32,
+            count=arguments.agreement_requests, rate=arguments.agreement_rate,
+            agree_rounds=arguments.agreement_rounds, agree_prompt=100, agree_tokens=32,
         ),
         command=portable(command_line("ellm.loadtest.generator_limits")),
-        rows=rows,
-        notes=verdicts(rounds, agreement_rows(measured)),
+        rows=capacity_rows(rates, rounds) + agreed,
+        notes=verdicts(rounds, agreed),
         raw={"rates": {f"{rate:g}": rounds[rate] for rate in rates}, "agreement": measured},
     )  # fmt: skip
     for line in result.notes:
