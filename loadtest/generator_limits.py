@@ -4,7 +4,8 @@
                                              [--guidellm PATH] [--vllm PATH]
 
 The target computes nothing (`ellm.loadtest.generator.null_server`) and has one core, the generator's only
-sender another. For the agreement the target is paced by the clock and every client sends the same number of requests of the same lengths at the same rate, in turn.
+sender another. For the agreement the target is paced by the clock and every client sends the same number of
+requests of the same lengths at the same rate, in turn.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ tokens in answer to {prompt} prompt tokens, streamed over kept connections, Pois
 `ratio` is completed requests per second against the rate. Agreement: the target is paced by the clock (first
 token after so many ms, then one each so many); each client in turn, {count} requests at {rate:g}/s with
 {agree_prompt} prompt and {agree_tokens} output tokens, medians of means over {agree_rounds} rounds;
-guidellm's TPOT is what it calls inter token latency. The target's own pace is what a client without a cost would see."""
+guidellm's TPOT is what it calls inter token latency. The target's own pace is what a client without a cost
+would see."""
 
 
 def parse() -> argparse.Namespace:
@@ -200,6 +202,10 @@ def main() -> int:
         notes=verdicts(rounds, agreed),
         raw={"rates": {f"{rate:g}": rounds[rate] for rate in rates}, "agreement": measured},
     )  # fmt: skip
+    result.notes.append(
+        f"load average {os.getloadavg()[0]:.0f} on {len(cores)} cores at the end: other programs ran beside it; all of "
+        f"this ran at nice {os.getpriority(os.PRIO_PROCESS, 0)}"
+    )
     for line in result.notes:
         print(line)
     print(f"wrote {result.write()}")

@@ -33,8 +33,8 @@ FIGURES = ("ttft_mean_s", "ttft_p99_s", "tpot_mean_s", "itl_p99_s", "e2e_mean_s"
 ABOUT = """\
 Neither side computes: a step of {step:g} ms gives every request one token. Ours is `ellm serve` (HAProxy,
 router, one stream per worker); the other a FastAPI ingress that streams from a model deployment by handle,
-behind Serve's own proxy. {tokens} tokens an answer, Poisson arrivals for {seconds:g} s, both servers up, sides
-in turn and in both orders; medians over {rounds} rounds. `ratio` is their mean TTFT over ours."""
+behind Serve's own proxy. {tokens} tokens an answer, Poisson arrivals for {seconds:g} s, both servers up,
+sides in turn and in both orders; medians over {rounds} rounds. `ratio` is their mean TTFT over ours."""
 
 
 def parse() -> argparse.Namespace:
