@@ -52,7 +52,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--agreement-rounds", type=int, default=2)
     parser.add_argument("--agreement-rate", type=float, default=10.0)
     parser.add_argument("--agreement-requests", type=int, default=150)
-    parser.add_argument("--port", type=int, default=8931)
+    parser.add_argument("--port", type=int, default=0, help="of the target; default: a free one")
     parser.add_argument("--name", default="generator", help="slug of the result file")
     return parser.parse_args()
 
@@ -203,8 +203,8 @@ def main() -> int:
         raw={"rates": {f"{rate:g}": rounds[rate] for rate in rates}, "agreement": measured},
     )  # fmt: skip
     result.notes.append(
-        f"load average {os.getloadavg()[0]:.0f} on {len(cores)} cores at the end: other programs ran beside it; all of "
-        f"this ran at nice {os.getpriority(os.PRIO_PROCESS, 0)}"
+        f"load average {os.getloadavg()[0]:.0f} on {len(cores)} cores at the end: other programs ran "
+        f"beside it; all of this ran at nice {os.getpriority(os.PRIO_PROCESS, 0)}"
     )
     for line in result.notes:
         print(line)
