@@ -26,8 +26,8 @@ PROMPT_TOKENS, OUTPUT_TOKENS = 100, 32
 ABOUT = """\
 The target is paced by the clock: its first token leaves so many ms after the request was read, then one each
 so many. Each client in turn and in both orders, {count} requests at {rate:g}/s (Poisson) with {prompt} prompt
-and {tokens} output tokens; medians of means over {rounds} rounds. guidellm's TPOT is what it calls inter token
-latency. The target's own pace is what a client without a cost would see."""
+and {tokens} output tokens; medians of means over {rounds} rounds. guidellm's TPOT is what it calls inter
+token latency. The target's own pace is what a client without a cost would see."""
 
 
 def parse() -> argparse.Namespace:
