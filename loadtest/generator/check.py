@@ -27,6 +27,11 @@ from ellm.loadtest.generator.target import Target, TargetFailed, parse_target, r
 
 PROBE_WORDS = (16, 144)
 TIMEOUT_S = 60.0
+_HINTS = {
+    400: " (--no-ignore-eos helps where a server refuses that field)",
+    401: "; give --api-key",
+    403: "; give --api-key",
+}
 
 
 def checked_target(options: Options) -> Target:
@@ -155,7 +160,7 @@ def _open(target: Target, request: urllib.request.Request) -> bytes:
         said = error_code(error.read())
         if error.code == 404:
             raise _NoSuchPage(f"{request.full_url} answers 404: {said}") from None
-        hint = "; give --api-key" if error.code in (401, 403) else ""
+        hint = _HINTS.get(error.code, "")
         raise TargetFailed(f"{request.full_url} answers {error.code}: {said}{hint}") from None
     except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", error)

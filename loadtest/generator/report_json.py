@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -24,6 +25,8 @@ def result_of(run: Run) -> dict[str, Any]:
     options = asdict(run.options)
     options.pop("api_key")
     options["headers"] = sorted(options["headers"])
+    if options["rate"] is not None and math.isinf(options["rate"]):
+        options["rate"] = "inf"  # JSON knows no infinity
     measured = [record for record in run.records if not record.warmup]
     return {
         "format": FORMAT,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,6 +123,26 @@ def _expect_ready(pipe: Connection) -> None:
         raise GeneratorFailed("a sender process ended before it began; its error stands above") from None
 
 
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """The first Ctrl-C only adds to the list, so that no message is read by halves; the next one raises."""
+    seen: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class _Gathering:
     """Reads the senders' messages to their end."""
 
@@ -147,15 +169,13 @@ class _Gathering:
 
     def all(self) -> None:
         open_pipes = set(self._pipes)
-        while open_pipes:
-            try:
+        with _interrupts() as interrupts:
+            while open_pipes:
                 self._look(open_pipes)
-            except KeyboardInterrupt:
-                if self.interrupted:
-                    raise
-                self.interrupted = True
-                for pipe in open_pipes:
-                    pipe.send("stop")
+                if interrupts and not self.interrupted:
+                    self.interrupted = True
+                    for pipe in open_pipes:
+                        pipe.send("stop")
 
     def _look(self, open_pipes: set[Connection]) -> None:
         for pipe in wait(list(open_pipes), 0.25):

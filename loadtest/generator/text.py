@@ -61,7 +61,7 @@ def sweep_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
         attained = s["slo_attainment"]
         rows.append(
             (
-                f"{result['options']['rate']:.4g}",
+                f"{float(result['options']['rate']):.4g}",
                 _number(s["completed_req_s"]),
                 _number(s["output_tok_s"]),
                 *(_ms(s[name]) for name in ("ttft_mean_s", "ttft_p99_s", "tpot_mean_s", "itl_p99_s")),
