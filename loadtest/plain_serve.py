@@ -7,7 +7,7 @@ model computes nothing: like our simulated worker it ends a step each `step-ms`,
 request one token.
 """
 
-from __future__ import annotations
+# No postponed annotations: FastAPI reads them in a process to which this module's names do not come along.
 
 import argparse
 import asyncio

@@ -49,6 +49,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kv-blocks", type=int, default=256, help="of each worker; 16 tokens each")
     parser.add_argument("--cancel", type=float, default=0.05, help="share of clients that leave")
     parser.add_argument("--port", type=int, default=8176)
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for the server")
     parser.add_argument("--html", help="default: beside the result file")
     parser.add_argument("--name", default="soak", help="slug of the result file")
     return parser.parse_args()
@@ -69,7 +70,8 @@ def server(arguments: argparse.Namespace) -> Iterator[int]:
         "worker.cache.host_bytes=33554432",
     ]
     command = [sys.executable, "-m", "ellm.deploy.cli", "serve", *map(str, words)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | dict(text.split("=", 1) for text in arguments.env)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         wait_ready(process, time.monotonic())
         yield process.pid

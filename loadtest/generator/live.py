@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TextIO
 
@@ -77,13 +77,19 @@ class LiveLine:
         self._shown = self._begun
         self._sent = 0
         self._tokens = 0
+        self._ttft_s: list[float] = []  # since the last line
+        self._tpot_s: list[float] = []
 
     def show(self, now: Progress) -> None:
         """Progress of all processes, summed."""
         time_s = time.monotonic()
+        self._ttft_s += now.ttft_s
+        self._tpot_s += now.tpot_s
         if not self._tty and time_s - self._shown < QUIET_PERIOD_S:
             return
         span = max(1e-9, time_s - self._looked)
+        now = replace(now, ttft_s=self._ttft_s, tpot_s=self._tpot_s)
+        self._ttft_s, self._tpot_s = [], []
         text = line_of(now, time_s - self._begun, self._total, (now.sent - self._sent) / span,
                        (now.tokens - self._tokens) / span)  # fmt: skip
         self._looked, self._shown = time_s, time_s

@@ -65,7 +65,7 @@ def plot(title: str, x_label: str, series: Sequence[Series], marks: Sequence[Mar
             parts.append(_area(frame, one.xs, base, floor, colour))
         else:
             parts.append(_DRAW[one.kind](frame, one, colour))
-    parts += [_mark(frame, mark) for mark in marks]
+    parts += [_mark(frame, mark, TOP + 10 + 12 * i) for i, mark in enumerate(marks)]
     parts += _legend([one.label for one in shown])
     parts.append("</svg>")
     return "".join(parts)
@@ -175,13 +175,13 @@ def _area(
     return f'<path d="M{"L".join(there + back)}Z" fill="{colour}" fill-opacity=".7"/>'
 
 
-def _mark(frame: Frame, mark: Mark) -> str:
+def _mark(frame: Frame, mark: Mark, label_y: float) -> str:
     if mark.x is not None:
         x = frame.x(mark.x)
         side, anchor = (3, "") if x < 0.8 * WIDTH else (-3, " end")
         return (
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" class="mark"/>'
-            f'<text x="{x + side:.1f}" y="{TOP + 10}" class="tick{anchor}">{escape(mark.label)}</text>'
+            f'<text x="{x + side:.1f}" y="{label_y:.0f}" class="tick{anchor}">{escape(mark.label)}</text>'
         )
     y = frame.y(mark.y or 0.0)
     return (

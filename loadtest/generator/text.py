@@ -53,8 +53,8 @@ def _spread_rows(s: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def sweep_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """One row per rate."""
-    head = ("rate", "completed/s", "output tok/s", "TTFT mean", "TTFT p99", "TPOT mean", "ITL p99", "failed",
-            "goodput/s", "attained")  # fmt: skip
+    head = ("rate", "completed/s", "output tok/s", "TTFT mean ms", "TTFT p99 ms", "TPOT mean ms",
+            "ITL p99 ms", "failed", "goodput/s", "attained")  # fmt: skip
     rows: list[tuple[str, ...]] = [head]
     for result in sorted(results, key=lambda result: float(result["options"]["rate"])):
         s = result["summary"]

@@ -39,12 +39,13 @@ def test_without_a_terminal_a_line_comes_now_and_then() -> None:
     out = io.StringIO()
     line = LiveLine(10, out)
     for _ in range(50):
-        line.show(Progress(sent=1))
+        line.show(Progress(sent=1, ttft_s=[0.2], tpot_s=[0.1]))
     assert out.getvalue() == ""
     line._shown -= 60.0
     line.show(Progress(sent=1))
     line.clear()
     assert out.getvalue().count("\n") == 1
+    assert "TTFT 200.0 ms  TPOT 100.0 ms" in out.getvalue()
 
 
 def test_the_null_server_keeps_its_pace() -> None:
