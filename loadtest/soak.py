@@ -106,7 +106,7 @@ class Sampler:
         for pid in pids:
             use = process_use(pid)
             if use is not None:
-                name = label(use.command)
+                name = label(use.command).partition(".")[0]  # without the method that runs now
                 memory[name] = memory.get(name, 0.0) + unique_bytes(pid) / 2**20
                 handles += open_handles(pid)
         workers = self.workers()
