@@ -18,6 +18,7 @@ COMMANDS = {
     "chat": "talk to a running server in the terminal",
     "generate": "complete prompts with the engine alone, without a cluster",
     "plan": "say what a GPU can hold and serve of a model, and what pays there",
+    "bench": "load a server by the clock and say what it kept up with",
     "simulate": "compare scheduling policies on a modelled GPU, without one",
     "kernels": "check the GPU kernels, with a GPU or without one",
     "keys": "make, list and revoke API keys",

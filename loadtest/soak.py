@@ -1,0 +1,254 @@
+"""A long run of `ellm serve` under the load generator: does anything grow that should not?
+
+    python -m ellm.loadtest.soak [--minutes 30] [--rate 3] [--trace FILE] [--html soak.html]
+
+Starts a local cluster with a KV pool that is too small for what comes, keeps it under open-loop load with
+some clients that leave, and samples every process of it: memory, file handles, KV blocks, queues. At the end
+no block may be referenced, and memory, handles and latency must be flat (`ellm.loadtest.soak_verdict`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ellm.loadtest.generator.check import checked_target
+from ellm.loadtest.generator.live import LiveLine
+from ellm.loadtest.generator.options import Options
+from ellm.loadtest.generator.report_html import page_of
+from ellm.loadtest.generator.report_json import result_of
+from ellm.loadtest.generator.run import run_once
+from ellm.loadtest.generator.svg import Series, plot
+from ellm.loadtest.http_cost import wait_ready
+from ellm.loadtest.processes import label, process_tree, process_use, unique_bytes
+from ellm.loadtest.result import RESULTS, Result, Row, command_line
+from ellm.loadtest.soak_verdict import Sample, Trend, trends
+
+PERIOD_S = 5.0
+SETTLE_S = 3.0  # after the last request, for the workers' next reports
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--rate", type=float, default=3.0, help="requests per second")
+    parser.add_argument("--trace", help="arrivals and lengths from a trace, stretched to the rate")
+    parser.add_argument("--trace-scale", type=float, default=0.25, help="factor on its lengths")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--kv-blocks", type=int, default=256, help="of each worker; 16 tokens each")
+    parser.add_argument("--cancel", type=float, default=0.05, help="share of clients that leave")
+    parser.add_argument("--port", type=int, default=8176)
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for the server")
+    parser.add_argument("--html", help="default: beside the result file")
+    parser.add_argument("--name", default="soak", help="slug of the result file")
+    return parser.parse_args()
+
+
+@contextmanager
+def server(arguments: argparse.Namespace) -> Iterator[int]:
+    """`ellm serve`, ready; its process id."""
+    words = ["--port", arguments.port, "--workers", arguments.workers, "--kv-blocks", arguments.kv_blocks]
+    words += [
+        "--device",
+        "cpu",
+        "--policy",
+        "adaptive",
+        "--tpot-slo-ms",
+        200,
+        "--set",
+        "worker.cache.host_bytes=33554432",
+    ]
+    command = [sys.executable, "-m", "ellm.deploy.cli", "serve", *map(str, words)]
+    environment = os.environ | dict(text.split("=", 1) for text in arguments.env)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        wait_ready(process, time.monotonic())
+        yield process.pid
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(timeout=90)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+class Sampler:
+    """Looks at the server's processes and workers every `PERIOD_S`; called more often it does nothing."""
+
+    def __init__(self, pid: int, url: str) -> None:
+        self._pid = pid
+        self._url = f"{url}/admin/workers"
+        self._next_s = 0.0
+        self.samples: list[Sample] = []
+
+    def __call__(self, start_s: float) -> None:
+        now = time.monotonic()
+        if now >= self._next_s:
+            self._next_s = now + PERIOD_S
+            self.samples.append(self.look(now - start_s))
+
+    def look(self, time_s: float) -> Sample:
+        memory: dict[str, float] = {}
+        handles = 0
+        pids = process_tree(self._pid)
+        for pid in pids:
+            use = process_use(pid)
+            if use is not None:
+                name = label(use.command).partition(".")[0]  # without the method that runs now
+                memory[name] = memory.get(name, 0.0) + unique_bytes(pid) / 2**20
+                handles += open_handles(pid)
+        workers = self.workers()
+        return Sample(
+            time_s,
+            memory,
+            handles,
+            len(pids),
+            sum(referenced(worker) for worker in workers),
+            sum(worker.get("num_blocks", 0) for worker in workers),
+            sum(worker.get("num_running", 0) for worker in workers),
+            sum(worker.get("num_waiting", 0) for worker in workers),
+        )
+
+    def workers(self) -> list[dict[str, Any]]:
+        with urllib.request.urlopen(self._url, timeout=30) as response:
+            found: list[dict[str, Any]] = json.loads(response.read())["workers"]
+            return found
+
+
+def open_handles(pid: int) -> int:
+    """0 for a process that is gone."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    except OSError:
+        return 0
+
+
+def referenced(worker: dict[str, Any]) -> int:
+    """KV blocks that somebody holds: neither free nor only cached."""
+    return int(worker.get("num_blocks", 0) - worker.get("free_blocks", 0) - worker.get("cached_blocks", 0))
+
+
+def load(arguments: argparse.Namespace) -> Options:
+    return Options(
+        f"http://127.0.0.1:{arguments.port}",
+        rate=arguments.rate,
+        num_requests=max(6, round(arguments.rate * arguments.minutes * 60.0)),
+        arrivals="trace" if arguments.trace else "gamma",
+        cv=2.0,
+        trace=arguments.trace,
+        trace_scale=arguments.trace_scale,
+        input_tokens="lognormal:150,0.6",
+        output_tokens=None if arguments.trace else "lognormal:60,0.6",
+        shared_prompts=0 if arguments.trace else 4,
+        shared_tokens=64,
+        cancel_share=arguments.cancel,
+        timeout_s=120.0,
+    )
+
+
+def plots(samples: list[Sample], result: dict[str, Any]) -> list[str]:
+    """Everything that must be flat, over minutes."""
+    x = [sample.time_s / 60.0 for sample in samples]
+    labels = sorted(
+        {name for s in samples for name in s.memory_mib}, key=lambda n: -samples[-1].memory_mib.get(n, 0)
+    )
+    memory = [Series(name, x, [s.memory_mib.get(name, 0.0) for s in samples], "area") for name in labels[:7]]
+    t = result["timeline"]
+    minutes = [time / 60.0 for time in t["time_s"]]
+    ttft = [None if value is None else 1e3 * value for value in t["ttft_median_s"]]
+    queue = [
+        Series("running", x, [float(s.running) for s in samples]),
+        Series("waiting", x, [float(s.waiting) for s in samples]),
+    ]
+    return [
+        plot("Memory, MiB", "minutes", memory),
+        plot("File handles", "minutes", [Series("handles", x, [float(s.handles) for s in samples])]),
+        plot(
+            "Referenced KV blocks", "minutes", [Series("blocks", x, [float(s.busy_blocks) for s in samples])]
+        ),
+        plot("Requests in the workers", "minutes", queue),
+        plot("Median TTFT, ms", "minutes", [Series("TTFT", minutes, ttft)]),
+        plot("Output tokens per second", "minutes", [Series("tokens", minutes, t["output_tok_s"])]),
+    ]
+
+
+def latencies(result: dict[str, Any], name: str) -> list[tuple[float, float]]:
+    return [
+        (request["due_s"], 1e3 * request[name])
+        for request in result["requests"]
+        if request["outcome"] == "completed" and request[name] is not None
+    ]
+
+
+def rows_of(found: list[Trend]) -> list[Row]:
+    return [
+        {
+            "what": one.name,
+            "unit": one.unit,
+            "second third": one.before,
+            "last third": one.after,
+            "per hour": one.per_hour,
+            "flat": "yes" if one.flat else "NO",
+        }
+        for one in found
+    ]
+
+
+def main() -> int:
+    arguments = parse()
+    options = load(arguments)
+    with server(arguments) as pid:
+        sampler = Sampler(pid, options.url)
+        line = LiveLine(options.num_requests)
+        run = run_once(options, checked_target(options), line.show, sampler)
+        line.clear()
+        time.sleep(SETTLE_S)
+        after = sampler.look(sampler.samples[-1].time_s + SETTLE_S)
+    result = result_of(run)
+    summary = result["summary"]
+    found = trends(sampler.samples, latencies(result, "ttft_s"), latencies(result, "tpot_s"))
+    notes = [
+        f"{summary['completed']:,} completed, {summary['failed']} failed {summary['errors']}, "
+        f"{summary['cancelled']} clients left; output tokens/s {summary['output_tok_s']:.0f}",
+        f"KV blocks referenced after the last request: {after.busy_blocks} of {after.num_blocks}",
+        *(
+            f"not flat: {one.name}: {one.before:.1f} -> {one.after:.1f} {one.unit}"
+            for one in found
+            if not one.flat
+        ),
+    ]
+    written = Result(
+        name=arguments.name,
+        title="Soak: a local cluster under load",
+        about=(
+            f"`ellm serve` with {arguments.workers} workers on the bundled model, KV pools of "
+            f"{arguments.kv_blocks} blocks, {arguments.rate:g} requests/s for {arguments.minutes:g} minutes "
+            f"from `ellm bench`'s generator on the same machine; every process sampled each {PERIOD_S:g} s. "
+            "Means over the second and the last third (the first is warm-up), and the slope between."
+        ),
+        command=command_line("ellm.loadtest.soak"),
+        rows=rows_of(found),
+        notes=notes,
+        raw={"samples": [asdict(sample) for sample in sampler.samples], "summary": summary},
+    )
+    path = written.write()
+    html = Path(arguments.html) if arguments.html else RESULTS / f"{path.stem}.html"
+    html.write_text(page_of(written.title, written.about, [("", notes)], plots(sampler.samples, result)))
+    print("\n".join([*notes, f"wrote {path} and {html}"]))
+    return int(bool(after.busy_blocks or summary["failed"] or not all(one.flat for one in found)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
