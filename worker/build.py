@@ -18,6 +18,7 @@ from ellm.worker.api.errors import ConfigError
 from ellm.worker.engine.core import EngineCore
 from ellm.worker.executor.base import Executor, GrammarCompiler, ModelLimits
 from ellm.worker.executor.simulated import SimulatedExecutor
+from ellm.worker.primitive_cache import bound_primitive_caches
 
 if TYPE_CHECKING:
     from ellm.worker.executor.local import LocalExecutor
@@ -56,6 +57,7 @@ def load_engine(
     if config.model.path.startswith(SIMULATED):
         return _simulated(config, progress)
     # Torch is imported here, where it is needed: the import alone takes seconds.
+    bound_primitive_caches()
     progress("importing torch", 0.0)
     executor = _load_executor(config, progress, spec, rendezvous, on_failure)
     cost_model = executor.profile(config, progress) if config.profile else None

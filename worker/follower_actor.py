@@ -17,6 +17,7 @@ import ray
 from ellm.worker.actor import CONCURRENCY_GROUPS, EXIT_FAILED, RankStatus
 from ellm.worker.api.config import WorkerConfig
 from ellm.worker.api.errors import EllmError
+from ellm.worker.primitive_cache import bound_primitive_caches
 from ellm.worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class FollowerActor:
 
     def _run(self, port: int) -> tuple[str, str]:
         try:
+            bound_primitive_caches()
             from ellm.worker.parallel.follower import run_follower
             from ellm.worker.parallel.group import RankSpec, Timeouts
 
