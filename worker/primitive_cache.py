@@ -2,8 +2,8 @@
 
 oneDNN and torch's layer above it each keep one for every shape that they have met, a thousand at most. Steps
 have another number of rows each, so on a server that is a few MiB for every number of rows and layer: two
-small workers grew by 11 GiB per hour. The least recently used go instead; making one again costs less than a step
-can show. What the user has set stays.
+small workers grew by 11 GiB per hour. The least recently used go instead; making one again costs less than a
+step can show. What the user has set stays.
 """
 
 from __future__ import annotations
