@@ -30,8 +30,9 @@ from ellm.router.exchange import Exchange, Service
 from ellm.router.guidance import ControllerLine, GuidanceBook, GuidanceLoop
 from ellm.router.http_bodies import JSON_TYPE, read_json, send_error
 from ellm.router.keys import KeyRing
-from ellm.router.metrics import CONTENT_TYPE, RouterMetrics
-from ellm.router.metrics_page import GuidanceMetrics, MetricsPage
+from ellm.router.metrics import RouterMetrics
+from ellm.router.metrics_page import CONTENT_TYPE
+from ellm.router.metrics_sharing import Outlet, SharedMetrics
 from ellm.router.models import Models
 from ellm.router.openai.answer import error_body
 from ellm.router.openai.convert import Converter
@@ -94,12 +95,13 @@ def create_app(
     *,
     broken: Mapping[str, str] | None = None,
     controller: ControllerLine | None = None,
+    outlet: Outlet | None = None,
     clock: Callable[[], float] = time.monotonic,
     echo_request_id: bool = True,
 ) -> FastAPI:
     """Starting the app (its lifespan) opens the lines to the workers. `broken`: models that cannot be served,
-    and why. Without a `controller` nobody advises. `echo_request_id` is off where the server around the app
-    does it. Raises ConfigError."""
+    and why. Without a `controller` nobody advises. `outlet`: where metrics go beside their page.
+    `echo_request_id` is off where the server around the app does it. Raises ConfigError."""
     keys = KeyRing(config.api_keys, None if config.api_key_file is None else Path(config.api_key_file))
     book = GuidanceBook(config.num_replicas)
     tenants = TenantLimits(book.budget, lambda: book.num_routers)
@@ -113,16 +115,18 @@ def create_app(
         prompts=lambda: {service.model: service.dispatcher.poison for service in services},
         clock=clock,
     )
-    page = MetricsPage([*(service.metrics for service in services), GuidanceMetrics(book, clock)])
+    shared = SharedMetrics(services, book, outlet or Outlet(), clock)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         for service in services:
             await service.dispatcher.start()
         guidance.start()
+        shared.start()
         try:
             yield
         finally:
+            await shared.close()
             await guidance.close()
             for service in services:
                 await service.dispatcher.close()
@@ -149,7 +153,7 @@ def create_app(
     _add_generation(app, models)
     _add_models(app, models)
     _add_tokens(app, models, config.limits.max_body_bytes)
-    _add_operations(app, models, page)
+    _add_operations(app, models, shared)
     return app
 
 
@@ -256,7 +260,7 @@ def _add_tokens(app: FastAPI, models: Models, limit: int) -> None:
         return _json({"prompt": await in_text_thread(service.tokenizer.decode, body.tokens, skip)})
 
 
-def _add_operations(app: FastAPI, models: Models, page: MetricsPage) -> None:
+def _add_operations(app: FastAPI, models: Models, shared: SharedMetrics) -> None:
     def get(path: str, answer: Callable[[], Response]) -> None:
         async def endpoint() -> Response:
             return answer()
@@ -280,8 +284,9 @@ def _add_operations(app: FastAPI, models: Models, page: MetricsPage) -> None:
     get("/health", lambda: state(models.alive()))
     get("/health/ready", ready)
     get("/version", lambda: _json({"version": package_version()}))
-    get(
-        "/metrics",
-        lambda: Response(page.text(), media_type=None, headers={"content-type": CONTENT_TYPE}),
-    )
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(await shared.text(), media_type=None, headers={"content-type": CONTENT_TYPE})
+
     get("/admin/workers", lambda: _json({"workers": workers()}))

@@ -45,7 +45,7 @@ class DispatchObserver(Protocol):
     def failover(self, reason: str) -> None: ...
     def decision(self, reason: str) -> None: ...
     def worker_report(self, info: WorkerInfo, report: WorkerReport) -> None: ...
-    def worker_gone(self, info: WorkerInfo) -> None: ...
+    def worker_gone(self, info: WorkerInfo, reason: str = "") -> None: ...
 
 
 class Dispatcher:
@@ -156,12 +156,12 @@ class Dispatcher:
         if self.links.get(link.info.epoch) is link:
             del self.links[link.info.epoch]
         self.num_lost += link.report is not None
-        self._observer.worker_gone(link.info)
+        reason = self._loss_reason(link)
+        self._observer.worker_gone(link.info, reason)
         sequences = link.take_all()
         for sequence in sequences:
             self._home.pop(sequence.request_id, None)
         self.spawn(self._bury(link, [(s.request_id, s.attempt) for s in sequences]))
-        reason = self._loss_reason(link)
         self._rescue.move(sequences, reason, death=reason == "death")
 
     def _loss_reason(self, link: WorkerLink) -> str:
