@@ -21,6 +21,7 @@ from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ellm.cluster.api import metrics
 from ellm.cluster.api.config import ControllerConfig, ModelScale
 from ellm.cluster.driver import Driver
+from ellm.worker.api import json_log
 from ellm.worker.api.actor_name import NAMESPACE
 from ellm.worker.api.channel import WorkerDirectory
 from ellm.worker.api.metric_export import PERIOD_S, MetricExport
@@ -41,6 +42,7 @@ class ControllerActor:
         config: ControllerConfig,
         models: Sequence[ModelScale],
     ) -> None:
+        json_log.install("controller")
         self._directory = directory
         self._config = config
         self._models = models

@@ -26,6 +26,7 @@ from ellm.router.replicas import RayDirectory
 from ellm.router.rpc.server import Listen, check_listen, with_rpc
 from ellm.router.simulated_tokenizer import PREFIX, simulated_tokenizer
 from ellm.router.tokenizer import Tokenizer
+from ellm.worker.api import json_log
 from ellm.worker.api.config import ModelConfig, served_name
 from ellm.worker.api.errors import ConfigError
 from ellm.worker.api.metric_export import MetricExport
@@ -75,6 +76,7 @@ def _builder(
     """What Serve calls in each replica."""
 
     def build() -> Any:
+        json_log.install("router")
         sources, broken = load_sources(models, config.tokenizer)
         line = None if find_controller is None else RayControllerLine(find_controller)
         app = create_app(

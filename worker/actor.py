@@ -22,7 +22,7 @@ from typing import Any
 
 import ray
 
-from ellm.worker.api import wire
+from ellm.worker.api import json_log, wire
 from ellm.worker.api.config import WorkerConfig
 from ellm.worker.api.errors import EllmError
 from ellm.worker.api.metric_export import PERIOD_S, MetricExport
@@ -65,6 +65,7 @@ class RankActor:
         self, config: WorkerConfig, worker_id: str, epoch: str, lease_s: float, supervisor_pid: int | None
     ) -> None:
         """`supervisor_pid` where the supervisor runs on this node."""
+        json_log.install("worker")
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._config = config
         self._worker_id = worker_id

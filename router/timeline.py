@@ -1,0 +1,160 @@
+"""What became of each request, event by event, for the last of them: `/admin/requests/{id}`, and one line of
+the log each.
+
+    queued      it came to this router
+    sent        to a worker, which is named
+    prefill     the worker has let it in and computes the prompt
+    first_token, parked, resumed, restored, recomputed, preempted
+    moved       to another worker, and why
+    done        how it ended
+
+A worker tells of its part with the outputs that it sends anyway (worker/api/output.py), and only of what is
+not usual; times are of this router's clock, a worker's durations added to when the request went there.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from ellm.worker.api.json_log import FIELDS, REQUEST_ID
+
+if TYPE_CHECKING:
+    from ellm.router.generation import Generation
+    from ellm.router.sequence import Sequence
+
+log = logging.getLogger(__name__)
+
+SIZE = 2048  # requests that are remembered
+
+
+@dataclass(slots=True)
+class Entry:
+    """One request. While it lives its sequences are looked at; then what they were is kept."""
+
+    request_id: str
+    model: str
+    tenant: str
+    arrived_at: float
+    arrived: float  # wall clock
+    generation: Generation | None
+    choices: list[dict[str, Any]] = field(default_factory=list)
+    took_s: float = 0.0
+
+
+class Timelines:
+    """The last requests of one router, of all its models."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, size: int = SIZE) -> None:
+        self._clock = clock
+        self._size = size
+        self._entries: OrderedDict[str, Entry] = OrderedDict()
+
+    def begin(self, model: str, generation: Generation) -> Entry:
+        """Follow a request; its id is that of the call that is being served."""
+        now = self._clock()
+        arrived_at = generation.arrived_at
+        entry = Entry(
+            REQUEST_ID.get(),
+            model,
+            generation.tenant,
+            arrived_at,
+            time.time() - (now - arrived_at),
+            generation,
+        )
+        self._entries[entry.request_id] = entry
+        self._entries.move_to_end(entry.request_id)
+        while len(self._entries) > self._size:
+            self._entries.popitem(last=False)
+        return entry
+
+    def end(self, entry: Entry) -> None:
+        """Its sequences have ended: let go of them, and say so."""
+        if entry.generation is None:
+            return
+        entry.took_s = self._clock() - entry.arrived_at
+        entry.choices = [choice(sequence) for sequence in entry.generation.sequences]
+        entry.generation = None
+        if log.isEnabledFor(logging.INFO):
+            _say(entry)
+
+    def find(self, request_id: str) -> dict[str, Any] | None:
+        """As JSON has it; None where it is not known, or not any more."""
+        entry = self._entries.get(request_id)
+        if entry is None:
+            return None
+        alive = entry.generation
+        return {
+            "request_id": entry.request_id,
+            "model": entry.model,
+            "tenant": entry.tenant,
+            "arrived": datetime.fromtimestamp(entry.arrived, UTC).isoformat(timespec="milliseconds"),
+            "state": "done" if alive is None else "running",
+            "duration_s": round(entry.took_s if alive is None else self._clock() - entry.arrived_at, 6),
+            "choices": entry.choices if alive is None else [choice(sequence) for sequence in alive.sequences],
+        }
+
+    def latest(self, count: int) -> list[dict[str, Any]]:
+        """The newest first, without their events."""
+        newest = list(self._entries)[: -count - 1 : -1]
+        found = [self.find(ident) for ident in newest]
+        return [{k: v for k, v in one.items() if k != "choices"} for one in found if one is not None]
+
+
+def choice(sequence: Sequence) -> dict[str, Any]:
+    """One sequence of a request."""
+    begun = sequence.arrived_at
+    worker = next((detail for _, what, detail in reversed(sequence.events) if what == "sent"), None)
+    return {
+        "index": sequence.index,
+        "worker": worker,
+        "num_prompt_tokens": len(sequence.prompt_ids),
+        "num_cached_tokens": sequence.num_cached_tokens,
+        "num_output_tokens": len(sequence.output_ids),
+        "num_moves": sequence.num_moves,
+        "finish_reason": sequence.finished,
+        "first_token_s": round(sequence.first_token_at - begun, 6) if sequence.first_token_at else None,
+        "events": [
+            {"at_s": round(max(0.0, at - begun), 6), "event": what, "detail": detail}
+            for at, what, detail in events(sequence)
+        ],
+    }
+
+
+def events(sequence: Sequence) -> list[tuple[float, str, str]]:
+    """In order of time, with those that are known without having been noted."""
+    found = [(sequence.arrived_at, "queued", ""), *sequence.events]
+    if first := sequence.first_token_at:
+        sent = [at for at, what, _ in sequence.events if what == "sent" and at <= first]
+        if sent:
+            cached = sequence.num_cached_tokens
+            detail = f"{cached} of {len(sequence.prompt_ids)} tokens cached" if cached else ""
+            found.append((min(first, sent[-1] + sequence.queue_time_s), "prefill", detail))
+        found.append((first, "first_token", ""))
+    return sorted(found, key=lambda event: event[0])
+
+
+def _say(entry: Entry) -> None:
+    reasons = ",".join(sorted({str(one["finish_reason"]) for one in entry.choices})) or "refused"
+    prompt = sum(one["num_prompt_tokens"] for one in entry.choices)
+    output = sum(one["num_output_tokens"] for one in entry.choices)
+    first = [one["first_token_s"] for one in entry.choices if one["first_token_s"] is not None]
+    fields = {
+        "request_id": entry.request_id,
+        "model": entry.model,
+        "tenant": entry.tenant,
+        "finish_reason": reasons,
+        "num_choices": len(entry.choices),
+        "num_prompt_tokens": prompt,
+        "num_output_tokens": output,
+        "num_moves": sum(one["num_moves"] for one in entry.choices),
+        "worker": next((one["worker"] for one in entry.choices), None),
+        "first_token_s": min(first, default=None),
+        "duration_s": round(entry.took_s, 6),
+    }
+    log.info("request %s: %s", entry.request_id, reasons, extra={FIELDS: fields})
