@@ -27,7 +27,7 @@ from ellm.router.edge import Edge
 from ellm.router.errors import BodyTooLarge, UnknownRoute, WrongMethod
 from ellm.router.exchange import Exchange, Service
 from ellm.router.guidance import ControllerLine, GuidanceBook, GuidanceLoop
-from ellm.router.http_bodies import send_error
+from ellm.router.http_bodies import read_json, send_error
 from ellm.router.keys import KeyRing
 from ellm.router.metrics import RouterMetrics
 from ellm.router.metrics_sharing import Outlet, SharedMetrics

@@ -34,7 +34,7 @@ function path(values, top, length) {
 
 // `points`: {p50, p99} or nulls, oldest first; `slo` in seconds, or null.
 export function spark(element, points, slo, length) {
-  const highest = Math.max(0, ...points.map((point) => point.p99 ?? 0));
+  const highest = Math.max(0, ...points.map((point) => Math.max(point.p50 ?? 0, point.p99 ?? 0)));
   const top = Math.max(highest, (slo ?? 0) * 1.15, 1e-6) * 1.05;
   const parts = [
     svg("path", { class: "p99", d: path(points.map((p) => p.p99), top, length) }),

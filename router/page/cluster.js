@@ -5,7 +5,7 @@ import { $, count, duration, make } from "./dom.js";
 
 const PERIOD_MS = 1000;
 const WINDOW = 30; // readings that a quantile looks back on
-const LENGTH = 120; // points of a chart
+const LENGTH = 90; // points of a chart
 const POOL = ["running", "parked", "cached", "free"];
 const UNCACHED = { recomputed: "recomputed", streamed: "streamed", host: "away", dropped: "away" };
 
@@ -39,7 +39,7 @@ function drawLatency(model, name, title, slo, several) {
   if (line.length > LENGTH) line.shift();
   points.set(key, line);
   const { note, figure, chart } = card(key, several ? `${title}, ${model.name}` : title);
-  note.textContent = slo === null ? "no SLO" : `SLO ${duration(slo)}`;
+  note.textContent = slo === null ? "" : `SLO ${duration(slo)}`;
   figure.classList.toggle("late", slo !== null && point.p50 !== null && point.p50 > slo);
   figure.replaceChildren(duration(point.p50), make("small", { text: `p99 ${duration(point.p99)}` }));
   chart.setAttribute("aria-label", `${title}: median ${duration(point.p50)}, p99 ${duration(point.p99)}`);
@@ -66,7 +66,7 @@ function drawThroughput(model, several) {
 }
 
 function number(label, value) {
-  return make("span", {}, `${label} `, make("b", { text: value }));
+  return make("span", {}, `${label} `, make("b", { text: String(value) }));
 }
 
 function segments(bar, parts, total) {
@@ -92,6 +92,14 @@ function drawWorker(worker, several) {
     make("b", { text: worker.id }),
     make("span", { className: `state ${worker.state}`, text: worker.state }),
     where.filter(Boolean).join(" · "),
+    make(
+      "span",
+      { className: "load" },
+      number("running", worker.num_running),
+      number("waiting", worker.num_waiting),
+      number("parked", worker.num_parked),
+      number("step", duration(worker.step_s)),
+    ),
   );
   segments(pool, POOL.map((state) => [state, worker.kv[state]]), total);
   const said = POOL.map((state) => `${state} ${count(worker.kv[state])}`).join(", ");
@@ -102,8 +110,9 @@ function drawWorker(worker, several) {
   thin.setAttribute("aria-label", `Context without KV: ${gone} tokens`);
   numbers.replaceChildren(
     ...POOL.map((state) => number(state, count(worker.kv[state]))),
-    number("requests", `${worker.num_running} + ${worker.num_waiting} waiting + ${worker.num_parked} parked`),
-    number("step", duration(worker.step_s)),
+    ...Object.keys(UNCACHED)
+      .filter((what) => worker.uncached[what] > 0)
+      .map((what) => number(what, count(worker.uncached[what]))),
   );
   return element;
 }
@@ -118,8 +127,8 @@ function draw(view) {
     all.push({ at: performance.now(), model });
     if (all.length > WINDOW + 1) all.shift();
     readings.set(model.name, all);
-    drawLatency(model, "ttft", "Time to first token", model.ttft_slo_s, several);
-    drawLatency(model, "tpot", "Time per output token", model.tpot_slo_s, several);
+    drawLatency(model, "ttft", "First token", model.ttft_slo_s, several);
+    drawLatency(model, "tpot", "Per token", model.tpot_slo_s, several);
     drawThroughput(model, several);
   }
   $("workers").replaceChildren(...view.workers.map((worker) => drawWorker(worker, several)));
