@@ -110,7 +110,11 @@ def start_serve(config: EllmConfig) -> None:
     serve.start(
         proxy_location="HeadOnly" if config.cluster.address is None else "EveryNode",
         http_options={"host": config.cluster.host, "port": config.cluster.port},
-        logging_config=LoggingConfig(log_level=config.cluster.log_level.upper(), enable_access_log=False),
+        logging_config=LoggingConfig(
+            encoding=config.cluster.log_format.upper(),
+            log_level=config.cluster.log_level.upper(),
+            enable_access_log=False,
+        ),
     )
 
 

@@ -123,7 +123,7 @@ def create_app(
         prompts=lambda: {service.model: service.dispatcher.poison for service in services},
         clock=clock,
     )
-    shared = SharedMetrics(services, book, outlet or Outlet(), clock)
+    shared = SharedMetrics(services, book, outlet or Outlet(), timelines.find, clock)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

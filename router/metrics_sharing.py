@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ellm.cluster.api import counters
 from ellm.cluster.api import metrics as cluster_metrics
-from ellm.cluster.api.counters import CounterBook
+from ellm.cluster.api.counters import Counted, CounterBook, Push
 from ellm.cluster.counting import router_source
 from ellm.router import metrics_declared as declared
 from ellm.router import metrics_page
@@ -41,7 +41,7 @@ PUSH_S = 1.0
 ANSWER_S = 2.0
 WAIT_S = 4.0  # a scrape waits so long for a controller that has just started
 AGAIN_S = 0.25
-FRESH_S = 0.3  # a view so young is shown again
+FIND_S = 3.0  # a request is looked for so long: routers speak once a second
 
 Reports = dict[str, tuple[WorkerInfo, WorkerReport, float]]  # by epoch; with its age in seconds
 
@@ -79,10 +79,16 @@ class SharedMetrics:
         services: Iterable[Service],
         book: GuidanceBook,
         outlet: Outlet,
+        lookup: Callable[[str], bytes | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`lookup`: the timeline of one of this router's requests, as JSON."""
         self.router_id = uuid.uuid4().hex[:12]
         self._services = tuple(services)
+        self._lookup = lookup
+        self._finds: list[
+            tuple[str, bytes]
+        ] = []  # of this router's requests, those that another is asked for
         self._guidance = book
         self._alone = outlet.line is None and book.num_routers <= 1
         self._line = outlet.line
@@ -93,7 +99,6 @@ class SharedMetrics:
         self._resend = True  # the controller does not know what this book holds
         self._sent: dict[Key, float] = {}  # (source, *key) -> value that it knows
         self._busy = asyncio.Lock()
-        self._view: tuple[ClusterView, float] | None = None
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -104,7 +109,7 @@ class SharedMetrics:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        await self._try_exchange(wants=False)
+        await self._try_exchange()
 
     async def text(self) -> bytes:
         """The scrape."""
@@ -113,21 +118,30 @@ class SharedMetrics:
         return metrics_page.text(DECLARED, models, view.series)
 
     async def look(self) -> ClusterView:
-        """Of all routers and workers; waits for the controller for a while."""
+        """Of all routers and workers, as the controller's book has them now; waits for it for a while."""
         async with self._busy:
-            now = self._clock()
-            if self._view is None or now - self._view[1] >= FRESH_S:
-                self._view = (await self._look(), self._clock())
-            return self._view[0]
+            return await self._look()
+
+    async def find(self, request_id: str) -> bytes | None:
+        """A request's timeline as JSON, from whichever router knows it."""
+        own = self._lookup(request_id)
+        deadline = self._clock() + FIND_S
+        while own is None and self._line is not None and self._clock() < deadline:
+            async with self._busy:
+                answer = await self._try_exchange(asks=(request_id,))
+            if answer is None or self._guidance.num_routers <= 1:
+                break
+            own = dict(answer.found).get(request_id)
+            await asyncio.sleep(AGAIN_S if own is None else 0.0)
+        return own
 
     async def _look(self) -> ClusterView:
         deadline = self._clock() + WAIT_S
         while self._line is not None:
             answer = await self._try_exchange(wants=True)
             late = self._clock() >= deadline
-            if answer is not None and (answer[1] or late):
-                _, complete, _, gauges, reports = answer
-                return self._made(dict(gauges), _unpacked(reports), complete)
+            if answer is not None and (answer.complete or late):
+                return self._made(dict(answer.gauges), _unpacked(answer.reports), answer.complete)
             if late:
                 break
             await asyncio.sleep(AGAIN_S)
@@ -151,40 +165,44 @@ class SharedMetrics:
         while True:
             await asyncio.sleep(PUSH_S)
             async with self._busy:
-                await self._try_exchange(wants=False)
+                await self._try_exchange()
             if self._export is not None:
                 try:
                     self._export.update(dict(self._own_series()) | dict(self._own_gauges()))
                 except Exception:  # nothing depends on it
                     log.exception("metrics could not be exported")
 
-    async def _try_exchange(self, *, wants: bool) -> tuple[Any, ...] | None:
+    async def _try_exchange(self, *, wants: bool = False, asks: tuple[str, ...] = ()) -> Counted | None:
         if self._line is None:
             return None
         try:
-            answer = await self._exchange(self._line, wants)
-            if answer[0] != self._term:  # a new controller, which knows only what it was just told
-                self._term, self._resend = answer[0], True
+            answer = await self._exchange(self._line, wants, asks)
+            if answer.term != self._term:  # a new controller, which knows only what it was just told
+                self._term, self._resend = answer.term, True
                 self._sent.clear()
-                answer = await self._exchange(self._line, wants)
+                answer = await self._exchange(self._line, wants, asks)
+            self._finds = [(ident, found) for ident in answer.asked if (found := self._lookup(ident))]
+            if self._finds and not asks:  # somebody waits
+                await self._exchange(self._line, False, ())
         except Exception as error:  # a router needs no controller, whatever becomes of it
             log.debug("the controller takes no counters: %r", error)
             self._resend = True
             return None
         return answer
 
-    async def _exchange(self, line: CountersLine, wants: bool) -> tuple[Any, ...]:
+    async def _exchange(self, line: CountersLine, wants: bool, asks: tuple[str, ...]) -> Counted:
         changed = self._capture()
         told = {(source, *key): value for source, pairs in changed for key, value in pairs}
         packed = self._book.pack() if self._resend else None
+        finds, self._finds = tuple(self._finds), []
         gauges = tuple(self._own_gauges())
-        push = counters.pack_push(self.router_id, self._term, wants, packed, changed, gauges)
+        push = counters.pack(Push(self.router_id, wants, packed, changed, gauges, asks, finds))
         answer = counters.unpack_answer(await asyncio.wait_for(line.counters(push), ANSWER_S))
-        if answer[0] == self._term:
+        if answer.term == self._term:
             self._resend = False
             self._sent.update(told)
-        if answer[2] is not None:
-            self._book.absorb(answer[2])
+        if answer.book is not None:
+            self._book.absorb(answer.book)
         return answer
 
     def _capture(self) -> tuple[tuple[str, tuple[tuple[Key, float], ...]], ...]:

@@ -68,7 +68,7 @@ def add_pictures(app: FastAPI, models: Models, shared: SharedMetrics, timelines:
 
     @app.get("/admin/requests/{request_id}")
     async def one_request(request_id: str) -> Response:
-        found = timelines.find(request_id)
+        found = await shared.find(request_id)
         if found is None:
-            raise UnknownRequest("this router does not know that request, or not any more")
-        return json_response(found)
+            raise UnknownRequest("no router knows that request, or not any more")
+        return Response(found, media_type=JSON_TYPE.decode())

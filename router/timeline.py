@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from ellm.worker.api.json_log import FIELDS, REQUEST_ID
 
 if TYPE_CHECKING:
@@ -83,11 +85,12 @@ class Timelines:
         if log.isEnabledFor(logging.INFO):
             _say(entry)
 
-    def find(self, request_id: str) -> dict[str, Any] | None:
-        """As JSON has it; None where it is not known, or not any more."""
+    def find(self, request_id: str) -> bytes | None:
+        """As JSON; None where it is not known, or not any more."""
         entry = self._entries.get(request_id)
-        if entry is None:
-            return None
+        return None if entry is None else orjson.dumps(self._shown(entry))
+
+    def _shown(self, entry: Entry) -> dict[str, Any]:
         alive = entry.generation
         return {
             "request_id": entry.request_id,
@@ -101,9 +104,8 @@ class Timelines:
 
     def latest(self, count: int) -> list[dict[str, Any]]:
         """The newest first, without their events."""
-        newest = list(self._entries)[: -count - 1 : -1]
-        found = [self.find(ident) for ident in newest]
-        return [{k: v for k, v in one.items() if k != "choices"} for one in found if one is not None]
+        newest = map(self._shown, list(self._entries.values())[: -count - 1 : -1])
+        return [{k: v for k, v in one.items() if k != "choices"} for one in newest]
 
 
 def choice(sequence: Sequence) -> dict[str, Any]:

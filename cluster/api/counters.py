@@ -10,6 +10,7 @@ one that has folded more often knows what the other has folded.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ellm.worker.api.metrics import Key
@@ -76,40 +77,56 @@ class CounterBook:
             self.merge(source, counts)
 
 
-def pack_push(
-    router_id: str, term: int, wants: bool, book: Message | None, counts: Message, gauges: Message
-) -> Message:
-    """A router's word. `book`: all that it knows, for a controller that has just started; `counts`: what has
-    changed, as (source, ((key, value), ...)) pairs; `gauges`: (key, value) pairs that hold now; `term`: of
-    the controller that has heard the rest."""
-    return (VERSION, "counters", router_id, term, wants, book, counts, gauges)
+@dataclass(frozen=True, slots=True)
+class Push:
+    """A router's word, in builtins. New fields come at the end."""
+
+    router_id: str
+    wants: bool = False  # the answer with all that there is
+    book: Message | None = None  # all that it knows, for a controller that has just started
+    counts: Message = ()  # what has changed: (source, ((key, value), ...)) pairs
+    gauges: Message = ()  # (key, value) pairs that hold now
+    asks: tuple[str, ...] = ()  # requests that it does not know, by id
+    finds: Message = ()  # (id, timeline as JSON) of those that others ask for
 
 
-def unpack_push(message: Sequence[Any]) -> tuple[str, int, bool, Message | None, Message, Message]:
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """The controller's answer."""
+
+    term: int
+    complete: bool = True  # all routers have had time to say what they know
+    book: Message | None = None
+    gauges: Message = ()  # of all routers, and its own
+    reports: Message = ()  # (packed info, packed report, age in seconds) of every worker that it hears
+    asked: tuple[str, ...] = ()  # requests that somebody looks for
+    found: Message = ()  # (id, timeline as JSON) of those that this router asks for
+
+
+_KINDS: dict[type[Push] | type[Counted], str] = {Push: "counters", Counted: "counted"}
+
+
+def pack(word: Push | Counted) -> Message:
+    values = tuple(getattr(word, item.name) for item in fields(word))
+    return (VERSION, _KINDS[type(word)], *values)
+
+
+def unpack_push(message: Sequence[Any]) -> Push:
     """Raises WireError."""
-    found = _check(message, "counters")[:6]
-    return found[0], found[1], found[2], found[3], found[4], found[5]
+    return Push(*_check(message, Push))
 
 
-def pack_answer(
-    term: int, complete: bool, book: Message | None, gauges: Message, reports: Message
-) -> Message:
-    """The controller's. `complete`: all routers have had time to say what they know. `gauges` of all routers
-    and its own; `reports`: (packed info, packed report, age in seconds) of every worker that it hears."""
-    return (VERSION, "counted", term, complete, book, gauges, reports)
-
-
-def unpack_answer(message: Sequence[Any]) -> tuple[int, bool, Message | None, Message, Message]:
+def unpack_answer(message: Sequence[Any]) -> Counted:
     """Raises WireError."""
-    found = _check(message, "counted")[:5]
-    return found[0], found[1], found[2], found[3], found[4]
+    return Counted(*_check(message, Counted))
 
 
-def _check(message: Sequence[Any], kind: str) -> list[Any]:
-    if not isinstance(message, tuple) or len(message) < 7:
+def _check(message: Sequence[Any], cls: type[Push] | type[Counted]) -> list[Any]:
+    """The values of as many fields as it has."""
+    if not isinstance(message, tuple) or len(message) < 3:
         raise WireError("not a message of counters")
     if not isinstance(message[0], int) or abs(message[0] - VERSION) > 1:
         raise WireError(f"wire version {message[0]!r}, this side speaks {VERSION}")
-    if message[1] != kind:
-        raise WireError(f"expected {kind!r}, got {message[1]!r}")
-    return list(message[2:])
+    if message[1] != _KINDS[cls]:
+        raise WireError(f"expected {_KINDS[cls]!r}, got {message[1]!r}")
+    return list(message[2 : 2 + len(fields(cls))])

@@ -41,7 +41,7 @@ class MetricExport:
                 continue
             if metric.kind == "counter":
                 self._count(metric, key, value)
-            elif self._said.get(key) != value:
+            else:  # also one that has not changed: Ray exports what was set since it last did
                 self._set(metric.name, metric.help, metric.labels, key[1:], value)
                 self._said[key] = value
         for key in [k for k in self._said if k not in series and self._declared[k[0]].kind == "gauge"]:
@@ -77,10 +77,7 @@ class MetricExport:
             count = 0.0
             for bound in (*map(str, metric.buckets), "+Inf"):
                 count += parts.get(bound, 0.0)
-                place = (metric.name, *values, bound)
-                if self._said.get(place) != count:
-                    labels = (*metric.labels, "le")
-                    self._set(f"{metric.name}_bucket", metric.help, labels, (*values, bound), count)
-                    self._said[place] = count
+                labels = (*metric.labels, "le")
+                self._set(f"{metric.name}_bucket", metric.help, labels, (*values, bound), count)
             self._set(f"{metric.name}_sum", metric.help, metric.labels, values, parts.get(SUM, 0.0))
             self._set(f"{metric.name}_count", metric.help, metric.labels, values, count)

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ellm.cluster.api import counters, metrics
-from ellm.cluster.api.counters import CounterBook
-from ellm.cluster.counting import SETTLE_S, CounterDesk
+from ellm.cluster.api.counters import CounterBook, Push
+from ellm.cluster.counting import ASKED_S, SETTLE_S, CounterDesk
 from ellm.worker.api import wire
 from ellm.worker.api.metrics import Key
 from ellm.worker.api.report import WorkerInfo, WorkerReport
@@ -61,11 +61,9 @@ def test_what_is_folded_is_counted_once(
     assert elsewhere.totals() == before
 
 
-def push(
-    router: str, value: float, term: int = 1, *, wants: bool = True, whole: Message | None = None
-) -> Message:
+def push(router: str, value: float, *, wants: bool = True, whole: Message | None = None) -> Message:
     gauges = ((("g", router), value),)
-    return counters.pack_push(router, term, wants, whole, ((f"r-{router}", ((A, value),)),), gauges)
+    return counters.pack(Push(router, wants, whole, ((f"r-{router}", ((A, value),)),), gauges))
 
 
 def test_routers_learn_of_each_other_and_of_the_dead() -> None:
@@ -73,29 +71,29 @@ def test_routers_learn_of_each_other_and_of_the_dead() -> None:
     desk.exchange(push("one", 10.0, wants=False), (), {}, 0.0)
     answer = counters.unpack_answer(desk.exchange(push("two", 7.0), (), {"m": 2}, 1.0))
     mine = CounterBook()
-    assert answer[2] is not None
-    mine.absorb(answer[2])
+    assert answer.book is not None
+    mine.absorb(answer.book)
     assert mine.totals()[A] == 17.0
-    assert dict(answer[3]) == {
+    assert dict(answer.gauges) == {
         ("g", "one"): 10.0, ("g", "two"): 7.0, (metrics.WANTED.name, "m"): 2.0, (metrics.TERM.name,): 1.0
     }  # fmt: skip
     late = counters.unpack_answer(desk.exchange(push("two", 8.0), (), {}, 9.0))
-    assert ("g", "one") not in dict(late[3])  # it is gone
-    assert late[2] is not None
-    mine.absorb(late[2])
+    assert ("g", "one") not in dict(late.gauges)  # it is gone
+    assert late.book is not None
+    mine.absorb(late.book)
     assert mine.totals()[A] == 18.0  # what it counted stays
 
 
 def test_a_new_controller_is_told_what_was_shown() -> None:
     shown = book([("r-dead", A, 40), ("r-one", A, 2)])
     desk = CounterDesk(2, 5.0, 100.0)
-    first = counters.unpack_answer(desk.exchange(push("one", 3.0, 1), (), {}, 100.1))
-    assert first[:2] == (2, False)  # not all have had time to speak
-    said = push("one", 3.0, 2, whole=shown.pack())
+    first = counters.unpack_answer(desk.exchange(push("one", 3.0), (), {}, 100.1))
+    assert (first.term, first.complete) == (2, False)  # not all have had time to speak
+    said = push("one", 3.0, whole=shown.pack())
     answer = counters.unpack_answer(desk.exchange(said, (), {}, 100.0 + SETTLE_S))
-    assert answer[1]
-    assert answer[2] is not None
-    shown.absorb(answer[2])
+    assert answer.complete
+    assert answer.book is not None
+    shown.absorb(answer.book)
     assert shown.totals()[A] == 43.0
 
 
@@ -103,17 +101,36 @@ def test_workers_reports_come_with_the_answer() -> None:
     desk = CounterDesk(1, 5.0, 0.0)
     report = WorkerReport(3, generation_tokens=11, prefix_digest=b"xyz")
     answer = counters.unpack_answer(desk.exchange(push("one", 1.0), [(INFO, report, 0.2)], {}, 0.0))
-    ((info, packed, age_s),) = answer[4]
+    ((info, packed, age_s),) = answer.reports
     assert wire.unpack_info(info) == INFO
     assert wire.unpack_report(packed) == replace(report, prefix_digest=b"")
     assert age_s == 0.2
     mine = CounterBook()
-    assert answer[2] is not None
-    mine.absorb(answer[2])
+    assert answer.book is not None
+    mine.absorb(answer.book)
     assert mine.totals()["ellm_generation_tokens_total", "m"] == 11
 
 
-@pytest.mark.parametrize("message", [(), (1, "counted"), (9, "counters", "r", 1, True, None, (), ()), 3])
+def test_a_request_is_found_at_the_router_that_knows_it() -> None:
+    desk = CounterDesk(1, 5.0, 0.0)
+
+    def say(push: Push, now: float) -> counters.Counted:
+        return counters.unpack_answer(desk.exchange(counters.pack(push), (), {}, now))
+
+    assert say(Push("one", asks=("req-1",)), 0.0).found == ()
+    assert say(Push("two"), 0.5).asked == ("req-1",)
+    assert say(Push("two", finds=(("req-1", b"{}"), ("req-2", b"{}"))), 0.6).found == ()
+    assert say(Push("one", asks=("req-1",)), 0.7).found == (("req-1", b"{}"),)
+    assert say(Push("two"), 0.7 + ASKED_S + 0.1).asked == ()
+
+
+def test_a_later_version_may_say_more() -> None:
+    message = (*counters.pack(Push("one", True, None, (), (), (), ())), "new")
+    assert counters.unpack_push(message) == Push("one", True)
+    assert counters.unpack_answer((1, "counted", 3)) == counters.Counted(3)
+
+
+@pytest.mark.parametrize("message", [(), (1, "counted", 1), (9, "counters", "r"), 3])
 def test_what_is_no_word_of_a_router_is_refused(message: object) -> None:
     with pytest.raises(WireError):
         CounterDesk(1, 5.0, 0.0).exchange(message, (), {}, 0.0)  # type: ignore[arg-type]
