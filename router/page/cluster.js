@@ -98,7 +98,7 @@ function drawWorker(worker, several) {
       number("running", worker.num_running),
       number("waiting", worker.num_waiting),
       number("parked", worker.num_parked),
-      number("step", duration(worker.step_s)),
+      number("step", duration(worker.step_s || null)),
     ),
   );
   segments(pool, POOL.map((state) => [state, worker.kv[state]]), total);

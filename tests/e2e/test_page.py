@@ -147,6 +147,7 @@ def test_it_fits_a_phone(page: Browser, server: RouterServer, tmp_path: Path) ->
 def test_without_the_admin_key_the_cluster_is_not_shown(tab: Browser) -> None:
     config = router_config(api_keys=("sk-user",), admin_key=ADMIN)
     with RouterServer([EchoWorker(0)], config) as server:
+        tab.open("about:blank")  # the former page asks its server no more
         tab.errors.clear()
         tab.requested.clear()
         tab.size(1280, 860)
