@@ -68,18 +68,23 @@ def hasty(rules: str) -> str:
 
 @contextlib.contextmanager
 def prometheus(
-    folder: Path, targets: Sequence[tuple[str, str]], key: str | None = None
+    folder: Path, targets: Sequence[tuple[str, str, int]], key: str | None = None
 ) -> Iterator[Prometheus]:
-    """Scrapes (job, host:port) pairs into an empty folder; `key` goes with each scrape as a bearer."""
+    """Scrapes (job, host:port, every so many seconds) into an empty folder; `key` goes along as a bearer."""
     (port,) = free_ports(1)
     (folder / "alerts.yaml").write_text(hasty(ALERTS.read_text()))
     jobs: list[dict[str, Any]] = [
-        {"job_name": job, "static_configs": [{"targets": [address]}]}
+        {
+            "job_name": job,
+            "static_configs": [{"targets": [address]}],
+            "scrape_interval": f"{period_s}s",
+            "scrape_timeout": f"{period_s}s",
+        }
         | ({} if key is None else {"authorization": {"credentials": key}})
-        for job, address in targets
+        for job, address, period_s in targets
     ]
     config = {
-        "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
+        "global": {"evaluation_interval": "1s"},
         "rule_files": ["alerts.yaml"],
         "scrape_configs": jobs,
     }
