@@ -18,6 +18,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SIZE = 2048  # requests that are remembered
+MAX_CHOICES = 16  # of one request that are kept
 
 
 @dataclass(slots=True)
@@ -80,10 +82,11 @@ class Timelines:
         if entry.generation is None:
             return
         entry.took_s = self._clock() - entry.arrived_at
-        entry.choices = [choice(sequence) for sequence in entry.generation.sequences]
+        sequences = entry.generation.sequences
+        entry.choices = [choice(sequence) for sequence in sequences[:MAX_CHOICES]]
         entry.generation = None
         if log.isEnabledFor(logging.INFO):
-            _say(entry)
+            _say(entry, sequences)
 
     def find(self, request_id: str) -> bytes | None:
         """As JSON; None where it is not known, or not any more."""
@@ -99,7 +102,7 @@ class Timelines:
             "arrived": datetime.fromtimestamp(entry.arrived, UTC).isoformat(timespec="milliseconds"),
             "state": "done" if alive is None else "running",
             "duration_s": round(entry.took_s if alive is None else self._clock() - entry.arrived_at, 6),
-            "choices": entry.choices if alive is None else [choice(sequence) for sequence in alive.sequences],
+            "choices": entry.choices if alive is None else list(map(choice, alive.sequences[:MAX_CHOICES])),
         }
 
     def latest(self, count: int) -> list[dict[str, Any]]:
@@ -141,22 +144,20 @@ def events(sequence: Sequence) -> list[tuple[float, str, str]]:
     return sorted(found, key=lambda event: event[0])
 
 
-def _say(entry: Entry) -> None:
-    reasons = ",".join(sorted({str(one["finish_reason"]) for one in entry.choices})) or "refused"
-    prompt = sum(one["num_prompt_tokens"] for one in entry.choices)
-    output = sum(one["num_output_tokens"] for one in entry.choices)
-    first = [one["first_token_s"] for one in entry.choices if one["first_token_s"] is not None]
+def _say(entry: Entry, sequences: Seq[Sequence]) -> None:
+    reasons = ",".join(sorted({str(sequence.finished) for sequence in sequences})) or "refused"
+    first = [s.first_token_at - s.arrived_at for s in sequences if s.first_token_at]
     fields = {
         "request_id": entry.request_id,
         "model": entry.model,
         "tenant": entry.tenant,
         "finish_reason": reasons,
-        "num_choices": len(entry.choices),
-        "num_prompt_tokens": prompt,
-        "num_output_tokens": output,
-        "num_moves": sum(one["num_moves"] for one in entry.choices),
+        "num_choices": len(sequences),
+        "num_prompt_tokens": sum(len(s.prompt_ids) for s in sequences if s.choice_index == 0),
+        "num_output_tokens": sum(len(s.output_ids) for s in sequences),
+        "num_moves": sum(s.num_moves for s in sequences),
         "worker": next((one["worker"] for one in entry.choices), None),
-        "first_token_s": min(first, default=None),
+        "first_token_s": round(min(first), 6) if first else None,
         "duration_s": round(entry.took_s, 6),
     }
     log.info("request %s: %s", entry.request_id, reasons, extra={FIELDS: fields})

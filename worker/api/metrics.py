@@ -146,7 +146,7 @@ GAUGES = (
         lambda r: r.cost_model_error,
         "ratio",
     ),
-    _of("worker_peak_memory_bytes", "Peak memory of the device.", lambda r: r.peak_memory_bytes, "bytes"),
+    _of("worker_peak_memory_bytes", "Peak memory of a worker.", lambda r: r.peak_memory_bytes, "bytes"),
 )
 
 KV_TOKENS = gauge(
