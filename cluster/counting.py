@@ -26,14 +26,6 @@ FOLD_AFTER_S = 600.0  # a book that is not whole yet must not be folded
 Heard = tuple[WorkerInfo, WorkerReport, float]  # with its age in seconds
 
 
-def router_source(router_id: str) -> str:
-    return f"r-{router_id}"
-
-
-def worker_source(epoch: str) -> str:
-    return f"w-{epoch}"
-
-
 class CounterDesk:
     """One per controller."""
 

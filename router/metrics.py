@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from ellm.cluster.counting import worker_source
+from ellm.cluster.api.counters import worker_source
 from ellm.router import metrics_declared as declared
 from ellm.router.attainment import Attainment
 from ellm.router.histogram import Histogram

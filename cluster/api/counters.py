@@ -23,6 +23,14 @@ MAX_FOLDED = 8192  # names
 Series = Mapping[Key, float]
 
 
+def router_source(router_id: str) -> str:
+    return f"r-{router_id}"
+
+
+def worker_source(epoch: str) -> str:
+    return f"w-{epoch}"
+
+
 class CounterBook:
     def __init__(self) -> None:
         self._sources: dict[str, dict[Key, float]] = {}

@@ -10,8 +10,8 @@ import json
 import logging
 import os
 import sys
-import time
 from contextvars import ContextVar
+from datetime import UTC, datetime
 from typing import Any
 
 REQUEST_ID: ContextVar[str] = ContextVar("ellm_request_id", default="")
@@ -25,9 +25,9 @@ class JsonFormatter(logging.Formatter):
     """time (UTC), level, logger, message, pid; request_id and what a record brings besides; the traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
-        seconds, milliseconds = divmod(int(record.created * 1000), 1000)
+        at = datetime.fromtimestamp(record.created, UTC)
         said: dict[str, Any] = {
-            "time": f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{milliseconds:03d}Z",
+            "time": at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
