@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from ellm.cluster.api import counters, metrics
-from ellm.cluster.api.counters import Counted, CounterBook, Push
+from ellm.cluster.api.counters import Counted, CounterBook, Push, router_source, worker_source
 from ellm.worker.api import wire
 from ellm.worker.api.metrics import Key, counts
 from ellm.worker.api.report import WorkerInfo, WorkerReport

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ellm.cluster.api import counters
 from ellm.cluster.api import metrics as cluster_metrics
-from ellm.cluster.api.counters import Counted, CounterBook, Push
+from ellm.cluster.api.counters import Counted, CounterBook, Push, router_source
 from ellm.router import metrics_declared as declared
 from ellm.router import metrics_page
 from ellm.router.guidance import GuidanceBook
