@@ -59,7 +59,7 @@ function drawThroughput(model, several) {
   points.set(key, line);
   const { note, figure, chart } = card(key, several ? `Output, ${model.name}` : "Output");
   const kept = model.attainment.request;
-  note.textContent = kept === undefined ? "" : `${Math.round(100 * kept)} % within SLO`;
+  note.textContent = kept === undefined ? "" : `${Math.round(100 * kept)} % in SLO`;
   figure.replaceChildren(count(rate), make("small", { text: "tokens/s" }));
   chart.setAttribute("aria-label", `Output: ${count(rate)} tokens per second`);
   spark(chart, line, null, LENGTH);
@@ -95,6 +95,7 @@ function drawWorker(worker, several) {
     make(
       "span",
       { className: "load" },
+      "requests",
       number("running", worker.num_running),
       number("waiting", worker.num_waiting),
       number("parked", worker.num_parked),
@@ -109,6 +110,7 @@ function drawWorker(worker, several) {
   const gone = Object.keys(UNCACHED).map((what) => `${what} ${count(worker.uncached[what])}`).join(", ");
   thin.setAttribute("aria-label", `Context without KV: ${gone} tokens`);
   numbers.replaceChildren(
+    "tokens",
     ...POOL.map((state) => number(state, count(worker.kv[state]))),
     ...Object.keys(UNCACHED)
       .filter((what) => worker.uncached[what] > 0)

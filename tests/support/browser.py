@@ -112,7 +112,7 @@ def browser(profile: Path) -> Iterator[Browser]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         address = _tab(process)
-        with connect(address, max_size=2**26, open_timeout=START_S) as socket:
+        with connect(address, max_size=2**26, open_timeout=START_S, ping_interval=None) as socket:
             yield Browser(socket)
     finally:
         process.terminate()

@@ -1,4 +1,4 @@
-"""Pictures of the page for docs, of a real server under load with less memory than it would like:
+"""Pictures of the page for docs, of simulated workers under load with less memory than they would like:
 
 PYTHONPATH=tests .venv/bin/python tests/support/page_pictures.py docs
 """
@@ -15,37 +15,61 @@ from pathlib import Path
 
 import httpx
 from support.browser import Browser, browser
-from support.served import served
+from support.router_server import EOS, MODEL, EchoExecutor, EchoWorker, RouterServer
 
-from ellm.deploy.ports import free_ports
+from ellm.worker.api.config import CacheConfig, SchedulerConfig, WorkerConfig
+from ellm.worker.api.report import WorkerInfo
+from ellm.worker.engine.core import EngineCore
+from ellm.worker.engine.plan import ModelLimits
+from ellm.worker.front import WorkerFront
+from ellm.worker.local_channel import LocalChannel
+from ellm.worker.loop import EngineLoop
 
-QUESTION = "What does the list method append do?"
-LOAD_S = 60.0
-CLIENTS = 14
-WORDS = ("list", "dict", "tuple", "set", "string", "file", "object", "method", "class", "function", "loop")
+TEXT = "An elastic cache keeps what pays, gives up what does not, and computes that again in time."
+LOAD_S = 45.0
+CLIENTS = 24
+TPOT_MS, TTFT_MS = 120.0, 1500.0
+
+
+class SmallWorker(EchoWorker):
+    """Promises more than its memory holds, and has a host tier."""
+
+    def __init__(self, number: int) -> None:
+        self.limits = ModelLimits(160, 16, 1024, 4096, (EOS, 2), num_host_blocks=256)
+        self.executor = EchoExecutor(self.limits, 0.02)
+        scheduler = SchedulerConfig(max_num_seqs=64, tpot_slo_ms=TPOT_MS, ttft_slo_ms=TTFT_MS)
+        config = WorkerConfig(scheduler=scheduler, cache=CacheConfig(), heartbeat_s=0.05)
+        self.core = EngineCore(self.limits, config)
+        engine = EngineLoop(self.core, self.executor, report_s=config.heartbeat_s)
+        info = WorkerInfo(
+            f"w{number}", f"epoch{number}", MODEL, "node", 1024, 16, 160, 4096, (EOS, 2), "simulated",
+            "none", True, tpot_slo_s=TPOT_MS / 1000, ttft_slo_s=TTFT_MS / 1000,
+        )  # fmt: skip
+        self.front = WorkerFront(info, config, engine)
+        self.channel = LocalChannel(self.front)
 
 
 def load(url: str, stop: threading.Event) -> None:
     with httpx.Client(base_url=url, timeout=120) as client, contextlib.suppress(httpx.TransportError):
         while not stop.is_set():
-            prompt = "The " + " ".join(random.choices(WORDS, k=random.randrange(10, 60)))
-            size = random.randrange(40, 180)
-            body = {"model": "pydoc-5m", "prompt": prompt, "max_tokens": size, "ignore_eos": True}
+            prompt = random.choices(range(4, 4000), k=random.randrange(20, 300))
+            size = random.randrange(60, 240)
+            body = {"model": MODEL, "prompt": prompt, "max_tokens": size, "ignore_eos": True}
             client.post("/v1/completions", json=body)
-            stop.wait(random.random())
+            stop.wait(random.random() / 2)
 
 
 def take(tab: Browser, url: str, folder: Path) -> None:
-    tab.size(1360, 860)
+    tab.size(1360, 820)
     tab.colours("light")
     tab.open(url)
     tab.wait_for("document.querySelectorAll('.worker').length === 2")
     tab.wait_for("document.querySelector('#model').value")
     time.sleep(LOAD_S)
-    tab.type(QUESTION)
+    tab.type(TEXT)
     tab.press("Enter", 13)
     tab.wait_for("document.querySelector('.turn.assistant .meta')", 60)
-    tab.wait_for("[...document.querySelectorAll('.bar .parked')].some((bar) => bar.offsetWidth > 0)", 60)
+    tab.wait_for("document.querySelectorAll('.bar .parked')[1].offsetWidth > 20", 60)
     tab.picture(folder / "page-light.png")
     tab.colours("dark")
     tab.picture(folder / "page-dark.png")
@@ -58,19 +82,22 @@ def take(tab: Browser, url: str, folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    (port,) = free_ports(1)
-    flags = ["--port", str(port), "--workers", "2", "--device", "cpu", "--kv-blocks", "64"]
-    flags += ["--tpot-slo-ms", "250", "--ttft-slo-ms", "1500", "--set", f"worker.cache.host_bytes={8 << 20}"]
     stop = threading.Event()
-    with served(*flags) as server, browser(Path(tempfile.mkdtemp())) as tab:
-        url = server.wait_until_ready()
-        threads = [threading.Thread(target=load, args=(url, stop), daemon=True) for _ in range(CLIENTS)]
+    with (
+        RouterServer([SmallWorker(0), SmallWorker(1)]) as server,
+        browser(Path(tempfile.mkdtemp())) as tab,
+    ):
+        threads = [
+            threading.Thread(target=load, args=(server.url, stop), daemon=True) for _ in range(CLIENTS)
+        ]
         for thread in threads:
             thread.start()
         try:
-            take(tab, url, folder)
+            take(tab, server.url, folder)
         finally:
             stop.set()
+            for thread in threads:
+                thread.join(20)
 
 
 if __name__ == "__main__":
