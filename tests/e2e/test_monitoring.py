@@ -215,9 +215,7 @@ def test_a_dead_worker_fires_and_nothing_runs_backwards(
             return False
 
     wait_for(answered, 90)
-    wait_for(lambda: below(server, "ServeReplica:ellm:Router")[1:], 120)
-    observed.wait_for('ellm_routers == 2 and on () sum(ellm_workers{state="ready"}) == 2', 120)
-    assert observed.wait_for("sum(ellm_generation_tokens_total)") >= before + 8
+    observed.wait_for(f"sum(ellm_generation_tokens_total) >= {before + 8}", 120)
     assert observed.value("sum(ellm_workers_lost_total)") == lost + 1
     counters = observed.names("ellm_.+(_total|_bucket|_count|_sum)")
     assert len(counters) > 40

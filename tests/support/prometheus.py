@@ -24,6 +24,9 @@ class Prometheus:
     def __init__(self, url: str) -> None:
         self._client = httpx.Client(base_url=url, timeout=30)
 
+    def close(self) -> None:
+        self._client.close()
+
     def query(self, expression: str) -> list[dict[str, Any]]:
         """The result of an instant query: [{"metric": labels, "value": [time, text]}, ...]."""
         response = self._client.get("/api/v1/query", params={"query": expression})
@@ -106,7 +109,9 @@ def prometheus(
             assert process.poll() is None, (folder / "log").read_text()
             assert time.monotonic() < deadline, "Prometheus did not start"
             time.sleep(0.05)
-        yield Prometheus(url)
+        made = Prometheus(url)
+        yield made
+        made.close()
     finally:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
