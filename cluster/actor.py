@@ -18,10 +18,13 @@ from typing import Any
 import ray
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
+from ellm.cluster.api import metrics
 from ellm.cluster.api.config import ControllerConfig, ModelScale
 from ellm.cluster.driver import Driver
+from ellm.worker.api import json_log
 from ellm.worker.api.actor_name import NAMESPACE
 from ellm.worker.api.channel import WorkerDirectory
+from ellm.worker.api.metric_export import PERIOD_S, MetricExport
 from ellm.worker.api.wire import Message
 
 log = logging.getLogger(__name__)
@@ -39,16 +42,22 @@ class ControllerActor:
         config: ControllerConfig,
         models: Sequence[ModelScale],
     ) -> None:
+        json_log.install("controller")
         self._directory = directory
         self._config = config
         self._models = models
         self._driver: Driver | None = None
         self._starting = asyncio.Lock()
         self._watch: asyncio.Task[None] | None = None
+        self._export: asyncio.Task[None] | None = None
 
     async def exchange(self, note: Message) -> Message | None:
         """A router's note for the newest guidance; see cluster/api/wire.py."""
         return (await self._started()).exchange(note)
+
+    async def counters(self, message: Message) -> Message:
+        """What a router has counted for what all have; see cluster/api/counters.py."""
+        return (await self._started()).counters(message)
 
     async def targets(self, current: Mapping[str, int] | None = None) -> dict[str, int]:
         """Model -> how many workers it should have; models of which nobody has said a number are left out.
@@ -71,6 +80,7 @@ class ControllerActor:
                 await driver.start()
                 self._driver = driver
                 self._watch = asyncio.create_task(self._end_when_resigned(driver))
+                self._export = asyncio.create_task(_export_forever(driver))
                 log.info("controller %d has started", term)
         return self._driver
 
@@ -79,6 +89,19 @@ class ControllerActor:
         await driver.close()
         me = ray.get_runtime_context().current_actor
         await asyncio.to_thread(ray.kill, me, no_restart=True)
+
+
+async def _export_forever(driver: Driver) -> None:
+    """The controller's own metrics, through Ray."""
+    from ray.util import metrics as ray_metrics
+
+    export = MetricExport(ray_metrics, metrics.DECLARED)
+    while True:
+        try:
+            export.update(dict(driver.gauges()))
+        except Exception:  # nothing depends on it
+            log.exception("metrics could not be exported")
+        await asyncio.sleep(PERIOD_S)
 
 
 def claim_term() -> int:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from ellm.cluster.api.config import ControllerConfig, ModelScale
 from ellm.cluster.api.guidance import TenantBudget
 from ellm.cluster.api.view import RouterView, View, WorkerView
 from ellm.cluster.controller import MAX_HELD_BACK, Controller
+from ellm.cluster.counting import CounterDesk, Heard, own_gauges
 from ellm.worker.api import wire as worker_wire
 from ellm.worker.api.channel import ChannelClosed, WorkerChannel, WorkerDirectory
 from ellm.worker.api.report import WorkerReport
@@ -36,9 +37,13 @@ TERM_TIMEOUT_S = 1.0
 class Listener:
     """One open stream. `close` ends it."""
 
-    def __init__(self, channel: WorkerChannel, name: str) -> None:
+    def __init__(
+        self, channel: WorkerChannel, name: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.channel = channel
+        self._clock = clock
         self.num_heard = 0
+        self.heard_at = 0.0
         self._packed: worker_wire.Message | None = None
         self._report: WorkerReport | None = None
         self._name = name
@@ -76,6 +81,7 @@ class Listener:
     def _hear(self, message: worker_wire.Message) -> None:
         report = worker_wire.check(message, "step")[3]
         self.num_heard += 1
+        self.heard_at = self._clock()
         if report is not None:
             self._packed = report
 
@@ -114,6 +120,7 @@ class Driver:
         self._guidance: worker_wire.Message | None = None
         self._budgets: Mapping[str, Sequence[TenantBudget]] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._desk = CounterDesk(term, config.router_gone_s, clock())
 
     async def start(self) -> None:
         self._tasks = [
@@ -140,6 +147,19 @@ class Driver:
             return None
         return wire.with_budgets(self._guidance, self._budgets.get(note.router_id, ()))
 
+    def counters(self, message: worker_wire.Message) -> worker_wire.Message:
+        """Take what a router has counted; see cluster/counting.py. Raises WireError."""
+        return self._desk.exchange(message, self._heard(), self.targets, self._clock())
+
+    def gauges(self) -> worker_wire.Message:
+        """Of the controller itself, as (key, value) pairs."""
+        return own_gauges(self.term, self.targets)
+
+    def _heard(self) -> Iterator[Heard]:
+        for listener in self._listeners.values():
+            if (report := listener.view().report) is not None:
+                yield listener.channel.info, report, max(0.0, self._clock() - listener.heard_at)
+
     def adopt(self, current: Mapping[str, int]) -> None:
         """Model -> workers that were asked for so far. Counts where no target is known yet."""
         for model, count in current.items():
@@ -153,7 +173,7 @@ class Driver:
     async def _refresh(self) -> None:
         channels = await self._directory.refresh()
         for epoch in channels.keys() - self._listeners.keys():
-            self._listeners[epoch] = Listener(channels[epoch], f"controller-{self.term}")
+            self._listeners[epoch] = Listener(channels[epoch], f"controller-{self.term}", self._clock)
         for epoch in self._listeners.keys() - channels.keys():
             await self._listeners.pop(epoch).close()
 

@@ -18,6 +18,7 @@ from typing import Any
 from ellm.deploy import ports
 from ellm.deploy.tree import EllmConfig
 from ellm.router.ingress import ingress_environment
+from ellm.worker.api import json_log
 from ellm.worker.api.errors import EllmError
 
 NAMESPACE = "ellm"
@@ -43,6 +44,8 @@ def environment(config: EllmConfig, haproxy: bool) -> dict[str, str]:
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        json_log.FORMAT: config.cluster.log_format,  # which each process reads for itself
+        json_log.LEVEL: config.cluster.log_level,
         "RAY_SERVE_HAPROXY_NBTHREAD": "1" if (os.cpu_count() or 1) <= 4 else "2",
         **ingress_environment(config.router.limits.request_deadline_s),
     }
@@ -107,7 +110,11 @@ def start_serve(config: EllmConfig) -> None:
     serve.start(
         proxy_location="HeadOnly" if config.cluster.address is None else "EveryNode",
         http_options={"host": config.cluster.host, "port": config.cluster.port},
-        logging_config=LoggingConfig(log_level=config.cluster.log_level.upper(), enable_access_log=False),
+        logging_config=LoggingConfig(
+            encoding=config.cluster.log_format.upper(),
+            log_level=config.cluster.log_level.upper(),
+            enable_access_log=False,
+        ),
     )
 
 

@@ -34,6 +34,7 @@ class ClusterConfig:
     haproxy: bool = True  # HTTP comes in through HAProxy; false: Ray Serve's own proxy
     dashboard: bool = False  # of the Ray we start
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"  # json: one object per line, one line per request too
     worker_num_cpus: float = 0.5  # logical CPUs of a rank on a CPU, for Ray's placement
     start_timeout_s: float = 600.0  # until every worker has loaded its weights
     object_store_bytes: int = 128 * 1024 * 1024  # of the Ray we start; the data path hardly uses it
@@ -109,6 +110,7 @@ ALIASES = {
     "port": "cluster.port",
     "grpc_port": "cluster.grpc_port",
     "log_level": "cluster.log_level",
+    "log_format": "cluster.log_format",
 }
 
 # path -> (lowest, highest) of numbers that would otherwise fail late or never.

@@ -7,7 +7,7 @@ a test; it imports neither Ray nor torch.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -15,23 +15,22 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import orjson
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from ellm.router import health, service_level
+from ellm.router import service_level
 from ellm.router.config import RouterConfig
 from ellm.router.dispatch import Dispatcher
 from ellm.router.edge import Edge
 from ellm.router.errors import BodyTooLarge, UnknownRoute, WrongMethod
 from ellm.router.exchange import Exchange, Service
 from ellm.router.guidance import ControllerLine, GuidanceBook, GuidanceLoop
-from ellm.router.http_bodies import JSON_TYPE, read_json, send_error
+from ellm.router.http_bodies import read_json, send_error
 from ellm.router.keys import KeyRing
-from ellm.router.metrics import CONTENT_TYPE, RouterMetrics
-from ellm.router.metrics_page import GuidanceMetrics, MetricsPage
+from ellm.router.metrics import RouterMetrics
+from ellm.router.metrics_sharing import Outlet, SharedMetrics
 from ellm.router.models import Models
 from ellm.router.openai.answer import error_body
 from ellm.router.openai.convert import Converter
@@ -42,7 +41,10 @@ from ellm.router.openai.schema import (
     TokenizeRequest,
     parse,
 )
+from ellm.router.operations import add_operations, add_pictures, json_response
+from ellm.router.page_files import add_page
 from ellm.router.tenants import TenantLimits
+from ellm.router.timeline import Timelines
 from ellm.router.tokenizer import Tokenizer, in_text_thread
 from ellm.worker.api.channel import WorkerDirectory
 from ellm.worker.api.errors import EllmError, InvalidRequest, PromptTooLong
@@ -69,7 +71,11 @@ class ModelSource:
 
 
 def make_service(
-    source: ModelSource, config: RouterConfig, tenants: TenantLimits, clock: Callable[[], float]
+    source: ModelSource,
+    config: RouterConfig,
+    tenants: TenantLimits,
+    timelines: Timelines,
+    clock: Callable[[], float],
 ) -> Service:
     """Raises ConfigError for a tokenizer that cannot be read."""
     name, tokenizer = source.name, source.tokenizer
@@ -85,6 +91,7 @@ def make_service(
         dispatcher=Dispatcher(source.directory, config, metrics, clock),
         metrics=metrics,
         tenants=tenants,
+        timelines=timelines,
     )
 
 
@@ -94,16 +101,19 @@ def create_app(
     *,
     broken: Mapping[str, str] | None = None,
     controller: ControllerLine | None = None,
+    outlet: Outlet | None = None,
     clock: Callable[[], float] = time.monotonic,
     echo_request_id: bool = True,
 ) -> FastAPI:
     """Starting the app (its lifespan) opens the lines to the workers. `broken`: models that cannot be served,
-    and why. Without a `controller` nobody advises. `echo_request_id` is off where the server around the app
-    does it. Raises ConfigError."""
+    and why. Without a `controller` nobody advises. `outlet`: where metrics go beside their page.
+    `echo_request_id` is off where the server around the app does it. Raises ConfigError."""
     keys = KeyRing(config.api_keys, None if config.api_key_file is None else Path(config.api_key_file))
     book = GuidanceBook(config.num_replicas)
     tenants = TenantLimits(book.budget, lambda: book.num_routers)
-    models = Models([make_service(source, config, tenants, clock) for source in sources], broken)
+    timelines = Timelines(clock)
+    made = [make_service(source, config, tenants, timelines, clock) for source in sources]
+    models = Models(made, broken)
     services = models.services.values()
     guidance = GuidanceLoop(
         book,
@@ -113,16 +123,18 @@ def create_app(
         prompts=lambda: {service.model: service.dispatcher.poison for service in services},
         clock=clock,
     )
-    page = MetricsPage([*(service.metrics for service in services), GuidanceMetrics(book, clock)])
+    shared = SharedMetrics(services, book, outlet or Outlet(), timelines.find, clock)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         for service in services:
             await service.dispatcher.start()
         guidance.start()
+        shared.start()
         try:
             yield
         finally:
+            await shared.close()
             await guidance.close()
             for service in services:
                 await service.dispatcher.close()
@@ -149,7 +161,9 @@ def create_app(
     _add_generation(app, models)
     _add_models(app, models)
     _add_tokens(app, models, config.limits.max_body_bytes)
-    _add_operations(app, models, page)
+    add_operations(app, models, shared, package_version())
+    add_pictures(app, models, shared, timelines)
+    add_page(app)
     return app
 
 
@@ -162,7 +176,7 @@ async def _http_exception(request: Request, raised: Exception) -> Response:
         error = WrongMethod(f"this path does not take {request.method[:16]}")
     else:
         error = InvalidRequest("the request cannot be read")
-    return _json(error_body(error), error.status, dict(raised.headers or {}))
+    return json_response(error_body(error), error.status, dict(raised.headers or {}))
 
 
 async def _ellm_error(request: Request, raised: Exception) -> Response:
@@ -179,10 +193,6 @@ class _Refusal(Response):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await send_error(send, self._error, receive if isinstance(self._error, BodyTooLarge) else None)
-
-
-def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(body), status, headers, JSON_TYPE.decode())
 
 
 def _documented(body: type[BaseModel]) -> dict[str, Any]:
@@ -215,11 +225,13 @@ def _add_models(app: FastAPI, models: Models) -> None:
 
     @app.get("/v1/models")
     async def list_models() -> Response:
-        return _json({"object": "list", "data": [card(service) for service in models.services.values()]})
+        return json_response(
+            {"object": "list", "data": [card(service) for service in models.services.values()]}
+        )
 
     @app.get("/v1/models/{model_id:path}")
     async def model(model_id: str) -> Response:
-        return _json(card(models.find(model_id)))
+        return json_response(card(models.find(model_id)))
 
 
 def _add_tokens(app: FastAPI, models: Models, limit: int) -> None:
@@ -237,7 +249,7 @@ def _add_tokens(app: FastAPI, models: Models, limit: int) -> None:
             raise PromptTooLong(f"prompt: more than {MAX_TOKENS_OF_CALL} tokens", param="prompt")
         info = service.dispatcher.info()
         strings = [service.tokenizer.token(i) for i in ids] if body.return_token_strs else None
-        return _json(
+        return json_response(
             {
                 "count": len(ids),
                 "max_model_len": None if info is None else info.max_model_len,
@@ -253,35 +265,4 @@ def _add_tokens(app: FastAPI, models: Models, limit: int) -> None:
         if len(body.tokens) > MAX_TOKENS_OF_CALL:
             raise PromptTooLong(f"tokens: at most {MAX_TOKENS_OF_CALL}", param="tokens")
         skip = bool(body.skip_special_tokens)
-        return _json({"prompt": await in_text_thread(service.tokenizer.decode, body.tokens, skip)})
-
-
-def _add_operations(app: FastAPI, models: Models, page: MetricsPage) -> None:
-    def get(path: str, answer: Callable[[], Response]) -> None:
-        async def endpoint() -> Response:
-            return answer()
-
-        endpoint.__name__ = path.strip("/").replace("/", "_")
-        handler: Callable[[], Awaitable[Response]] = endpoint
-        app.get(path)(handler)
-
-    def state(found: health.Health, **more: Any) -> Response:
-        headers = {} if found.ok else {"retry-after": "1"}
-        body = {"status": found.status, "reason": found.reason, **more}
-        return _json(body, 200 if found.ok else 503, headers)
-
-    def ready() -> Response:
-        found, states = models.ready()
-        return state(found, models=states)
-
-    def workers() -> list[dict[str, Any]]:
-        return [row for service in models.services.values() for row in health.workers(service.dispatcher)]
-
-    get("/health", lambda: state(models.alive()))
-    get("/health/ready", ready)
-    get("/version", lambda: _json({"version": package_version()}))
-    get(
-        "/metrics",
-        lambda: Response(page.text(), media_type=None, headers={"content-type": CONTENT_TYPE}),
-    )
-    get("/admin/workers", lambda: _json({"workers": workers()}))
+        return json_response({"prompt": await in_text_thread(service.tokenizer.decode, body.tokens, skip)})

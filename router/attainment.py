@@ -1,4 +1,4 @@
-"""Which promises were kept: of every sequence that ended, as Prometheus families.
+"""Which promises were kept, of every sequence that ended.
 
     tpot        every token i came by t_first + SLO * (i + 4)
     tpot_mean   the mean time per token after the first was within the SLO
@@ -15,14 +15,21 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-
 from ellm.router.histogram import Histogram
+from ellm.router.metrics_declared import (
+    ATTAINED,
+    GOODPUT,
+    MISSED,
+    RATIO_BUCKETS,
+    RECENT,
+    RECENT_KEPT,
+    SLO_RATIO,
+)
 from ellm.router.sequence import Sequence
+from ellm.worker.api.metrics import Key
 from ellm.worker.api.output import FinishReason
 
-RECENT = 256  # sequences that the ratio looks back on
-RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
+LAST = 256  # sequences that the ratio looks back on
 
 
 def verdicts(sequence: Sequence, failed: bool) -> dict[str, bool]:
@@ -61,7 +68,7 @@ class Attainment:
         found = verdicts(sequence, failed)
         for slo, attained in found.items():
             (self._attained if attained else self._missed)[slo] += 1
-            self._recent.setdefault(slo, deque(maxlen=RECENT)).append(attained)
+            self._recent.setdefault(slo, deque(maxlen=LAST)).append(attained)
         count = len(sequence.output_ids)
         if found["request"]:
             self._good_tokens += count
@@ -69,27 +76,18 @@ class Attainment:
             decode_s = sequence.token_at - sequence.first_token_at
             self._ratio.observe(decode_s / (count - 1) / level.tpot_slo_s)
 
-    def families(self, model: str) -> Iterator[Metric]:
-        labels = ["model_name", "slo"]
-        for name, text, counts in (
-            ("ellm_slo_attained", "Sequences that got what they were promised.", self._attained),
-            ("ellm_slo_missed", "Sequences that did not.", self._missed),
-        ):
-            counter = CounterMetricFamily(name, text, labels=labels)
-            for slo, count in sorted(counts.items()):
-                counter.add_metric([model, slo], count)
-            yield counter
-        text = f"Share of the last {RECENT} sequences with an SLO that attained it."
-        gauge = GaugeMetricFamily("ellm_slo_attainment_ratio", text, labels=labels)
-        for slo, recent in sorted(self._recent.items()):
-            gauge.add_metric([model, slo], sum(recent) / len(recent))
-        yield gauge
-        text = "Tokens of sequences that attained their SLOs."
-        tokens = CounterMetricFamily("ellm_slo_goodput_tokens", text, labels=labels[:1])
-        tokens.add_metric([model], self._good_tokens)
-        yield tokens
-        buckets, total = self._ratio.samples()
-        text = "Mean time per output token, as a share of its SLO."
-        histogram = HistogramMetricFamily("ellm_time_per_output_token_slo_ratio", text, labels=labels[:1])
-        histogram.add_metric([model], buckets=buckets, sum_value=total)
-        yield histogram
+    def series(self, model: str) -> Iterator[tuple[Key, float]]:
+        """What only grows."""
+        for metric, counts in ((ATTAINED, self._attained), (MISSED, self._missed)):
+            for slo, count in counts.items():
+                yield (metric.name, model, slo), count
+        if self._good_tokens:
+            yield (GOODPUT.name, model), self._good_tokens
+        for part, value in self._ratio.series():
+            yield (SLO_RATIO.name, model, part), value
+
+    def recent(self, model: str, router: str) -> Iterator[tuple[Key, float]]:
+        """Of the last sequences, how many there were and how many kept it: for the ratio of all routers."""
+        for slo, recent in self._recent.items():
+            yield (RECENT, model, slo, router), len(recent)
+            yield (RECENT_KEPT, model, slo, router), sum(recent)

@@ -65,6 +65,14 @@ class RayControllerLine:
         self._heard()
         return answer
 
+    async def counters(self, message: Message) -> Message:
+        """The same for what routers count (cluster/api/counters.py); it does not search. Raises LookupError
+        while there is no controller, and what `exchange` raises."""
+        if self._handle is None:
+            raise LookupError("no controller has been found yet")
+        answer: Message = await self._handle.counters.remote(message)
+        return answer
+
     async def _found(self) -> Any:
         """A search goes on when nobody waits any more, and its result is for the next who asks."""
         if self._search is None:

@@ -15,16 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from ray import serve
+from ray.util import metrics as ray_metrics
 
 from ellm.router.app import ModelSource, create_app
 from ellm.router.config import ROUTER_CPUS, RouterConfig
 from ellm.router.controller_line import RayControllerLine
+from ellm.router.metrics_declared import DECLARED
+from ellm.router.metrics_sharing import Outlet
 from ellm.router.replicas import RayDirectory
 from ellm.router.rpc.server import Listen, check_listen, with_rpc
 from ellm.router.simulated_tokenizer import PREFIX, simulated_tokenizer
 from ellm.router.tokenizer import Tokenizer
+from ellm.worker.api import json_log
 from ellm.worker.api.config import ModelConfig, served_name
 from ellm.worker.api.errors import ConfigError
+from ellm.worker.api.metric_export import MetricExport
 
 log = logging.getLogger(__name__)
 
@@ -71,12 +76,15 @@ def _builder(
     """What Serve calls in each replica."""
 
     def build() -> Any:
+        json_log.install("router")
         sources, broken = load_sources(models, config.tokenizer)
+        line = None if find_controller is None else RayControllerLine(find_controller)
         app = create_app(
             config,
             sources,
             broken=broken,
-            controller=None if find_controller is None else RayControllerLine(find_controller),
+            controller=line,
+            outlet=Outlet(line, MetricExport(ray_metrics, DECLARED)),
             echo_request_id=False,  # Serve does it itself, whatever the application does
         )
         if grpc is not None:

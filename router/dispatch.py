@@ -45,7 +45,7 @@ class DispatchObserver(Protocol):
     def failover(self, reason: str) -> None: ...
     def decision(self, reason: str) -> None: ...
     def worker_report(self, info: WorkerInfo, report: WorkerReport) -> None: ...
-    def worker_gone(self, info: WorkerInfo) -> None: ...
+    def worker_gone(self, info: WorkerInfo, reason: str = "") -> None: ...
 
 
 class Dispatcher:
@@ -123,7 +123,7 @@ class Dispatcher:
         """End a sequence that no one waits for; its blocks are freed at once."""
         if sequence.finished is None:
             sequence.finished = "abort"
-            self._observer.sequence_ended(sequence, "abort")
+            self._tell_ended(sequence, "abort")
         link = self._home.pop(sequence.request_id, None)
         if link is not None:
             link.abort(sequence)
@@ -140,7 +140,7 @@ class Dispatcher:
         else:
             assert sequence.finished is not None
             self._note_length(sequence)
-            self._observer.sequence_ended(sequence, sequence.finished)
+            self._tell_ended(sequence, sequence.finished)
 
     def token_interval(self, interval_s: float) -> None:
         self._observer.token_interval(interval_s)
@@ -156,12 +156,12 @@ class Dispatcher:
         if self.links.get(link.info.epoch) is link:
             del self.links[link.info.epoch]
         self.num_lost += link.report is not None
-        self._observer.worker_gone(link.info)
+        reason = self._loss_reason(link)
+        self._observer.worker_gone(link.info, reason)
         sequences = link.take_all()
         for sequence in sequences:
             self._home.pop(sequence.request_id, None)
         self.spawn(self._bury(link, [(s.request_id, s.attempt) for s in sequences]))
-        reason = self._loss_reason(link)
         self._rescue.move(sequences, reason, death=reason == "death")
 
     def _loss_reason(self, link: WorkerLink) -> str:
@@ -189,7 +189,7 @@ class Dispatcher:
         if sequence.finished is None:
             sequence.finished = "error"
             sequence.error = error
-            self._observer.sequence_ended(sequence, "error")
+            self._tell_ended(sequence, "error")
             sequence.sink.fail(sequence, error)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -234,6 +234,10 @@ class Dispatcher:
         if choice is not None:
             self._observer.decision(choice.reason)
         return choice
+
+    def _tell_ended(self, sequence: LiveSequence, reason: FinishReason) -> None:
+        sequence.note("done", self.clock(), reason)
+        self._observer.sequence_ended(sequence, reason)
 
     def _note_length(self, sequence: LiveSequence) -> None:
         """What a policy expects of the next request."""

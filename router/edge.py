@@ -19,11 +19,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ellm.router.access import Access
 from ellm.router.http_bodies import ClientLeft, header, send_error
 from ellm.router.keys import ApiKey, KeyRing
+from ellm.router.page_files import PATHS
 from ellm.worker.api.errors import EllmError
+from ellm.worker.api.json_log import REQUEST_ID
 
 log = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/health/ready"})
+OPEN_PATHS = frozenset({"/health", "/health/ready", *PATHS})  # the page itself shows nothing
 ADMIN_PATHS = ("/admin", "/metrics")  # and what is below
 CONTEXT = "ellm.context"
 _NOT_IN_ID = re.compile(r"[^A-Za-z0-9._:\-]")
@@ -86,6 +88,7 @@ class Edge:
                     message["headers"] = [*message.get("headers", ()), id_header]
             await send(message)
 
+        REQUEST_ID.set(ident)
         try:
             scope[CONTEXT] = RequestContext(ident, self._owner(scope), send_with_id)
             await self._app(scope, receive, send_with_id)

@@ -46,10 +46,12 @@ async def admitted(
     generation = Generation(job, service.dispatcher, service.tokenizer, arrived_at, salt, session_id)
     generation.tenant = tenant
     reserved = _reserve(service, key, job)
+    entry = service.timelines.begin(service.model, generation)
     try:
         yield generation
     finally:
         generation.close()
+        service.timelines.end(entry)
         if key is not None:
             used, now = generation.usage().completion_tokens, service.dispatcher.clock()
             service.tenants.settle(key, reserved, used, now)

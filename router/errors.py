@@ -48,6 +48,14 @@ class UnknownRoute(EllmError):
     kind = "invalid_request_error"
 
 
+class UnknownRequest(EllmError):
+    """No request of that id is remembered."""
+
+    status = 404
+    code = "request_not_found"
+    kind = "invalid_request_error"
+
+
 class WrongMethod(EllmError):
     """The path takes another method."""
 

@@ -38,6 +38,7 @@ from ellm.router.paced_stream import PacedStream
 from ellm.router.service_level import ServiceLevel
 from ellm.router.sinks import EventStream, Gathered
 from ellm.router.tenants import TenantLimits
+from ellm.router.timeline import Timelines
 from ellm.router.tokenizer import Tokenizer
 from ellm.worker.api.errors import DeadlineExceeded, EllmError
 
@@ -58,6 +59,7 @@ class Service:
     dispatcher: Dispatcher
     metrics: RouterMetrics
     tenants: TenantLimits
+    timelines: Timelines
 
     async def bounds(self) -> ModelBounds:
         """Raises Unavailable when no worker is up in time."""

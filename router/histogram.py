@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+from ellm.worker.api.metrics import SUM
 
 TTFT_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
@@ -33,10 +35,10 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._total += value
 
-    def samples(self) -> tuple[list[tuple[str, float]], float]:
-        """Cumulated (bound, count) pairs up to +Inf, and the sum."""
-        cumulated, count = [], 0
-        for bound, here in zip([*map(str, self._bounds), "+Inf"], self._counts, strict=True):
-            count += here
-            cumulated.append((bound, float(count)))
-        return cumulated, self._total
+    def series(self) -> Iterator[tuple[str, float]]:
+        """(bound or "+Inf", observations in the bucket) of those that have any, and ("sum", their sum)."""
+        for bound, count in zip([*map(str, self._bounds), "+Inf"], self._counts, strict=True):
+            if count:
+                yield bound, float(count)
+        if self._total:
+            yield SUM, self._total

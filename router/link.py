@@ -108,6 +108,7 @@ class WorkerLink:
         of their prompt the worker is thought to have."""
         for sequence in sequences:
             self.live[sequence.request_id] = sequence
+            sequence.note("sent", self._clock(), self.info.worker_id)
             tokens = len(sequence.prompt_ids) + len(sequence.output_ids)
             rows = max(1, tokens - cached_tokens)
             self._submits.append((sequence, rows, tokens))

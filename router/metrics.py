@@ -1,8 +1,7 @@
-"""What this router counts, and what its workers report, as Prometheus text under the field's names.
+"""What this router counts of one model, and what its workers report. Numbers; how they are shown is
+metrics_page.py's, and what all routers count together metrics_sharing.py's.
 
-A router's own counts are plain numbers that cost well under a microsecond to raise; workers' totals come with
-their reports. A counter never runs backwards: totals are kept per incarnation of a worker, a dead one's too.
-Families are made only when somebody asks.
+A count costs well under a microsecond to raise. Series are made when somebody asks.
 """
 
 from __future__ import annotations
@@ -10,131 +9,43 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from prometheus_client.registry import Collector
-
+from ellm.cluster.api.counters import worker_source
+from ellm.router import metrics_declared as declared
 from ellm.router.attainment import Attainment
-from ellm.router.histogram import E2E_BUCKETS, ITL_BUCKETS, TTFT_BUCKETS, Histogram
+from ellm.router.histogram import Histogram
 from ellm.router.policies.candidates import FALLBACKS
 from ellm.router.sequence import Sequence as LiveSequence
 from ellm.router.usage import Usage
+from ellm.worker.api import metrics as worker_metrics
 from ellm.worker.api.errors import EllmError
+from ellm.worker.api.metrics import Key, Metric
 from ellm.worker.api.output import FinishReason
 from ellm.worker.api.report import WorkerInfo, WorkerReport
 
-CONTENT_TYPE = CONTENT_TYPE_LATEST
-FORGET_S = 3600.0
-# Report field -> (name, help): totals of an incarnation.
-TOTALS = {
-    "num_preemptions": ("ellm_num_preemptions", "Sequences put back into the queue for want of blocks."),
-    "prompt_tokens": ("ellm_prompt_tokens", "Prompt tokens processed."),
-    "generation_tokens": ("ellm_generation_tokens", "Tokens generated."),
-    "prefix_queries": ("ellm_prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
-    "prefix_hits": ("ellm_prefix_cache_hits", "Prompt tokens found in the prefix cache."),
-    "recomputed_tokens": ("ellm_recomputed_tokens", "Tokens computed again after a preemption."),
-    "num_steps": ("ellm_steps", "Engine steps."),
-    "busy_s": ("ellm_busy_seconds", "Time in engine steps."),
-    "num_parks": ("ellm_num_parks", "Sequences set aside while ahead of their deadlines."),
-    "num_restores": ("ellm_num_restores", "Sequences brought back that had given up blocks."),
-    "dropped_tokens": ("ellm_dropped_tokens", "Tokens whose KV was given up without a copy on the host."),
-    "saved_tokens": ("ellm_saved_tokens", "Tokens whose KV was copied to the host."),
-    "loaded_tokens": ("ellm_loaded_tokens", "Tokens whose KV was copied back from the host."),
-    "streamed_tokens": ("ellm_streamed_tokens", "Tokens whose KV was streamed from the host within a step."),
-    "hole_tokens": ("ellm_hole_tokens", "Tokens recomputed within a step, for holes of running requests."),
-}
-GAUGES: dict[str, tuple[str, str, Callable[[WorkerReport], float]]] = {
-    "running": ("ellm_num_requests_running", "Sequences in the batch.", lambda r: r.num_running),
-    "waiting": ("ellm_num_requests_waiting", "Sequences in the queue.", lambda r: r.num_waiting),
-    "usage": (
-        "ellm_kv_cache_usage_perc",
-        "Share of KV blocks that running sequences hold, 0 to 1.",
-        lambda r: 1 - (r.free_blocks + r.cached_blocks) / r.num_blocks if r.num_blocks else 0.0,
-    ),
-    "headroom": (
-        "ellm_kv_cache_headroom_tokens", "Tokens that fit without evicting.", lambda r: r.headroom_tokens
-    ),
-    "uncached": ("ellm_uncached_tokens", "Context without KV.", lambda r: r.uncached_tokens),
-    "ratio": (
-        "ellm_uncached_token_ratio", "Share of admitted context without KV.", lambda r: r.uncached_token_ratio
-    ),
-    "recomputing": (
-        "ellm_recomputing_tokens", "Uncached: recomputed in each step.", lambda r: r.recomputing_tokens
-    ),
-    "streaming": (
-        "ellm_streaming_tokens", "Uncached: streamed from the host in each step.",
-        lambda r: r.streaming_tokens,
-    ),
-    "host": ("ellm_host_tokens", "Uncached: to be brought back from the host.", lambda r: r.host_tokens),
-    "dropped": ("ellm_dropped_now_tokens", "Uncached: to be computed again.", lambda r: r.dropped_now_tokens),
-    "host_usage": (
-        "ellm_host_kv_usage_perc",
-        "Share of the host tier's blocks in use, 0 to 1.",
-        lambda r: r.host_blocks_used / r.num_host_blocks if r.num_host_blocks else 0.0,
-    ),
-    "debt": (
-        "ellm_recompute_debt_seconds",
-        "Predicted extra time of a step for holes, and to bring back what waits for it.",
-        lambda r: r.recompute_debt_s,
-    ),
-    "prefill": (
-        "ellm_prefill_rate_tokens_per_second", "Prompt tokens per second of steps with any.",
-        lambda r: r.prefill_rate_tok_s,
-    ),
-    "kept": (
-        "ellm_worker_slo_attainment_ratio",
-        "Share of requests that ended within the last minute and kept what they were promised.",
-        lambda r: r.slo_attainment,
-    ),
-    "parked_tokens": ("ellm_parked_tokens", "Context of parked sequences.", lambda r: r.parked_tokens),
-    "parked": ("ellm_parked_requests", "Sequences set aside for a while.", lambda r: r.num_parked),
-    "step": ("ellm_step_time_seconds", "Moving average of a step's time.", lambda r: r.step_time_s),
-    "error": (
-        "ellm_cost_model_error_ratio", "Relative error of predicted step times.", lambda r: r.cost_model_error
-    ),
-    "memory": (
-        "ellm_worker_peak_memory_bytes", "Peak resident memory of a worker.", lambda r: r.peak_memory_bytes
-    ),
-}  # fmt: skip
+DEATH = "death"  # as the dispatcher calls the loss of a worker that went without a word
 
 
-class RouterMetrics(Collector):
-    """One per router. It is the dispatcher's observer, and a collector of one registry."""
+class RouterMetrics:
+    """One per router and model. It is the dispatcher's observer."""
 
     def __init__(self, model: str, clock: Callable[[], float]) -> None:
-        self._model = model
+        self.model = model
         self._clock = clock
         self._histograms = {
-            "ellm_time_to_first_token_seconds": (Histogram(TTFT_BUCKETS), "From arrival to the first token."),
-            "ellm_inter_token_latency_seconds": (Histogram(ITL_BUCKETS), "Between two outputs."),
-            "ellm_time_per_output_token_seconds": (
-                Histogram(ITL_BUCKETS), "Mean time per token after the first."
-            ),
-            "ellm_e2e_request_latency_seconds": (Histogram(E2E_BUCKETS), "From arrival to the last token."),
-            "ellm_request_queue_time_seconds": (Histogram(E2E_BUCKETS), "In a worker's queue."),
-            "ellm_request_prefill_time_seconds": (
-                Histogram(E2E_BUCKETS), "From arrival to the first token, but for the worker's queue."
-            ),
-            "ellm_request_decode_time_seconds": (Histogram(E2E_BUCKETS), "From the first token to the last."),
-        }  # fmt: skip
-        self.token_interval = self._histograms["ellm_inter_token_latency_seconds"][0].observe
+            metric: Histogram(metric.buckets)
+            for metric in declared.HISTOGRAMS
+            if metric is not declared.SLO_RATIO  # the attainment's
+        }
+        self.token_interval = self._histograms[declared.ITL].observe
         self.finished: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
         self.rejections: Counter[str] = Counter()
         self.failovers: Counter[str] = Counter()
         self.decisions: Counter[str] = Counter()
-        self._gone: dict[str, tuple[WorkerReport, float]] = {}  # epoch -> last report, and when it was lost
-        self._folded: Counter[str] = Counter()  # totals of those that do not come back
-        self._reports: dict[str, tuple[WorkerInfo, WorkerReport, float]] = {}
+        self._reports: dict[str, tuple[WorkerInfo, WorkerReport, float]] = {}  # epoch -> newest, and when
+        self._gone: dict[str, dict[Key, float]] = {}  # source -> its last counts, until they are taken
         self._attainment = Attainment()
         self._usage = Usage()
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(self)
-
-    def text(self) -> bytes:
-        """All families in Prometheus' text format."""
-        return generate_latest(self._registry)
 
     def refused(self, error: EllmError) -> None:
         """A request was answered with an error and no output."""
@@ -152,15 +63,14 @@ class RouterMetrics(Collector):
             return
         now = self._clock()
         first_token_s = sequence.first_token_at - sequence.arrived_at
-        self._observe("ellm_time_to_first_token_seconds", first_token_s)
-        self._observe("ellm_request_queue_time_seconds", sequence.queue_time_s)
-        prefill_s = max(0.0, first_token_s - sequence.queue_time_s)
-        self._observe("ellm_request_prefill_time_seconds", prefill_s)
-        self._observe("ellm_e2e_request_latency_seconds", now - sequence.arrived_at)
         decode_s = sequence.token_at - sequence.first_token_at
-        self._observe("ellm_request_decode_time_seconds", decode_s)
+        self._observe(declared.TTFT, first_token_s)
+        self._observe(declared.QUEUE, sequence.queue_time_s)
+        self._observe(declared.PREFILL, max(0.0, first_token_s - sequence.queue_time_s))
+        self._observe(declared.E2E, now - sequence.arrived_at)
+        self._observe(declared.DECODE, decode_s)
         if len(sequence.output_ids) > 1:
-            self._observe("ellm_time_per_output_token_seconds", decode_s / (len(sequence.output_ids) - 1))
+            self._observe(declared.TPOT, decode_s / (len(sequence.output_ids) - 1))
 
     def failover(self, reason: str) -> None:
         self.failovers[reason] += 1
@@ -171,77 +81,57 @@ class RouterMetrics(Collector):
     def worker_report(self, info: WorkerInfo, report: WorkerReport) -> None:
         self._reports[info.epoch] = (info, report, self._clock())
 
-    def worker_gone(self, info: WorkerInfo) -> None:
-        """Keep its totals: a new stream to the same incarnation may go on from them, for an hour."""
-        now = self._clock()
+    def worker_gone(self, info: WorkerInfo, reason: str = "") -> None:
+        """Its last word is kept for the book; `reason` is why, where it was lost."""
         entry = self._reports.pop(info.epoch, None)
-        if entry is not None:
-            self._gone[info.epoch] = (entry[1], now)
-        for epoch, (report, since) in list(self._gone.items()):
-            if now - since > FORGET_S and epoch not in self._reports:
-                del self._gone[epoch]
-                self._folded.update({name: getattr(report, name) for name in TOTALS})
+        if entry is None:
+            return
+        counts = dict(worker_metrics.counts(*entry[:2]))
+        if reason == DEATH:
+            counts[declared.LOST.name, self.model] = 1.0
+        self._gone[worker_source(info.epoch)] = counts
 
-    # Collector
+    # Series
 
-    def collect(self) -> Iterator[Metric]:
-        labels = ["model_name"]
-        for name, (histogram, text) in self._histograms.items():
-            buckets, total = histogram.samples()
-            family = HistogramMetricFamily(name, text, labels=labels)
-            family.add_metric([self._model], buckets=buckets, sum_value=total)
-            yield family
-        yield self._counter(
-            "ellm_request_success", "Sequences by how they ended.", "finished_reason", self.finished
-        )
-        yield self._counter("ellm_request_errors", "Requests answered with an error.", "code", self.errors)
-        yield self._counter(
-            "ellm_admission_rejections", "Requests that were not admitted.", "reason", self.rejections
-        )
-        yield self._counter(
-            "ellm_router_failovers", "Sequences moved to another worker.", "reason", self.failovers
-        )
-        yield self._counter("ellm_router_decisions", "Choices of a worker.", "reason", self.decisions)
-        fallbacks = Counter({reason: self.decisions[reason] for reason in FALLBACKS})
-        what = "Choices that could not go by reports, or by the controller's advice."
-        yield self._counter("ellm_router_fallbacks", what, "reason", fallbacks)
-        yield from self._attainment.families(self._model)
-        yield from self._usage.families(self._model)
-        yield from self._of_workers()
+    def series(self) -> Iterator[tuple[Key, float]]:
+        """What this router has counted; zeros may be missing."""
+        model = self.model
+        for metric, histogram in self._histograms.items():
+            for part, value in histogram.series():
+                yield (metric.name, model, part), value
+        for metric, counts in (
+            (declared.SUCCESS, self.finished),
+            (declared.ERRORS, self.errors),
+            (declared.REJECTIONS, self.rejections),
+            (declared.FAILOVERS, self.failovers),
+            (declared.DECISIONS, self.decisions),
+        ):
+            for label, count in counts.items():
+                yield (metric.name, model, label), count
+        for reason in FALLBACKS:
+            if count := self.decisions[reason]:
+                yield (declared.FALLBACK_CHOICES.name, model, reason), count
+        yield from self._attainment.series(model)
+        yield from self._usage.series(model)
 
-    def _observe(self, name: str, value: float) -> None:
-        self._histograms[name][0].observe(value)
+    def worker_series(self) -> Iterator[tuple[str, dict[Key, float]]]:
+        """Source -> counts of each incarnation that is here, and once of those that have gone."""
+        gone, self._gone = self._gone, {}
+        yield from gone.items()
+        for info, report, _ in self._reports.values():
+            yield worker_source(info.epoch), dict(worker_metrics.counts(info, report))
 
-    def _counter(self, name: str, text: str, label: str, counts: Counter[str]) -> Metric:
-        family = CounterMetricFamily(name, text, labels=["model_name", label])
-        for key, count in sorted(counts.items()):
-            family.add_metric([self._model, key], count)
-        return family
+    def reports(self) -> Iterator[tuple[WorkerInfo, WorkerReport, float]]:
+        """The newest of each worker, with its age in seconds."""
+        now = self._clock()
+        for info, report, at in self._reports.values():
+            yield info, report, max(0.0, now - at)
 
-    def _of_workers(self) -> Iterator[Metric]:
-        for field, (name, text) in TOTALS.items():
-            family = CounterMetricFamily(name, text, labels=["model_name"])
-            family.add_metric([self._model], self._total(field))
-            yield family
-        # A worker and its successor may both be there: a gauge has one sample for each worker id.
-        by_id = {info.worker_id: (info, report, at) for info, report, at in self._reports.values()}
-        newest = list(by_id.values())
-        for name, text, value in GAUGES.values():
-            gauge = GaugeMetricFamily(name, text, labels=["model_name", "worker"])
-            for info, report, _ in newest:
-                gauge.add_metric([self._model, info.worker_id], value(report))
-            yield gauge
-        age = GaugeMetricFamily(
-            "ellm_router_report_age_seconds",
-            "Age of a worker's last report.",
-            labels=["model_name", "worker"],
-        )
-        for info, _, at in newest:
-            age.add_metric([self._model, info.worker_id], self._clock() - at)
-        yield age
+    def gauges(self, router: str) -> Iterator[tuple[Key, float]]:
+        """What holds now at this router alone."""
+        for info, _, age_s in self.reports():
+            yield (declared.REPORT_AGE.name, self.model, info.worker_id, router), age_s
+        yield from self._attainment.recent(self.model, router)
 
-    def _total(self, field: str) -> float:
-        """Over all incarnations ever seen, each at its newest known value."""
-        gone = sum(getattr(r, field) for epoch, (r, _) in self._gone.items() if epoch not in self._reports)
-        live = sum(getattr(report, field) for _, report, _ in self._reports.values())
-        return float(self._folded[field] + gone + live)
+    def _observe(self, metric: Metric, value: float) -> None:
+        self._histograms[metric].observe(value)

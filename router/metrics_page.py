@@ -1,62 +1,76 @@
-"""The page behind `/metrics`: what every model's metrics and the router's own say, one family per name."""
+"""The page behind `/metrics`: declared families and series as Prometheus' text format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import Metric as Family
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from ellm.router.guidance import GuidanceBook
+from ellm.worker.api.metrics import SUM, Key, Metric
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+MODEL = "model_name"
 
 
-class Source(Protocol):
-    def collect(self) -> Iterable[Metric]: ...
+class _Page(Collector):
+    def __init__(self, families: Iterable[Family]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[Family]:
+        yield from self._families
 
 
-class MetricsPage(Collector):
-    """Families of the same name from several sources become one; their samples differ by labels."""
-
-    def __init__(self, sources: Iterable[Source]) -> None:
-        self._sources = tuple(sources)
-
-    def text(self) -> bytes:
-        """In Prometheus' text format."""
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(self)
-        return generate_latest(registry)
-
-    def collect(self) -> Iterator[Metric]:
-        families: dict[str, Metric] = {}
-        for source in self._sources:
-            for family in source.collect():
-                known = families.setdefault(family.name, family)
-                if known is not family:
-                    known.samples.extend(family.samples)
-        yield from families.values()
+def text(declared: Iterable[Metric], models: Sequence[str], series: Mapping[Key, float]) -> bytes:
+    """Every declared family, with the series there are and zeros where they are known from the start."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Page(families(declared, models, series)))
+    return generate_latest(registry)
 
 
-class GuidanceMetrics:
-    """Whether the controller's advice is followed, and how often it was not."""
+def families(
+    declared: Iterable[Metric], models: Sequence[str], series: Mapping[Key, float]
+) -> Iterator[Family]:
+    by_name: dict[str, dict[Key, float]] = {}
+    for key, value in series.items():
+        by_name.setdefault(key[0], {})[key[1:]] = value
+    for metric in declared:
+        found = by_name.get(metric.name, {})
+        if metric.kind == "histogram":
+            yield _histogram(metric, models, found)
+            continue
+        kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+        family = kind(metric.name, metric.help, labels=metric.labels)
+        known = dict.fromkeys(_known(metric, models), 0.0)
+        for values, value in sorted((known | found).items()):
+            family.add_metric(values, value)
+        yield family
 
-    def __init__(self, book: GuidanceBook, clock: Callable[[], float]) -> None:
-        self._book = book
-        self._clock = clock
 
-    def collect(self) -> Iterator[Metric]:
-        fallbacks = CounterMetricFamily(
-            "ellm_controller_absences", "Times this router had to do without advice.", labels=["reason"]
-        )
-        for reason, count in sorted(self._book.fallbacks.items()):
-            fallbacks.add_metric([reason], count)
-        yield fallbacks
-        heard = self._book.heard(self._clock())
-        seen = GaugeMetricFamily("ellm_controller_seen", "1 while the controller's advice is followed.")
-        seen.add_metric([], float(heard.seen))
-        yield seen
-        age = GaugeMetricFamily("ellm_controller_guidance_age_seconds", "Age of the controller's last word.")
-        if heard.age_s is not None:
-            age.add_metric([], heard.age_s)
-        yield age
+def _known(metric: Metric, models: Sequence[str]) -> Iterator[Key]:
+    if metric.labels[:1] == (MODEL,):
+        own = metric.known or (((),) if metric.kind == "counter" and len(metric.labels) == 1 else ())
+        yield from ((model, *values) for model in models for values in own)
+    else:
+        yield from metric.known
+
+
+def _histogram(metric: Metric, models: Sequence[str], found: Mapping[Key, float]) -> Family:
+    family = HistogramMetricFamily(metric.name, metric.help, labels=metric.labels)
+    known = dict.fromkeys((model,) for model in models)
+    for values in sorted(known | dict.fromkeys(key[:-1] for key in found)):
+        buckets = cumulated(metric, {key[-1]: n for key, n in found.items() if key[:-1] == values})
+        family.add_metric(values, buckets=buckets, sum_value=found.get((*values, SUM), 0.0))
+    return family
+
+
+def cumulated(metric: Metric, parts: Mapping[str, float]) -> list[tuple[str, float]]:
+    """(bound, observations up to it), from what each bucket holds."""
+    count, buckets = 0.0, []
+    for bound in (*map(str, metric.buckets), "+Inf"):
+        count += parts.get(bound, 0.0)
+        buckets.append((bound, count))
+    return buckets

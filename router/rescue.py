@@ -75,6 +75,7 @@ class Rescue:
         elif code == QueueFull.code:
             sequence.attempt += 1
             sequence.avoid.add(epoch)
+            sequence.note("moved", self._owner.clock(), "full")
             self._owner.count_move("full")
             self._owner.spawn(self._find_room(sequence, typed_error(error, sequence.retry_after_s)))
         else:
@@ -90,6 +91,7 @@ class Rescue:
             sequence.num_deaths += death
             sequence.kept = True
             sequence.avoid.clear()
+            sequence.note("moved", self._owner.clock(), reason)
             self._owner.count_move(reason)
             if sequence.num_deaths > self._config.max_failovers:
                 self.poison.add(sequence.prompt_ids, self._owner.clock())

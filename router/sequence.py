@@ -20,6 +20,8 @@ from ellm.worker.api.errors import EllmError
 from ellm.worker.api.output import FinishReason, SequenceOutput, TokenLogprobs
 from ellm.worker.api.request import EngineRequest, SamplingParams
 
+MAX_EVENTS = 256
+
 
 @dataclass(frozen=True, slots=True)
 class ScoredToken:
@@ -78,6 +80,7 @@ class Sequence:
         "choice_index",
         "detokenizer",
         "error",
+        "events",
         "finished",
         "first_token_at",
         "index",
@@ -134,6 +137,7 @@ class Sequence:
         self.num_cached_tokens = 0
         self.finished: FinishReason | None = None
         self.error: EllmError | tuple[str, str] | None = None
+        self.events: list[tuple[float, str, str]] = []  # of its timeline: (when, what, detail)
         self.arrived_at = 0.0
         self.first_token_at = 0.0
         self.queue_time_s = 0.0  # in the worker that made the first token
@@ -159,6 +163,11 @@ class Sequence:
         """Set what it was promised."""
         self.level = level
         self._tpot_slo_s = inf if level.tpot_slo_s is None else level.tpot_slo_s
+
+    def note(self, what: str, now: float, detail: str = "") -> None:
+        """For its timeline."""
+        if len(self.events) < MAX_EVENTS:
+            self.events.append((now, what, detail))
 
     def engine_request(self, now: float) -> EngineRequest:
         """What a worker must know to begin it, or to go on with it. Of the time to the first token it gets
@@ -198,6 +207,8 @@ class Sequence:
         return self._accept(wire.unpack_output(output), now)
 
     def _accept(self, output: SequenceOutput, now: float) -> Verdict:
+        if output.events:
+            self._note_events(output)
         if output.finish_reason in ("error", "abort"):  # an abort that we did not ask for has no error
             self.error, self.retry_after_s = output.error, output.retry_after_s
             return Verdict.REFUSED
@@ -212,6 +223,12 @@ class Sequence:
             if now - self.first_token_at > self._tpot_slo_s * (output.output_index + GRACE_TOKENS):
                 self.late = True
         return self._take(output)
+
+    def _note_events(self, output: SequenceOutput) -> None:
+        """A worker's times count from when the sequence came to it."""
+        came = next((at for at, what, _ in reversed(self.events) if what == "sent"), self.arrived_at)
+        for what, at_s, tokens in output.events:
+            self.note(what, came + at_s, f"{tokens} tokens" if tokens else "")
 
     def _take(self, output: SequenceOutput) -> Verdict:
         """Token by token, since a stop string may end the text within the output."""

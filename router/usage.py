@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from prometheus_client.core import CounterMetricFamily, Metric
-
+from ellm.router.metrics_declared import TENANT_OUTPUT, TENANT_PROMPT, TENANT_REQUESTS
 from ellm.router.sequence import Sequence
+from ellm.worker.api.metrics import Key
 from ellm.worker.api.output import FinishReason
 
 
@@ -30,19 +30,10 @@ class Usage:
         if sequence.choice_index == 0:  # choices share their prompt
             self._prompt_tokens[tenant] += len(sequence.prompt_ids)
 
-    def families(self, model: str) -> Iterator[Metric]:
-        labels = ["model_name", "tenant"]
-        ended = CounterMetricFamily(
-            "ellm_tenant_requests", "Sequences of an API key.", labels=[*labels, "finished_reason"]
-        )
-        for (tenant, reason), count in sorted(self._ended.items()):
-            ended.add_metric([model, tenant, reason], count)
-        yield ended
-        for name, text, counts in (
-            ("ellm_tenant_prompt_tokens", "Prompt tokens of an API key.", self._prompt_tokens),
-            ("ellm_tenant_generation_tokens", "Output tokens of an API key.", self._output_tokens),
-        ):
-            family = CounterMetricFamily(name, text, labels=labels)
-            for tenant, count in sorted(counts.items()):
-                family.add_metric([model, tenant], count)
-            yield family
+    def series(self, model: str) -> Iterator[tuple[Key, float]]:
+        for (tenant, reason), count in self._ended.items():
+            yield (TENANT_REQUESTS.name, model, tenant, reason), count
+        for tenant, count in self._prompt_tokens.items():
+            yield (TENANT_PROMPT.name, model, tenant), count
+        for tenant, count in self._output_tokens.items():
+            yield (TENANT_OUTPUT.name, model, tenant), count

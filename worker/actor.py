@@ -22,9 +22,11 @@ from typing import Any
 
 import ray
 
-from ellm.worker.api import wire
+from ellm.worker.api import json_log, wire
 from ellm.worker.api.config import WorkerConfig
 from ellm.worker.api.errors import EllmError
+from ellm.worker.api.metric_export import PERIOD_S, MetricExport
+from ellm.worker.api.metrics import DECLARED, counts, gauges
 from ellm.worker.api.report import WorkerInfo
 from ellm.worker.build import LoadedEngine, load_engine
 from ellm.worker.front import WorkerFront
@@ -63,6 +65,7 @@ class RankActor:
         self, config: WorkerConfig, worker_id: str, epoch: str, lease_s: float, supervisor_pid: int | None
     ) -> None:
         """`supervisor_pid` where the supervisor runs on this node."""
+        json_log.install("worker")
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._config = config
         self._worker_id = worker_id
@@ -76,6 +79,7 @@ class RankActor:
         self._server: StreamServer | None = None
         self._rendezvous: Any = None  # where the other ranks meet this one
         self._drained = False
+        self._export: asyncio.Task[None] | None = None
         self._secret = secrets.token_bytes(16)
         self._host = ray.util.get_node_ip_address()
         self._port = 0
@@ -116,6 +120,7 @@ class RankActor:
         server = StreamServer(self._front, self._secret)
         self._port = await server.start(self._host)
         self._server = server
+        self._export = asyncio.create_task(self._export_forever(self._front))
         # What is loaded by now stays: the collector need not look at it again while tokens wait.
         gc.collect()
         gc.freeze()
@@ -139,6 +144,19 @@ class RankActor:
             self._front.end_streams()
             await self._server.close()
         return done
+
+    async def _export_forever(self, front: WorkerFront) -> None:
+        """This worker's own metrics, through Ray."""
+        from ray.util import metrics as ray_metrics
+
+        export, info = MetricExport(ray_metrics, DECLARED), front.info
+        while True:
+            try:
+                report = front.report()
+                export.update(dict(counts(info, report)) | dict(gauges(info, report)))
+            except Exception:  # nothing depends on it
+                log.exception("metrics could not be exported")
+            await asyncio.sleep(PERIOD_S)
 
     # Control: another event loop; reads only.
 

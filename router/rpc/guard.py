@@ -22,6 +22,7 @@ from ellm.router.keys import ApiKey
 from ellm.router.rpc.call_context import CallContext
 from ellm.router.rpc.status import status_of
 from ellm.worker.api.errors import EllmError, InvalidRequest
+from ellm.worker.api.json_log import REQUEST_ID
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +155,7 @@ async def _refuse(context: CallContext, error: EllmError) -> None:
 def _guarded(behaviour: Callable[..., Any], caller: Caller, method: str) -> Callable[..., Awaitable[Any]]:
     async def run(request: Any, context: CallContext) -> Any:
         CALLER.set(caller)
+        REQUEST_ID.set(caller.request_id)
         context.set_trailing_metadata((("x-request-id", caller.request_id),))
         try:
             return await _call(behaviour, request, context)

@@ -102,6 +102,12 @@ def test_the_wheel_holds_the_protos_and_their_types(wheel_files: list[str]) -> N
     assert wanted <= set(wheel_files)
 
 
+def test_the_wheel_holds_the_page(wheel_files: list[str]) -> None:
+    wanted = {f"ellm/{name}" for name in tree_names() if name.startswith("router/page/")}
+    assert "ellm/router/page/index.html" in wanted
+    assert wanted <= set(wheel_files)
+
+
 def test_the_wheel_holds_nothing_else(wheel_files: list[str]) -> None:
     strange = [
         name
@@ -109,6 +115,7 @@ def test_the_wheel_holds_nothing_else(wheel_files: list[str]) -> None:
         if not name.endswith(".py")
         and ".dist-info/" not in name
         and not name.startswith("ellm/deploy/bundled/pydoc-5m/")
+        and not name.startswith("ellm/router/page/")
         and not (name.startswith("ellm/router/rpc/") and name.endswith((".proto", ".pyi")))
     ]
     assert strange == []

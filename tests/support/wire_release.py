@@ -25,6 +25,7 @@ CLASSES = (EngineRequest, SamplingParams, SequenceOutput, TokenLogprobs, WorkerR
 
 # How a field's type begins or what it holds -> a value made of the field's place. The first that fits.
 MAKERS: tuple[tuple[str, Callable[[int], Any]], ...] = (
+    ("tuple[tuple[str, float, int]", lambda place: ((f"event{place}", place + 0.5, place),)),
     ("tuple[tuple[str, int]", lambda place: ((f"name{place}", place),)),
     ("tuple[tuple[int, float]", lambda place: ((place, place + 0.5),)),
     ("tuple[float, float, float]", lambda place: (place + 0.25, place + 0.5, place + 0.75)),

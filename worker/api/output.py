@@ -37,3 +37,6 @@ class SequenceOutput:
     error: tuple[str, str] | None = None  # (code of the error tree, message), with finish_reason "error"
     retry_after_s: float | None = None  # of an error that passes
     queue_time_s: float = 0.0  # with the first output: how long it waited in this worker until it was let in
+    # What has happened to it in this worker since its last output that was not usual: (what, seconds after it
+    # came, tokens concerned). Park, restore, preemption; never one per token.
+    events: tuple[tuple[str, float, int], ...] = ()

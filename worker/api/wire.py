@@ -51,7 +51,8 @@ def unpack_request(message: Sequence[Any]) -> EngineRequest:
 
 def pack_output(output: SequenceOutput) -> Message:
     """One sequence's step; the rare parts are left out of the usual message (one token, nothing else)."""
-    if output.finish_reason is None and output.logprobs is None and output.output_index > 0:
+    usual = output.finish_reason is None and output.logprobs is None and not output.events
+    if usual and output.output_index > 0:
         return (output.request_id, output.attempt, output.output_index, output.token_ids)
     return (
         output.request_id,
@@ -68,6 +69,7 @@ def pack_output(output: SequenceOutput) -> Message:
         output.error,
         output.retry_after_s,
         output.queue_time_s,
+        output.events,
     )
 
 

@@ -47,7 +47,7 @@ class Completion:
                 if commits and end // block_size > seq.num_committed:
                     self._commit(seq, end // block_size)
                 if entry.start < seq.high_water or entry.prompt_logprobs:
-                    self._count(seq, entry, end, result)
+                    self._count(seq, entry, end, result, now)
                 if end > seq.high_water:
                     seq.high_water = end
                 self._residency.close_gap(seq)
@@ -67,10 +67,15 @@ class Completion:
             index.insert(hashes[i], block_ids[i], i + 1)
         seq.num_committed = num_full
 
-    def _count(self, seq: Sequence, entry: PlanEntry, end: int, result: StepResult) -> None:
+    def _count(self, seq: Sequence, entry: PlanEntry, end: int, result: StepResult, now: float) -> None:
         """Work done twice, and the scores of a chunk."""
         if entry.start < seq.high_water:
-            self._state.totals.recomputed_tokens += min(end, seq.high_water) - entry.start
+            again = min(end, seq.high_water) - entry.start
+            self._state.totals.recomputed_tokens += again
+            seq.redone += again
+            if end >= seq.high_water:  # it is where it was
+                seq.note("recomputed", now, seq.redone)
+                seq.redone = 0
         if entry.prompt_logprobs:
             assert result.prompt_logprobs is not None
             assert seq.prompt_logprobs is not None
@@ -138,6 +143,7 @@ class Completion:
             self._prompt_scores(seq) if index == 0 else None,
             seq.num_cached_tokens or 0,
             queue_time_s=seq.admitted_at - seq.arrived_at if index == 0 else 0.0,
+            events=seq.take_events() if seq.events else (),
         )
 
     def _end_scored(self, seq: Sequence, now: float) -> SequenceOutput:

@@ -169,7 +169,9 @@ class EngineCore:
         request, index = seq.request, len(seq.tokens) - seq.num_prompt
         self._policy.aborted(seq, now)
         self._state.finish(seq)
-        return SequenceOutput(request.request_id, request.attempt, index, (), "error", error=error)
+        return SequenceOutput(
+            *(request.request_id, request.attempt, index, (), "error"), error=error, events=seq.take_events()
+        )
 
     def report(self, now: float) -> WorkerReport:
         """Load and totals; `state`, memory and submit numbers are the caller's to fill in."""

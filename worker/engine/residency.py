@@ -73,6 +73,7 @@ class Residency:
         state.parked.append(seq)
         seq.state = SequenceState.PARKED
         seq.since = now
+        seq.note("parked", now)
         state.totals.num_parks += 1
 
     def num_releasable(self, seq: Sequence) -> int:
@@ -104,13 +105,16 @@ class Residency:
         state = self._state
         if seq.num_outstanding or len(state.running) >= state.max_num_seqs:
             return False
-        if seq.seq_id < 0:
+        gone = seq.seq_id < 0
+        if gone:
             found = self.find(seq)
             if found.num_taken > state.pool.num_available:
                 return False
             self.fill(seq, found)
             self.begin_residence(seq)
             state.totals.num_restores += 1
+        missing = max(0, len(seq.tokens) - 1 - seq.num_computed)
+        seq.note("restored" if gone else "resumed", now, missing if gone else 0)
         state.parked.remove(seq)
         seq.state = SequenceState.RUNNING
         seq.since = now

@@ -156,6 +156,8 @@ class Scheduler:
                 assert state.blocks_return, "a sequence that was let in does not fit alone"
                 return False
             policy.evict(victim, now)
+            if victim.state is SequenceState.PREEMPTED:
+                victim.note("preempted", now)
             if victim is seq:
                 return False
         seq.table.grow(state.pool, 1)

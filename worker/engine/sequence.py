@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from ellm.worker.engine.hole import Hole
 
 
+MAX_EVENTS = 32  # that wait for an output
+
+
 class SequenceState(Enum):
     WAITING = "waiting"  # never ran
     RUNNING = "running"  # holds blocks, may be named by plans
@@ -40,6 +43,7 @@ class Sequence:
         "arrived_at",
         "block_hashes",
         "epoch",
+        "events",
         "first_index",
         "first_token_at",
         "gap",
@@ -57,6 +61,7 @@ class Sequence:
         "num_saved",
         "order",
         "prompt_logprobs",
+        "redone",
         "request",
         "rests",
         "salt",
@@ -104,6 +109,8 @@ class Sequence:
         self.admitted_at = 0.0  # for the first time
         self.tpot_slo_s = request.tpot_slo_s
         self.ttft_slo_s = request.ttft_slo_s
+        self.events: list[tuple[str, float, int]] = []  # to go out with its next output
+        self.redone = 0  # tokens computed again in this residence
         self.late = False  # a token came after its deadline, the first among them
         self.num_cached_tokens: int | None = None  # of the prompt, at the first admission
         # [None, score of token 1, score of token 2, ...] as they come in; None: not asked for. A request that
@@ -128,6 +135,15 @@ class Sequence:
         if self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt:
             return len(self.prompt_logprobs) - 1
         return len(self.tokens) - 1
+
+    def note(self, what: str, now: float, tokens: int = 0) -> None:
+        """Something that its router should know of. Bounded: nobody reads on and on."""
+        if len(self.events) < MAX_EVENTS:
+            self.events.append((what, max(0.0, now - self.arrived_at), tokens))
+
+    def take_events(self) -> tuple[tuple[str, float, int], ...]:
+        events, self.events = tuple(self.events), []
+        return events
 
     def hashes(self, num_blocks: int, block_size: int) -> list[BlockHash]:
         """Chain hashes of at least the first `num_blocks` full blocks; computed once."""

@@ -10,8 +10,13 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from support.router_server import MODEL, RouterServer, wait_until
 
-from ellm.router.histogram import TTFT_BUCKETS, Histogram
-from ellm.router.metrics import FORGET_S, RouterMetrics
+from ellm.cluster.api.counters import CounterBook
+from ellm.router.histogram import Histogram
+from ellm.router.metrics import RouterMetrics
+from ellm.router.metrics_declared import TTFT
+from ellm.router.metrics_page import cumulated, text
+from ellm.router.metrics_sharing import DECLARED
+from ellm.worker.api.metrics import kv_tokens
 from ellm.worker.api.report import WorkerInfo, WorkerReport
 
 INFO = WorkerInfo("w0", "e0", "m", "n", 1024, 16, 64, 1000, (0,), "cpu", "float32", True)
@@ -83,23 +88,31 @@ def test_requests_are_counted(server: RouterServer, client: httpx.Client) -> Non
 
 @given(st.lists(st.floats(0, 5000, allow_nan=False), max_size=50))
 def test_a_histogram_cumulates(observed: list[float]) -> None:
-    histogram = Histogram(TTFT_BUCKETS)
+    histogram = Histogram(TTFT.buckets)
     for value in observed:
         histogram.observe(value)
-    buckets, total = histogram.samples()
-    assert abs(total - sum(observed)) <= 1e-6 * (1 + total)
+    parts = dict(histogram.series())
+    assert abs(parts.get("sum", 0.0) - sum(observed)) <= 1e-6 * (1 + sum(observed))
+    buckets = cumulated(TTFT, parts)
     for bound, count in buckets:
         assert count == sum(value <= float(bound) for value in observed)
     assert buckets[-1] == ("+Inf", len(observed))
 
 
+def page(metrics: RouterMetrics, book: CounterBook) -> dict[str, float]:
+    """What a scrape would show of the workers that this router has heard."""
+    for source, counts in metrics.worker_series():
+        book.merge(source, counts.items())
+    return values(text(DECLARED, ["m"], book.totals()).decode())
+
+
 def test_counters_of_workers_never_run_backwards() -> None:
     now = [0.0]
-    metrics = RouterMetrics("m", lambda: now[0])
+    metrics, book = RouterMetrics("m", lambda: now[0]), CounterBook()
     second = replace(INFO, epoch="e1")
 
     def total() -> float:
-        return values(metrics.text().decode())["ellm_generation_tokens_total"]
+        return page(metrics, book)["ellm_generation_tokens_total"]
 
     metrics.worker_report(INFO, WorkerReport(1, generation_tokens=100))
     assert total() == 100
@@ -109,12 +122,35 @@ def test_counters_of_workers_never_run_backwards() -> None:
     assert total() == 107
     metrics.worker_report(INFO, WorkerReport(2, generation_tokens=130))  # it was not dead after all
     assert total() == 137
-    metrics.worker_gone(INFO)
-    now[0] = FORGET_S + 1
-    metrics.worker_gone(second)
-    assert total() == 137
-    now[0] = 3 * FORGET_S
-    metrics.worker_gone(second)
-    assert total() == 137
-    gauge = [name for name in values(metrics.text().decode()) if name.startswith("ellm_num_requests_running")]
-    assert gauge == []
+    metrics.worker_gone(INFO, "death")
+    metrics.worker_gone(second, "drain")
+    found = page(metrics, book)
+    assert found["ellm_generation_tokens_total"] == 137
+    assert found["ellm_workers_lost_total"] == 1
+
+
+def test_what_is_known_from_the_start_is_there_at_zero() -> None:
+    found = values(text(DECLARED, ["m"], {}).decode())
+    assert found["ellm_request_success_total{finished_reason=abort}"] == 0
+    assert found["ellm_controller_absences_total{reason=controller_away}"] == 0
+    assert found["ellm_time_to_first_token_seconds_count"] == 0
+    assert found["ellm_workers_lost_total"] == 0
+
+
+def test_every_metric_is_declared_once_and_says_what_it_is() -> None:
+    names = [metric.name for metric in DECLARED]
+    assert len(names) == len(set(names)) > 60
+    for metric in DECLARED:
+        assert metric.name.startswith("ellm_")
+        assert metric.help.endswith(".")
+        assert (metric.kind == "counter") == metric.name.endswith("_total"), metric.name
+        assert (metric.kind == "histogram") == bool(metric.buckets)
+
+
+def test_the_states_of_a_pool_add_up() -> None:
+    report = WorkerReport(
+        1, free_blocks=10, cached_blocks=4, num_blocks=64, parked_tokens=300, dropped_now_tokens=60
+    )
+    tokens = kv_tokens(INFO, report)
+    assert tokens == {"running": 50 * 16 - 240, "parked": 240, "cached": 64, "free": 160}
+    assert sum(tokens.values()) == 64 * 16

@@ -15,9 +15,11 @@ from support.router_server import EchoWorker, RouterServer, router_config, wait_
 from ellm.cluster.api.guidance import TenantBudget
 from ellm.cluster.api.view import RouterNote
 from ellm.cluster.budgets import lend
+from ellm.router import metrics_page
 from ellm.router.admission import Admission
 from ellm.router.errors import RateLimited
 from ellm.router.keys import ApiKey, new_key, write_keys
+from ellm.router.metrics_declared import COUNTERS
 from ellm.router.tenants import TenantLimits
 from ellm.worker.api.errors import QueueFull
 from ellm.worker.api.report import WorkerReport
@@ -224,7 +226,8 @@ def test_usage_survives_a_failover_and_is_counted_once(tmp_path: Path) -> None:
             victim = next(w for w in workers if w.channel.info.epoch == hit.info.epoch)
             server.on_loop(victim.channel.sever)
             assert answer.result(30).status_code == 200
-        text = server.service.metrics.text().decode()
+        series = dict(server.service.metrics.series())
+        text = metrics_page.text(COUNTERS, [], series).decode()
         assert sum(server.service.metrics.failovers.values()) == 1
         labels = f'model_name="pydoc-5m",tenant="{stored.key.id}"'
         assert f'ellm_tenant_requests_total{{finished_reason="length",{labels}}} 1.0' in text

@@ -1,0 +1,271 @@
+"""What all routers of the cluster have counted, from whichever of them is asked.
+
+Each router tells the controller once a second what has changed, and before it answers a scrape; a scrape
+shows what the controller's book then holds (cluster/counting.py). So two scrapes that reach different routers
+agree, and a router or worker that dies leaves its counts behind. Without a controller a router shows what it
+knows itself, and says so by `ellm_metrics_complete`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ellm.cluster.api import counters
+from ellm.cluster.api import metrics as cluster_metrics
+from ellm.cluster.api.counters import Counted, CounterBook, Push, router_source
+from ellm.router import metrics_declared as declared
+from ellm.router import metrics_page
+from ellm.router.guidance import GuidanceBook
+from ellm.router.link import STALL_S
+from ellm.worker.api import metrics as worker_metrics
+from ellm.worker.api import wire
+from ellm.worker.api.metric_export import MetricExport
+from ellm.worker.api.metrics import STATES, Key
+from ellm.worker.api.report import WorkerInfo, WorkerReport
+from ellm.worker.api.wire import Message
+
+if TYPE_CHECKING:
+    from ellm.router.exchange import Service
+
+log = logging.getLogger(__name__)
+
+DECLARED = (*worker_metrics.DECLARED, *cluster_metrics.DECLARED, *declared.DECLARED)
+PUSH_S = 1.0
+ANSWER_S = 2.0
+WAIT_S = 4.0  # a scrape waits so long for a controller that has just started
+AGAIN_S = 0.25
+FIND_S = 3.0  # a request is looked for so long: routers speak once a second
+
+Reports = dict[str, tuple[WorkerInfo, WorkerReport, float]]  # by epoch; with its age in seconds
+
+
+class CountersLine(Protocol):
+    """A router's way to the controller's book."""
+
+    async def counters(self, message: Message) -> Message:
+        """Raises whatever its transport raises."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outlet:
+    """Where a router's metrics go beside its page. Without a `line` it knows of no others."""
+
+    line: CountersLine | None = None
+    export: MetricExport | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """The whole cluster at one moment."""
+
+    series: Mapping[Key, float]
+    reports: Reports
+    complete: bool
+
+
+class SharedMetrics:
+    """One per router. `start` and `close` on its event loop."""
+
+    def __init__(
+        self,
+        services: Iterable[Service],
+        book: GuidanceBook,
+        outlet: Outlet,
+        lookup: Callable[[str], bytes | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`lookup`: the timeline of one of this router's requests, as JSON."""
+        self.router_id = uuid.uuid4().hex[:12]
+        self._services = tuple(services)
+        self._lookup = lookup
+        self._finds: list[
+            tuple[str, bytes]
+        ] = []  # of this router's requests, those that another is asked for
+        self._guidance = book
+        self._alone = outlet.line is None and book.num_routers <= 1
+        self._line = outlet.line
+        self._export = outlet.export
+        self._clock = clock
+        self._book = CounterBook()
+        self._term = 0
+        self._resend = True  # the controller does not know what this book holds
+        self._sent: dict[Key, float] = {}  # (source, *key) -> value that it knows
+        self._busy = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._push_forever())
+
+    async def close(self) -> None:
+        """What was counted last is told to the controller."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._try_exchange()
+
+    async def text(self) -> bytes:
+        """The scrape."""
+        view = await self.look()
+        models = [service.model for service in self._services]
+        return metrics_page.text(DECLARED, models, view.series)
+
+    async def look(self) -> ClusterView:
+        """Of all routers and workers, as the controller's book has them now; waits for it for a while."""
+        async with self._busy:
+            return await self._look()
+
+    async def find(self, request_id: str) -> bytes | None:
+        """A request's timeline as JSON, from whichever router knows it."""
+        own = self._lookup(request_id)
+        deadline = self._clock() + FIND_S
+        while own is None and self._line is not None and self._clock() < deadline:
+            async with self._busy:
+                answer = await self._try_exchange(asks=(request_id,))
+            if answer is None or self._guidance.num_routers <= 1:
+                break
+            own = dict(answer.found).get(request_id)
+            await asyncio.sleep(AGAIN_S if own is None else 0.0)
+        return own
+
+    async def _look(self) -> ClusterView:
+        deadline = self._clock() + WAIT_S
+        while self._line is not None:
+            answer = await self._try_exchange(wants=True)
+            late = self._clock() >= deadline
+            if answer is not None and (answer.complete or late):
+                return self._made(dict(answer.gauges), _unpacked(answer.reports), answer.complete)
+            if late:
+                break
+            await asyncio.sleep(AGAIN_S)
+        self._capture()
+        return self._made(dict(self._own_gauges()), {}, self._alone)
+
+    def _made(self, gauges: dict[Key, float], reports: Reports, complete: bool) -> ClusterView:
+        """A worker's newest report counts, whoever has it."""
+        for service in self._services:
+            for info, report, age_s in service.metrics.reports():
+                known = reports.get(info.epoch)
+                if known is None or known[1].seq <= report.seq:
+                    reports[info.epoch] = (info, report, age_s)
+        series = self._book.totals()
+        models = [service.model for service in self._services]
+        series.update(_derived(gauges, reports.values(), models))
+        series[declared.COMPLETE.name,] = float(complete)
+        return ClusterView(series, reports, complete)
+
+    async def _push_forever(self) -> None:
+        while True:
+            await asyncio.sleep(PUSH_S)
+            async with self._busy:
+                await self._try_exchange()
+            if self._export is not None:
+                try:
+                    self._export.update(dict(self._own_series()) | dict(self._own_gauges()))
+                except Exception:  # nothing depends on it
+                    log.exception("metrics could not be exported")
+
+    async def _try_exchange(self, *, wants: bool = False, asks: tuple[str, ...] = ()) -> Counted | None:
+        if self._line is None:
+            return None
+        try:
+            answer = await self._exchange(self._line, wants, asks)
+            if answer.term != self._term:  # a new controller, which knows only what it was just told
+                self._term, self._resend = answer.term, True
+                self._sent.clear()
+                answer = await self._exchange(self._line, wants, asks)
+            self._finds = [(ident, found) for ident in answer.asked if (found := self._lookup(ident))]
+            if self._finds and not asks:  # somebody waits
+                await self._exchange(self._line, False, ())
+        except Exception as error:  # a router needs no controller, whatever becomes of it
+            log.debug("the controller takes no counters: %r", error)
+            self._resend = True
+            return None
+        return answer
+
+    async def _exchange(self, line: CountersLine, wants: bool, asks: tuple[str, ...]) -> Counted:
+        changed = self._capture()
+        told = {(source, *key): value for source, pairs in changed for key, value in pairs}
+        packed = self._book.pack() if self._resend else None
+        finds, self._finds = tuple(self._finds), []
+        gauges = tuple(self._own_gauges())
+        push = counters.pack(Push(self.router_id, wants, packed, changed, gauges, asks, finds))
+        answer = counters.unpack_answer(await asyncio.wait_for(line.counters(push), ANSWER_S))
+        if answer.term == self._term:
+            self._resend = False
+            self._sent.update(told)
+        if answer.book is not None:
+            self._book.absorb(answer.book)
+        return answer
+
+    def _capture(self) -> tuple[tuple[str, tuple[tuple[Key, float], ...]], ...]:
+        """Enter into the book what was counted here; returns what the controller has not been told."""
+        sources = [(router_source(self.router_id), dict(self._own_series()))]
+        for service in self._services:
+            sources += service.metrics.worker_series()
+        changed = []
+        for source, series in sources:
+            self._book.merge(source, series.items())
+            new = tuple(
+                (key, value) for key, value in series.items() if self._sent.get((source, *key)) != value
+            )
+            if new:
+                changed.append((source, new))
+        return tuple(changed)
+
+    def _own_series(self) -> Iterable[tuple[Key, float]]:
+        for service in self._services:
+            yield from service.metrics.series()
+        for reason, count in self._guidance.fallbacks.items():
+            yield (declared.ABSENCES.name, reason), count
+
+    def _own_gauges(self) -> Iterable[tuple[Key, float]]:
+        router = self.router_id
+        yield (declared.SEEN.name, router), float(self._guidance.heard(self._clock()).seen)
+        for service in self._services:
+            inflight = float(service.dispatcher.admission.num_inflight)
+            yield (declared.INFLIGHT.name, service.model, router), inflight
+            yield from service.metrics.gauges(router)
+
+
+def _unpacked(reports: Iterable[Sequence[Any]]) -> Reports:
+    found: Reports = {}
+    for info, report, age_s in reports:
+        made = wire.unpack_info(info)
+        found[made.epoch] = (made, wire.unpack_report(report), age_s)
+    return found
+
+
+def _derived(
+    gauges: dict[Key, float],
+    reports: Iterable[tuple[WorkerInfo, WorkerReport, float]],
+    models: Sequence[str],
+) -> dict[Key, float]:
+    """Gauges of routers, of workers, and those that are made of both."""
+    recent: dict[Key, list[float]] = {}
+    series: dict[Key, float] = {}
+    routers = set()
+    for key, value in gauges.items():
+        if key[0] in (declared.RECENT, declared.RECENT_KEPT):
+            recent.setdefault(key[1:3], [0.0, 0.0])[key[0] == declared.RECENT_KEPT] += value
+        else:
+            series[key] = value
+        if key[0] == declared.SEEN.name:
+            routers.add(key[1])
+    for place, (count, kept) in recent.items():
+        series[declared.ATTAINMENT.name, *place] = kept / count if count else 1.0
+    series[declared.ROUTERS.name,] = float(len(routers))
+    series.update(((declared.WORKERS.name, model, state), 0.0) for model in models for state in STATES)
+    # A worker and its successor may both be there: a gauge has one sample for each worker id.
+    for info, report, _ in sorted(reports, key=lambda entry: -entry[2]):
+        stalled = report.state == "ready" and report.since_last_step_s >= STALL_S
+        place = (declared.WORKERS.name, info.model, "failed" if stalled else report.state)
+        series[place] = series.get(place, 0.0) + 1.0
+        series.update(worker_metrics.gauges(info, report))
+    return series
