@@ -25,8 +25,8 @@ from ellm.worker.supervisor import worker_application
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:
-    """The application of a Serve config's `args`, for the cluster that runs it. The environment of the node that
-    builds it wins, as it does over a file. Raises ConfigError."""
+    """The application of a Serve config's `args`, for the cluster that runs it. The environment of the node
+    that builds it wins, as it does over a file. Raises ConfigError."""
     return build_application(resolve(from_serve_args(args)))
 
 

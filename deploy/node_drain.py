@@ -1,7 +1,8 @@
-"""Empties a node before it goes: Ray is told, Serve moves what serves there, and this waits until it has gone.
+"""Empties a node before it goes: Ray is told, Serve moves what serves there, and this waits until it is gone.
 
-Serve starts each replica anew elsewhere before it takes the old one away, and takes it away in time where there is
-no room elsewhere; workers and routers drain themselves on their way out. Knows nothing of what runs in them.
+Serve starts each replica anew elsewhere before it takes the old one away, and takes it away in time where
+there is no room elsewhere; workers and routers drain themselves on their way out. Knows nothing of what runs in
+them.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ class NoSuchNode(EllmError):
 
 
 def drain(node: str, timeout_s: float | None) -> int:
-    """On the cluster this process has joined. Returns 0 when nothing serves there any more, 1 when the time is up
-    before. Raises EllmError."""
+    """On the cluster this process has joined. Returns 0 when nothing serves there any more, 1 when the time
+    is up before. Raises EllmError."""
     import ray
     from ray.exceptions import RayError
 

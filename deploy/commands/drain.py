@@ -21,8 +21,9 @@ machine, take the old one out of the cluster first). With --keep it stays up and
 `ellm status`, until `ellm drain` without --keep replaces it. If no other worker is up, requests wait in the
 routers for the replacement.
 
-With --node all that serves on a node is started elsewhere first, where there is room, and then drained; nothing new
-comes to the node. It waits until the node serves nothing, or the time is up. Kubernetes runs it before a pod goes.
+With --node all that serves on a node is started elsewhere first, where there is room, and then drained;
+nothing new comes to the node. It waits until the node serves nothing, or the time is up. Kubernetes runs it
+before a pod goes.
 """
 
 

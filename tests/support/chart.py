@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import helm_python
@@ -23,19 +23,22 @@ def _values() -> dict[str, dict[str, Any]]:
 VALUES = _values()  # name of the file -> what it gives
 
 
-@dataclass(frozen=True, slots=True)
 class Rendered:
-    texts: Mapping[str, str]  # template's path -> text
+    """Not to be changed: it is shared."""
 
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        self.texts = texts  # by the template's path
+
+    @cached_property
     def all(self) -> list[dict[str, Any]]:
         found = []
         for path, text in self.texts.items():
             if path.endswith(".yaml"):
-                found += [item for item in yaml.safe_load_all(text) if item]
+                found += [item for item in yaml.load_all(text, Loader=yaml.CSafeLoader) if item]
         return found
 
     def resources(self, kind: str) -> list[dict[str, Any]]:
-        return [item for item in self.all() if item["kind"] == kind]
+        return [item for item in self.all if item["kind"] == kind]
 
     def one(self, kind: str, name: str = "") -> dict[str, Any]:
         (found,) = (item for item in self.resources(kind) if name in ("", item["metadata"]["name"]))
@@ -76,7 +79,12 @@ def chart() -> helm_python.Chart:
 
 def render(values: Mapping[str, Any] | None = None) -> Rendered:
     """Raises HelmError for values that the schema or a template refuses."""
-    return Rendered(chart().render(dict(values or {}), name=RELEASE, namespace=NAMESPACE))
+    return _render(json.dumps(values or {}))
+
+
+@cache
+def _render(values: str) -> Rendered:
+    return Rendered(chart().render(json.loads(values), name=RELEASE, namespace=NAMESPACE))
 
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:

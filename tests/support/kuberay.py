@@ -1,9 +1,9 @@
 """KubeRay's RayService, as far as the chart has anything to say about it.
 
-`kuberay_rayservice.json` is made from KubeRay's CustomResourceDefinition (ray.io/v1): without descriptions, without the
-parts that the chart leaves alone, and strict: the API server drops an unknown field without a word, here it is an
-error. Pod templates are left to the Kubernetes schemas. To make it anew, and to check the chart against the whole
-definition:
+`kuberay_rayservice.json` is made from KubeRay's CustomResourceDefinition (ray.io/v1): without descriptions,
+without the parts that the chart leaves alone, and strict: the API server drops an unknown field without a
+word, here it is an error. Pod templates are left to the Kubernetes schemas. To make it anew, and to check the
+chart against the whole definition:
 
     python tests/support/kuberay.py ray.io_rayservices.yaml
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,7 @@ LEFT_ALONE = {
 
 def problems(resource: dict[str, Any]) -> list[str]:
     """What is wrong with a RayService, its pods included."""
-    schema = json.loads(REDUCED.read_text())
-    found = [f"{error.json_path}: {error.message}" for error in _validator(schema).iter_errors(resource)]
+    found = [f"{error.json_path}: {error.message}" for error in _reduced().iter_errors(resource)]
     cluster = resource["spec"]["rayClusterConfig"]
     for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
         pod = {"apiVersion": "v1", "kind": "Pod", **group["template"]}
@@ -54,6 +54,11 @@ def kubernetes_problems(resource: dict[str, Any]) -> list[str]:
     except kubernetes_validate.ValidationError as error:
         return [f"{resource['kind']}: {'.'.join(map(str, error.path))}: {error.message}"]
     return []
+
+
+@cache
+def _reduced() -> jsonschema.Draft202012Validator:
+    return _validator(json.loads(REDUCED.read_text()))
 
 
 def _validator(schema: dict[str, Any]) -> jsonschema.Draft202012Validator:
@@ -115,7 +120,7 @@ def main(path: str) -> None:
     for name, values in VALUES.items():
         for resource in render(values).resources("RayService"):
             validator.validate(resource)
-            print(f"{name}: the whole definition takes it", file=sys.stderr)
+            sys.stderr.write(f"{name}: the whole definition takes it\n")
 
 
 if __name__ == "__main__":
