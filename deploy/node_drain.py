@@ -1,14 +1,15 @@
 """Empties a node before it goes: Ray is told, Serve moves what serves there, and this waits until it is gone.
 
 Serve starts each replica anew elsewhere before it takes the old one away, and takes it away in time where
-there is no room elsewhere; workers and routers drain themselves on their way out. Knows nothing of what runs in
-them.
+there is no room elsewhere; workers and routers drain themselves on their way out. Knows nothing of what runs
+in them.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from importlib import import_module
 from typing import Any
 
 from ellm.worker.api.errors import EllmError
@@ -55,10 +56,10 @@ def drain(node: str, timeout_s: float | None) -> int:
 def _tell(node_id: str, timeout_s: float) -> None:
     """What `ray drain-node` does. Raises EllmError where Ray refuses."""
     import ray
-    from ray._raylet import GcsClient
     from ray.core.generated import autoscaler_pb2
 
-    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    raylet: Any = import_module("ray._raylet")  # compiled, and untyped
+    client = raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
     accepted, reason = client.drain_node(
         node_id,
         autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION,
