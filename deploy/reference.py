@@ -2,7 +2,7 @@
 
     python -m ellm.deploy.reference           # writes the page
 
-What a setting means is the comment beside its field, or stands in reference.yaml where the code needs no words.
+What a setting means is the comment beside its field, or stands in reference.yaml where the code needs none.
 Types, defaults, bounds and short names are what the loader goes by. How the page begins is reference.txt.
 """
 

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from ellm.worker.api.actor_name import NAMESPACE, epoch_of, worker_id_of
-from ellm.worker.api.errors import EllmError
+from ellm.worker.api.errors import ConfigError, EllmError
 
 POLL_S = 0.5
 EPILOG = """
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if args.timeout is not None and not 0.0 <= args.timeout <= 86_400.0:
         raise EllmError("--timeout must be in [0, 86400]")
     if (args.worker is None) == (args.node is None):
-        raise EllmError("name a worker, or a node with --node")
+        raise ConfigError("name a worker, or a node with --node")
     import ray
 
     try:

@@ -1,4 +1,4 @@
-"""Dockerfile and compose files: what they copy and mount is there, and they run commands of ours, not as root."""
+"""Dockerfile and compose files: what they copy and mount is there; they run commands of ours, not as root."""
 
 from __future__ import annotations
 
