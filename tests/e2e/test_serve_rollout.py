@@ -1,4 +1,4 @@
-"""The Serve config that ships, on a real Ray cluster: `serve deploy`, a change rolled out under load, a node emptied.
+"""The Serve config that ships, on a real Ray cluster: deployed, changed under load, and a node emptied.
 
 The long one, on the model that ships, is `python -m ellm.loadtest.rollout`.
 """
