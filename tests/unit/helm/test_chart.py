@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import tomllib
 from typing import Any
 
 import helm_python
 import pytest
+import yaml
 from support.chart import CHART, VALUES, Rendered, chart, render
 from support.kuberay import kubernetes_problems, problems
+from support.tree import ROOT
 
 PROMETHEUS = "monitoring.coreos.com/v1"
 EVERYTHING = {
@@ -93,3 +96,15 @@ def test_a_mistake_in_a_template_would_be_found(path: tuple[Any, ...], value: ob
     place[path[-1]] = value
     (problem,) = problems(resource)
     assert says in problem
+
+
+def test_versions_are_those_of_the_package_and_its_pins() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    about = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert about["appVersion"] == project["version"]
+    pins = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    )
+    assert render().ray_service["rayClusterConfig"]["rayVersion"] == pins["ray"]
+    compose = (ROOT / "deploy/docker/compose.yaml").read_text()
+    assert f"ellm-on-ray:{project['version']}-" in compose

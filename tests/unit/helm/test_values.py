@@ -65,12 +65,6 @@ def test_the_schema_and_the_defaults_have_the_same_keys() -> None:
     keys(DEFAULTS, SCHEMA, "")
 
 
-def test_every_default_says_what_it_is() -> None:
-    """A mapping of settings of ours has a comment, beside it or over its section."""
-    text = (CHART / "values.yaml").read_text()
-    assert text.count("#") > 60
-
-
 def test_a_worker_s_settings_are_those_of_the_configuration_tree() -> None:
     known = {item.name for item in fields(WorkerConfig)}
     given = set(SCHEMA["definitions"]["workerConfig"]["properties"])
