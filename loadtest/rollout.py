@@ -34,7 +34,7 @@ from ellm.loadtest.result import Result, Row, command_line
 
 FILE = Path(__file__).parent.parent / "deploy" / "serve" / "ellm.yaml"
 HOST = "127.0.0.1"
-START_S = 300.0
+START_S = 900.0
 ABOUT = """\
 A Ray cluster of a head and two nodes on one machine; {file} deployed by `serve deploy`. {streams} streams of
 {tokens} tokens or a few more at a time through HAProxy, the next one as soon as one ends, while the file is
@@ -145,14 +145,14 @@ class RolloutCluster:
             self._cluster.shutdown()
 
     def deploy(self, config: dict[str, Any]) -> None:
-        """By Ray's command, which hands it over and leaves."""
+        """By Ray's command, which hands it over and leaves. Raises RuntimeError."""
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
             yaml.safe_dump(config, file)
             file.flush()
             program = Path(sys.executable).with_name("serve")
             address = f"http://{HOST}:{self._dashboard}"
             done = subprocess.run(
-                [program, "deploy", file.name, "-a", address], capture_output=True, text=True, timeout=120
+                [program, "deploy", file.name, "-a", address], capture_output=True, text=True, timeout=300
             )
         if done.returncode:
             raise RuntimeError(f"serve deploy: {done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -160,15 +160,8 @@ class RolloutCluster:
     def drain_node(self) -> None:
         """The last one, by our command."""
         program = Path(sys.executable).with_name("ellm")
-        words = [
-            "drain",
-            "--node",
-            self.nodes[-1].node_id,
-            "--address",
-            self._cluster.address,
-            "--timeout",
-            "90",
-        ]
+        node, address = self.nodes[-1].node_id, self._cluster.address
+        words = ["drain", "--node", node, "--address", address, "--timeout", "90"]
         done = subprocess.run([program, *words], capture_output=True, text=True, timeout=150)
         if done.returncode:
             raise RuntimeError(f"ellm drain: {done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -254,6 +247,8 @@ def run(args: argparse.Namespace) -> tuple[list[Row], Load]:
 def main() -> int:
     args = parse()
     set_environment()
+    for name in ("READY", "HEALTH"):  # a busy machine is no reason to give up an ingress
+        os.environ.setdefault(f"RAY_SERVE_PROXY_{name}_CHECK_TIMEOUT_S", "60")
     rows, load = run(args)
     failed = load.failed(load.answers)
     print(f"{len(load.answers)} requests, {len(failed)} failed {failed[:5]}")

@@ -65,9 +65,4 @@
 {{- if and .Values.ingress.enabled .Values.ingress.tlsSecretName (not .Values.ingress.host) -}}
 {{- fail "ingress.host: required with ingress.tlsSecretName" -}}
 {{- end -}}
-{{- range $key := list "address" "host" "port" "grpc_port" "num_workers" "worker_num_cpus" "log_level" -}}
-{{- if hasKey (get $.Values.config "cluster" | default dict) $key -}}
-{{- fail (printf "config.cluster.%s: the chart sets it" $key) -}}
-{{- end -}}
-{{- end -}}
 {{- end -}}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -12,7 +11,8 @@ import yaml
 from helm_python import HelmError
 from support.chart import CHART, VALUES, merged, render
 
-from ellm.worker.api.config import WorkerConfig
+from ellm.deploy import chart_schema
+from ellm.deploy.tree import ALIASES
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 DEFAULTS: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
@@ -65,12 +65,26 @@ def test_the_schema_and_the_defaults_have_the_same_keys() -> None:
     keys(DEFAULTS, SCHEMA, "")
 
 
-def test_a_worker_s_settings_are_those_of_the_configuration_tree() -> None:
-    known = {item.name for item in fields(WorkerConfig)}
-    given = set(SCHEMA["definitions"]["workerConfig"]["properties"])
-    assert given <= known
-    # What the chart itself sets stands elsewhere in the values.
-    assert known - given == {"tensor_parallel_size", "drain_timeout_s"}
+def test_the_settings_are_those_of_the_configuration_tree() -> None:
+    assert chart_schema.FILE.read_text() == chart_schema.text(), (
+        "python -m ellm.deploy.chart_schema makes it anew"
+    )
+    # What is left out, the chart sets.
+    args = render({"auth": {"apiKeys": {"secretName": "k"}}, "grpc": {"tlsSecretName": "t"}}).serve_config[
+        "applications"
+    ][0]["args"]
+    given = {ALIASES.get(path, path) for path in _leaves(args)}
+    from_environment = {"router.admin_key"}
+    optional = {"worker.model.path", "worker.model.revision", "worker.model.max_model_len", "router.api_keys"}
+    assert given | from_environment | optional >= chart_schema.BY_VALUES
+
+
+def _leaves(data: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 @pytest.mark.parametrize(
@@ -81,6 +95,12 @@ def test_a_worker_s_settings_are_those_of_the_configuration_tree() -> None:
         ({"models": [{"path": "/m"}, {"path": "/n", "gpu": 1}]}, "/models/1"),
         ({"grafana": {"dashboards": {}}}, "'dashboards' not allowed"),
         ({"model": {"config": {"cach": {}}}}, "'cach' not allowed"),
+        ({"model": {"config": {"cache": {"host_byte": 1}}}}, "'host_byte' not allowed"),
+        ({"model": {"config": {"cache": {"block_size": 0}}}}, "/model/config/cache/block_size"),
+        ({"config": {"router": {"limits": {"max_n": "many"}}}}, "/config/router/limits/max_n"),
+        ({"config": {"controller": {"scaling": {"high": 1}}}}, "'high' not allowed"),
+        ({"config": {"cluster": {"port": 1}}}, "'cluster' not allowed"),
+        ({"config": {"router": {"admin_key": "x"}}}, "'admin_key' not allowed"),
         ({"gpus": "two"}, "/gpus"),
         ({"replicaCount": 0}, "/replicaCount"),
         ({"router": {"replicaCount": 1.5}}, "/router/replicaCount"),
@@ -131,7 +151,6 @@ def test_the_schema_refuses(values: dict[str, Any], says: str) -> None:
         ),
         ({"terminationGracePeriodSeconds": 60}, "terminationGracePeriodSeconds: 60 is too short"),
         ({"grpc": {"port": 8000}}, "grpc.port: 8000 is the port of HTTP"),
-        ({"config": {"cluster": {"port": 1}}}, "config.cluster.port: the chart sets it"),
         ({"persistence": {"hostPath": "/a", "existingClaim": "b"}}, "persistence.hostPath"),
         ({"ingress": {"enabled": True, "tlsSecretName": "t"}}, "ingress.host: required"),
     ],
