@@ -161,8 +161,8 @@ class RolloutCluster:
         """The last one, by our command."""
         program = Path(sys.executable).with_name("ellm")
         node, address = self.nodes[-1].node_id, self._cluster.address
-        words = ["drain", "--node", node, "--address", address, "--timeout", "90"]
-        done = subprocess.run([program, *words], capture_output=True, text=True, timeout=150)
+        words = ["drain", "--node", node, "--address", address, "--timeout", "300"]
+        done = subprocess.run([program, *words], capture_output=True, text=True, timeout=600)
         if done.returncode:
             raise RuntimeError(f"ellm drain: {done.stdout[-2000:]}{done.stderr[-2000:]}")
 
