@@ -84,7 +84,7 @@ def run(config: EllmConfig, parent: int) -> int:
         start_application(config, progress)
         interrupt.started()
         announce(config)
-        lost = watch(interrupt, progress, parent)
+        lost = watch(interrupt, progress, parent, own=config.cluster.address is None)
         progress.line("Stopping: running requests may end, Ctrl-C again ends them now")
         take_down(config)
     except (Stopped, Exception):
@@ -256,19 +256,26 @@ def worker_table(config: EllmConfig, num_workers: int) -> list[dict[str, Any]]:
         time.sleep(0.05)
 
 
-def watch(interrupt: Interrupt, progress: Progress, parent: int) -> bool:
-    """Wait for the signal. True if the cluster was lost before it came."""
+def watch(interrupt: Interrupt, progress: Progress, parent: int, *, own: bool) -> bool:
+    """Wait for the signal. True if the cluster was lost before it came: one of our `own` that says nothing is
+    over. One that was joined may have lost its head alone: what runs there goes on, the head may come back,
+    and how long that is waited for is Ray's to say."""
     shown = "RUNNING"
     answered = time.monotonic()
+    told = False
     while not interrupt.asked.wait(WATCH_S) and os.getppid() == parent:
         status = application.status()
         if status is not None:
             answered = time.monotonic()
+            told = False
             if status.state != shown:
                 message = f": {status.message}" if status.message else ""
                 progress.line(f"The application is {status.state}{message}")
                 shown = status.state
-        elif time.monotonic() - answered > LOST_S:
-            progress.line("Ray does not answer any more; ending")
-            return True
+        elif time.monotonic() - answered > LOST_S and not told:
+            told = True
+            if own:
+                progress.line("Ray does not answer any more; ending")
+                return True
+            progress.line("Ray does not answer; requests are still served, and the head may come back")
     return False

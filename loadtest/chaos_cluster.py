@@ -85,7 +85,6 @@ class ChaosCluster:
 
     def __enter__(self) -> ChaosCluster:
         import ray
-        from ray import serve
         from ray.cluster_utils import Cluster
 
         self._cluster = Cluster(
@@ -96,9 +95,8 @@ class ChaosCluster:
             for _ in range(self.setting.num_nodes):
                 self.add_node()
             ray.init(address=self._cluster.address, log_to_driver=False, logging_level="ERROR")
-            self._watcher = threading.Thread(target=self._watch, daemon=True)
-            self._watcher.start()
-            serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": self.port})
+            self.start_watch()
+            start_serve(self.port)
             self.deploy()
         except BaseException:
             self.__exit__()
@@ -111,13 +109,24 @@ class ChaosCluster:
 
         with contextlib.suppress(Exception):
             serve.shutdown()
-        self._stop.set()
+        self.stop_watch()
         ray.shutdown()
         self._cluster.shutdown()
 
-    def add_node(self) -> None:
+    def node_args(self) -> dict[str, Any]:
+        """Of a node for workers."""
         gpus = -(-(self.setting.num_single + 2 * self.setting.num_pairs) // self.setting.num_nodes) + 1
-        self.nodes.append(self._cluster.add_node(num_cpus=0, num_gpus=gpus, object_store_memory=80 * 2**20))
+        return {"num_cpus": 0, "num_gpus": gpus, "object_store_memory": 80 * 2**20}
+
+    def add_node(self) -> None:
+        self.nodes.append(self._cluster.add_node(**self.node_args()))
+
+    def start_watch(self) -> None:
+        """From now on every process that is started is remembered."""
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def stop_watch(self) -> None:
+        self._stop.set()
 
     def kill_node(self, node: Any) -> None:
         """SIGKILL of its raylet, as when a machine dies; what it had started is left to itself."""
@@ -131,48 +140,14 @@ class ChaosCluster:
 
     def deploy(self, *, wait: bool = True) -> None:
         """Each call is a new version of the same application: a rolling update."""
-        from ray import serve
-
-        from ellm.cluster.actor import find_or_start
-        from ellm.cluster.api.config import ControllerConfig, ModelScale
-        from ellm.router.deployment import router_application
-        from ellm.router.replicas import RayDirectory
-        from ellm.worker.api.config import served_name
-        from ellm.worker.supervisor import worker_application
-
-        setting = self.setting
         self._generation += 1
-        # A field that changes nothing, and makes it another version.
-        config = replace(setting.config, outbox_items=setting.config.outbox_items + self._generation)
-        apps = []
-        if setting.num_single:
-            single = worker_application(config, num_workers=setting.num_single, rank_cpus=0, rank_gpus=1)
-            apps.append(single)
-        if setting.num_pairs:
-            pair = replace(config, tensor_parallel_size=2)
-            made = worker_application(
-                pair, num_workers=setting.num_pairs, rank_cpus=0, rank_gpus=1, name="WorkerPair"
-            )
-            apps.append(made)
-        scale = ModelScale(served_name(config.model), setting.num_workers, setting.num_workers)
-        app = router_application(
-            RouterConfig(
-                num_replicas=setting.num_routers, tokenizer=setting.tokenizer, policy=setting.policy
-            ),
-            [config.model],
-            apps,
-            partial(find_or_start, RayDirectory, ControllerConfig(), (scale,)),
-        )
-        target = serve.RunTarget(app, name=APP, route_prefix="/")
-        serve.run_many(
-            [target], wait_for_ingress_deployment_creation=wait, wait_for_applications_running=wait
-        )
+        deploy(self.setting, self._generation, wait=wait)
 
     # What is seen of it.
 
     def rows(self) -> list[dict[str, Any]]:
         """The workers as a router sees them; [] where none answers."""
-        return _rows(f"127.0.0.1:{self.port}") or []
+        return rows_at(f"127.0.0.1:{self.port}") or []
 
     def ready_rows(self) -> list[dict[str, Any]]:
         return [row for row in self.rows() if row["state"] == "ready"]
@@ -183,12 +158,17 @@ class ChaosCluster:
 
     def streams_of(self, router: int) -> int | None:
         """Sequences in the router with this pid, asked past the ingress; None if it says nothing."""
+        address = self.address_of(router)
+        rows = None if address is None else rows_at(address, timeout_s=1.0)
+        return None if rows is None else sum(int(row["num_here"]) for row in rows)
+
+    def address_of(self, router: int) -> str | None:
+        """Where the router with this pid answers by itself; None if nowhere."""
         for line in psutil.Process(router).net_connections("tcp"):
             if line.status == psutil.CONN_LISTEN:
                 host = "127.0.0.1" if line.laddr.ip in ("0.0.0.0", "::") else line.laddr.ip
-                rows = _rows(f"{host}:{line.laddr.port}", timeout_s=1.0)
-                if rows is not None:
-                    return sum(int(row["num_here"]) for row in rows)
+                if rows_at(f"{host}:{line.laddr.port}", timeout_s=1.0) is not None:
+                    return f"{host}:{line.laddr.port}"
         return None
 
     def leaked_ranks(self) -> list[int]:
@@ -230,8 +210,51 @@ class ChaosCluster:
                     self._seen[process.pid] = (process.create_time(), title)
 
 
-def _rows(address: str, timeout_s: float = 3.0) -> list[dict[str, Any]] | None:
-    """None where no router answers."""
+def start_serve(port: int) -> None:
+    """With the ingress on the head node."""
+    from ray import serve
+
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+
+
+def deploy(setting: ChaosSetting, generation: int, *, wait: bool = True) -> None:
+    """The application, from a process that has joined the cluster."""
+    from ray import serve
+
+    target = serve.RunTarget(_application(setting, generation), name=APP, route_prefix="/")
+    serve.run_many([target], wait_for_ingress_deployment_creation=wait, wait_for_applications_running=wait)
+
+
+def _application(setting: ChaosSetting, generation: int) -> Any:
+    from ellm.cluster.actor import find_or_start
+    from ellm.cluster.api.config import ControllerConfig, ModelScale
+    from ellm.router.deployment import router_application
+    from ellm.router.replicas import RayDirectory
+    from ellm.worker.api.config import served_name
+    from ellm.worker.supervisor import worker_application
+
+    # A field that changes nothing, and makes it another version.
+    config = replace(setting.config, outbox_items=setting.config.outbox_items + generation)
+    apps = []
+    if setting.num_single:
+        apps.append(worker_application(config, num_workers=setting.num_single, rank_cpus=0, rank_gpus=1))
+    if setting.num_pairs:
+        pair = replace(config, tensor_parallel_size=2)
+        made = worker_application(
+            pair, num_workers=setting.num_pairs, rank_cpus=0, rank_gpus=1, name="WorkerPair"
+        )
+        apps.append(made)
+    scale = ModelScale(served_name(config.model), setting.num_workers, setting.num_workers)
+    return router_application(
+        RouterConfig(num_replicas=setting.num_routers, tokenizer=setting.tokenizer, policy=setting.policy),
+        [config.model],
+        apps,
+        partial(find_or_start, RayDirectory, ControllerConfig(), (scale,)),
+    )
+
+
+def rows_at(address: str, timeout_s: float = 3.0) -> list[dict[str, Any]] | None:
+    """The workers as the router at this address sees them; None where none answers."""
     try:
         with urllib.request.urlopen(f"http://{address}/admin/workers", timeout=timeout_s) as answer:
             found: list[dict[str, Any]] = json.load(answer)["workers"]

@@ -15,6 +15,10 @@ old the report is; those are thought of as filling the cheapest workers up to on
 drawn from what that filling would give each: with new reports it is the cheapest, with old ones it is spread.
 Of two draws the cheaper one is taken.
 
+A worker that has had nothing to do for a while may be faster than it was: what slowed it down may be over,
+and only a request can show it. Until then it is taken to be at most thrice as slow as the quickest; else one
+bad moment would keep every request from it for ever.
+
 Of many workers it looks at a few: those that seem to have most of the prompt, and some drawn anew for each
 request. What a decision costs is what it reads, and of a few at random the best is nearly the best of all,
 while routers that look at different workers herd less.
@@ -38,6 +42,7 @@ _ROW_S, _STEP_S = 1e-4, 0.02  # where no worker has told any
 _STEPS = 2.5  # that every prompt waits for: two are planned already, and it comes while the first runs
 _REQUEST_S = 1e-6  # of each sequence: fewer are better where nothing else tells workers apart
 _MANY, _LOOKS = 16, 8  # beyond so many workers, so many are drawn
+_SLOWER = 3.0  # than the quickest, of one that has had nothing to do for a while
 BRAKE = 0.2  # of the mean weight
 _MIN_WEIGHT, _MIN_SLOPE = 1e-6, 1e-9
 
@@ -95,15 +100,19 @@ class Headroom:
         room = prompt + 0.5 * output * num
         usual = min([r.row_s for r in replicas if r.row_s], default=_ROW_S)
         knee, barrier, decode = self._knee, self._barrier, self._decode * output
+        quickest = _quickest(replicas) if any([r.untried for r in replicas]) else 0.0
         costs, slopes = [], []
         for r in replicas:
             requests, row_s, step_s = r.num_held + r.num_unseen, r.row_s or usual, r.step_s or _STEP_S
+            sequence_s, token_s = r.step_sequence_s, r.step_token_s
+            if r.untried:
+                row_s = min(row_s, _SLOWER * usual)
+                trust = min(1.0, _SLOWER * quickest / (step_s + sequence_s))
+                step_s, sequence_s, token_s = trust * step_s, trust * sequence_s, trust * token_s
             slope = (prompt - cached.get(r.replica_id, 0)) * row_s
             wait = (r.queue_rows + r.unseen_rows) * row_s + r.queue_s + slope
-            added = r.step_sequence_s * num + r.step_token_s * room
-            step_s += (
-                r.step_sequence_s * requests + r.step_token_s * (r.tokens_held + r.unseen_tokens) + added
-            )
+            added = sequence_s * num + token_s * room
+            step_s += sequence_s * requests + token_s * (r.tokens_held + r.unseen_tokens) + added
             wait += _STEPS * step_s
             free = r.free_tokens - r.unseen_tokens - room
             roomy = knee * r.capacity_tokens  # 0 where the memory is not known
@@ -144,3 +153,8 @@ class Headroom:
         shares = list(accumulate([(level - costs[i]) / max(slopes[i], _MIN_SLOPE) for i in order[:used]]))
         draws = [bisect(shares, self._random.random() * shares[-1]) for _ in range(self._draws)]
         return min([order[min(place, used - 1)] for place in draws], key=costs.__getitem__)
+
+
+def _quickest(replicas: Sequence[Replica]) -> float:
+    """Seconds of a step with one sequence, on the worker where that takes least."""
+    return min([(r.step_s or _STEP_S) + r.step_sequence_s for r in replicas])

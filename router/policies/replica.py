@@ -18,6 +18,7 @@ from ellm.worker.api.report import WorkerReport
 ReplicaId = str  # a worker's epoch
 
 _SMOOTHING = 0.2  # of a new report in the other routers' rate
+_UNTRIED_S = 5.0
 _MIN_RATE = 1e-3  # rows per second; below it a rate says nothing
 _MOST = 1e15
 _NOTHING = WorkerReport(seq=-1)
@@ -27,8 +28,10 @@ class Replica:
     """Written by the router's link to the worker; policies read it."""
 
     __slots__ = (
+        "_num_steps",
         "_others",
         "_sent",
+        "_stepped_at",
         "admit_tokens",
         "block_size",
         "capacity_tokens",
@@ -54,6 +57,7 @@ class Replica:
         "tokens_held",
         "unseen_rows",
         "unseen_tokens",
+        "untried",
         "weight",
     )
 
@@ -90,6 +94,10 @@ class Replica:
         self.running_tokens = 0.0  # context of the running: room that they make as they end
         # A step of decode rows: a constant (0: nothing is known yet), per sequence, per token of context.
         self.step_s = self.step_sequence_s = self.step_token_s = 0.0
+
+        # It has had nothing to do for a while: what is known of its speed is of another time.
+        self.untried = False
+        self._num_steps, self._stepped_at = -1, -inf
 
     @property
     def num_requests(self) -> int:
@@ -131,6 +139,10 @@ class Replica:
         self.report, self.reported_at = report, now
         self.ready = report.state == "ready"
         self.digest.update(report.prefix_digest)
+        has_work = report.num_running or report.num_waiting or report.num_parked
+        if has_work or report.num_steps != self._num_steps or now < self._stepped_at:
+            self._num_steps, self._stepped_at = report.num_steps, now
+        self.untried = now - self._stepped_at > _UNTRIED_S
         self._predict(report)
 
     def _count_others(self, others: int, now: float) -> None:

@@ -115,3 +115,24 @@ def test_an_abort_counts_as_an_end_of_the_output() -> None:
             driver.turn()
         driver.abort(f"r{i}")
     assert policy.forecast.lengths.survival(40) < 0.5 * before
+
+
+@pytest.mark.parametrize(
+    ("bytes_per_s", "loads", "computes"), [(1e3, False, True), (1e12, True, False)], ids=["slow", "fast"]
+)
+def test_a_restore_takes_one_path_where_the_other_gains_little(
+    bytes_per_s: float, loads: bool, computes: bool
+) -> None:
+    """A link that is slow beside the rows is not used, and one that is fast is used alone."""
+    driver = EngineDriver(starved(26, 400), scheduler=adaptive(tpot_slo_ms=500.0))
+    policy = driver.core._policy
+    assert isinstance(policy, Adaptive)
+    policy.traffic.load_cost.observe(1000, 1000 / bytes_per_s)
+    for i in range(3):
+        driver.add(request(f"r{i}", 20, seed=i, max_tokens=55, ignore_eos=True))
+    driver.run()
+    totals = driver.core._state.totals
+    assert totals.num_restores > 0
+    assert (totals.loaded_tokens > 0) is loads
+    # What the host never had is computed in any case.
+    assert (totals.recomputed_tokens > totals.dropped_tokens) is computes

@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ellm.worker.engine.planner.admission import Admission, Room, restorable_tokens, timely_tokens
+from ellm.worker.engine.planner.admission import (
+    Admission,
+    Room,
+    is_cheap,
+    restorable_tokens,
+    timely_tokens,
+)
 from ellm.worker.engine.planner.lengths import HORIZONS, OutputLengths
 
 FAR = 1 << 40
@@ -182,3 +188,9 @@ def test_less_is_admitted_where_more_is(
                 admission.add(s, s + left, d, row)
         if careful.admits(s + more, s + more + left, d, row):
             assert bold.admits(s, s + left, 0.9 * d, row)
+
+
+def test_memory_is_cheap_where_all_of_it_can_be_computed_again_for_nothing() -> None:
+    assert is_cheap(10_000.0, 10_000)
+    assert not is_cheap(10_000.0, 10_001)
+    assert not is_cheap(0.0, 256)  # no row is spare

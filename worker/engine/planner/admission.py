@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from math import sqrt
 
 from ellm.worker.engine.planner.lengths import HORIZONS
+from ellm.worker.engine.planner.slack import GUARD_S
 
 StepTime = Callable[[float, float], float]  # (decode rows, KV tokens read) -> seconds
 
@@ -63,6 +64,13 @@ def restorable_tokens(spare_rate: float, pause_s: float, num_waiting_tokens: flo
     at its end: what is waiting beyond all that is taken off.
     """
     return int(max(0.0, spare_rate * pause_s - num_waiting_tokens))
+
+
+def is_cheap(spare_rate: float, num_tokens: int) -> bool:
+    """Whether all of a memory of `num_tokens` can be computed again within the guard's second, at the
+    `spare_rate` per second that costs nothing. Then looking ahead only leaves memory empty: who must give way
+    comes back for nothing, in time."""
+    return spare_rate * GUARD_S >= num_tokens
 
 
 class Admission:

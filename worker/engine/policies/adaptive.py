@@ -4,7 +4,8 @@ Admission looks ahead, as in `full-predictive`, but a request that can afford to
 steps that it needs. Who is resident is decided by slack (`planner.ranking`), anew every 0.1 s, when blocks
 run short and when somebody new may start. Whoever must give way is parked: its blocks stay until somebody
 takes them, from its end on, at no cost where the host has a copy. Without pressure it does what
-`full-chunked` does.
+`full-chunked` does; nor does it look ahead where the memory is so small that computing all of it again costs
+nothing.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Adaptive(Policy):
             self._forget_plan()
         if state.host is not None:
             step_s = self.foresight.step_s
-            self.traffic.load(step_s)
+            self.traffic.load(step_s, lambda: self.restore_rows(state, len(state.running), now))
             if state.pool.num_available < _WRITE_THROUGH * state.pool.num_blocks:
                 self.traffic.save(self._save_order or state.running, step_s)
 
@@ -94,8 +95,9 @@ class Adaptive(Policy):
             return True
         if num_blocks + self._reserve() > state.pool.num_available:
             return False
-        self._blocked = not self.foresight.admits(seq, now)
-        return not self._blocked
+        cheap = self.foresight.memory_is_cheap(now)
+        self._blocked = not cheap and not self.foresight.admits(seq, now)
+        return not self._blocked and not (cheap and state.parked)
 
     def blocks_coming(self) -> bool:
         return any(seq.num_outstanding for seq in self.state.parked)
@@ -182,7 +184,7 @@ class Adaptive(Policy):
 
     def _standing(self, index: int, seq: Sequence, resident: bool, now: float) -> Standing:
         state = self.state
-        blocks = num_blocks_for(len(seq.tokens) + state.block_size, state.block_size)
+        blocks = num_blocks_for(len(seq.tokens) + self.foresight.growth(_REPLAN_S, now), state.block_size)
         held = max(blocks, len(seq.table)) - shared_tokens(state.pool, seq) // state.block_size
         if not resident and seq.state is not SequenceState.PARKED:
             held -= found_tokens(state, self.residency, seq) // state.block_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ellm.worker.engine.planner.admission import Admission, Room, restorable_tokens
+from ellm.worker.engine.planner.admission import Admission, Room, is_cheap, restorable_tokens
 from ellm.worker.engine.planner.slack import (
     PAUSING,
     FullSpeed,
@@ -35,6 +35,8 @@ class Foresight:
         self._full_step_s = 0.0
         self._seats = 0.0  # sum of duties
         self._refused: Sequence | None = None
+        self._cheap = False
+        self._cheap_until = 0.0
 
     @property
     def step_s(self) -> float:
@@ -97,6 +99,21 @@ class Foresight:
         """Everybody at full length, `seq` too, would be in the pool, blocks rounded up, and in time."""
         return not self._state.parked and fits_at_full_length(self._state, seq, self._forecast)
 
+    def memory_is_cheap(self, now: float) -> bool:
+        """All of it can be computed again at once, in rows that cost nothing."""
+        if now >= self._cheap_until and self._speed.step_s > 0.0:
+            self._cheap_until = now + _RENEW_S
+            num_admitted = len(self._state.running) + len(self._state.parked)
+            self._cheap = is_cheap(self._spare_rate(num_admitted), self._pool_tokens)
+        return self._cheap
+
+    def growth(self, period_s: float, now: float) -> int:
+        """Tokens to leave room for: a block, or those of `period_s` where a block is much of the memory."""
+        size, step_s = self._state.block_size, self._speed.step_s
+        if step_s <= 0.0 or not self.memory_is_cheap(now):
+            return size
+        return min(size, int(period_s / step_s) + 2)
+
     def slack(self, seq: Sequence, now: float) -> float | None:
         """Seconds until its next token is due; None for one that has no deadline, or no token yet."""
         per_token_s = seconds_per_token(seq.tpot_slo_s)
@@ -141,18 +158,25 @@ class Foresight:
 
     def _restorable(self, admitted: list[Sequence], now: float) -> int:
         """Tokens of the admitted that need no place: they are computed again, pause by pause."""
-        state, cost = self._state, self._forecast.step_cost
+        state = self._state
         pause_s = mean_pause(
             [len(seq.tokens) for seq in admitted], [self.slack(seq, now) for seq in admitted]
         )
         if pause_s <= 0.0:
             return 0
-        rows = min(len(admitted), state.max_num_seqs)
-        pool_tokens = state.pool.num_blocks * state.block_size
-        spare_rate = cost.spare_rate(rows, pool_tokens, state.config.max_step_tokens)
         waiting = state.waiting
         wanted = waiting.num_tokens + len(waiting) * self._forecast.mean_output
-        return restorable_tokens(spare_rate, pause_s, wanted)
+        return restorable_tokens(self._spare_rate(len(admitted)), pause_s, wanted)
+
+    @property
+    def _pool_tokens(self) -> int:
+        return self._state.pool.num_blocks * self._state.block_size
+
+    def _spare_rate(self, num_admitted: int) -> float:
+        """Rows per second that cost nothing, with the memory full."""
+        state = self._state
+        rows = min(num_admitted, state.max_num_seqs)
+        return self._forecast.step_cost.spare_rate(rows, self._pool_tokens, state.config.max_step_tokens)
 
     def _duty(self, seq: Sequence, now: float) -> float:
         per_token_s, slack_s = seconds_per_token(seq.tpot_slo_s), self.slack(seq, now)
