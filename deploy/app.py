@@ -15,7 +15,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from ellm.cluster.actor import find_or_start
 from ellm.cluster.api.config import ModelScale
-from ellm.deploy.config import from_mapping
+from ellm.deploy.config import from_serve_args
 from ellm.deploy.resolve import resolve
 from ellm.deploy.tree import EllmConfig, ServedModel, worker_deployment
 from ellm.router.deployment import router_application
@@ -25,8 +25,9 @@ from ellm.worker.supervisor import worker_application
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:
-    """The application of a Serve config's `args`, for the cluster that runs it. Raises ConfigError."""
-    return build_application(resolve(from_mapping({"address": "auto", **args})))
+    """The application of a Serve config's `args`, for the cluster that runs it. The environment of the node
+    that builds it wins, as it does over a file. Raises ConfigError."""
+    return build_application(resolve(from_serve_args(args)))
 
 
 def autoscaling(model: ServedModel) -> AutoscalingConfig | None:

@@ -83,9 +83,15 @@ def load(
     return Loaded(_build(leaves), origins)
 
 
-def from_mapping(data: Mapping[str, Any]) -> EllmConfig:
-    """The tree from nested data with aliases, as in a Serve config's `args`. Raises ConfigError."""
-    return _build(_from_data(data))
+def from_mapping(data: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> EllmConfig:
+    """The tree from nested data with aliases; what `environ` sets wins. Raises ConfigError."""
+    return _build({**_from_data(data), **_from_texts(_environment(environ or {}), "environment")})
+
+
+def from_serve_args(args: Mapping[str, Any]) -> EllmConfig:
+    """The tree of a Serve config's `args`, on the cluster that runs it, and of this node's environment: keys
+    need not stand in a file that everybody reads. Raises ConfigError."""
+    return from_mapping({"address": "auto", **args}, os.environ)
 
 
 def _build(leaves: schema.Leaves) -> EllmConfig:

@@ -23,7 +23,8 @@ Leaves = dict[str, Any]  # dotted path -> value of a leaf
 APART = "apart"  # in a field's metadata: not a part of the schema
 
 
-def _fields(cls: Any) -> list[Field[Any]]:
+def fields_of(cls: Any) -> list[Field[Any]]:
+    """The fields of a dataclass that are part of the schema."""
     return [item for item in fields(cls) if not item.metadata.get(APART)]
 
 
@@ -34,7 +35,7 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 def leaf_types(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted path, annotation) of every leaf of the tree, in the order of its fields."""
-    for item in _fields(cls):
+    for item in fields_of(cls):
         hint = _hints(cls)[item.name]
         if is_dataclass(hint):
             yield from leaf_types(hint, f"{prefix}{item.name}.")
@@ -58,7 +59,7 @@ def flatten(cls: Any, data: Any, prefix: str = "") -> Leaves:
         raise ConfigError(f"{where}: expected keys and values, got {_show(data)}", param=where)
     leaves: Leaves = {}
     hints = _hints(cls)
-    known = [f"{prefix}{item.name}" for item in _fields(cls)]
+    known = [f"{prefix}{item.name}" for item in fields_of(cls)]
     for key, value in data.items():
         path = f"{prefix}{key}"
         if path not in known:
@@ -73,7 +74,7 @@ def flatten(cls: Any, data: Any, prefix: str = "") -> Leaves:
 def build(cls: Any, leaves: Mapping[str, Any], prefix: str = "") -> Any:
     """The tree with these leaves set and all others at their defaults."""
     values: dict[str, Any] = {}
-    for item in _fields(cls):
+    for item in fields_of(cls):
         path, hint = f"{prefix}{item.name}", _hints(cls)[item.name]
         if is_dataclass(hint):
             values[item.name] = build(hint, leaves, f"{path}.")
@@ -87,7 +88,7 @@ def build(cls: Any, leaves: Mapping[str, Any], prefix: str = "") -> Any:
 def unbuild(tree: Any, prefix: str = "") -> Leaves:
     """Every leaf of a tree by its path."""
     leaves: Leaves = {}
-    for item in _fields(tree):
+    for item in fields_of(tree):
         value = getattr(tree, item.name)
         if is_dataclass(value):
             leaves.update(unbuild(value, f"{prefix}{item.name}."))

@@ -1,4 +1,4 @@
-"""`ellm drain`: empty one worker without losing a request, and have it replaced or leave it empty."""
+"""`ellm drain`: empty one worker, or a whole node, without losing a request."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from ellm.worker.api.actor_name import NAMESPACE, epoch_of, worker_id_of
-from ellm.worker.api.errors import EllmError
+from ellm.worker.api.errors import ConfigError, EllmError
 
 POLL_S = 0.5
 EPILOG = """
@@ -20,6 +20,10 @@ Then the worker is replaced: Ray Serve starts a new one in its place, which load
 machine, take the old one out of the cluster first). With --keep it stays up and empty, and "draining" in
 `ellm status`, until `ellm drain` without --keep replaces it. If no other worker is up, requests wait in the
 routers for the replacement.
+
+With --node all that serves on a node is started elsewhere first, where there is room, and then drained;
+nothing new comes to the node. It waits until the node serves nothing, or the time is up. Kubernetes runs it
+before a pod goes.
 """
 
 
@@ -29,7 +33,8 @@ class NoSuchWorker(EllmError):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("worker", metavar="WORKER", help="its id, as in `ellm status`: w0")
+    parser.add_argument("worker", metavar="WORKER", nargs="?", help="its id, as in `ellm status`: w0")
+    parser.add_argument("--node", metavar="ID", help="a node of Ray instead of a worker; here: this one")
     parser.add_argument("--model", help="the served name, where several models have a worker of that id")
     parser.add_argument(
         "--address", default="auto", help="of the Ray cluster (default: the one on this machine)"
@@ -42,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.timeout is not None and not 0.0 <= args.timeout <= 86_400.0:
         raise EllmError("--timeout must be in [0, 86400]")
+    if (args.worker is None) == (args.node is None):
+        raise ConfigError("name a worker, or a node with --node")
     import ray
 
     try:
@@ -49,6 +56,10 @@ def run(args: argparse.Namespace) -> int:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise EllmError(f"Ray: {' '.join(str(error).split())[:300]}") from None
     try:
+        if args.node is not None:
+            from ellm.deploy import node_drain
+
+            return node_drain.drain(args.node, args.timeout)
         return drain(args.worker, args.model, args.timeout, keep=args.keep)
     finally:
         ray.shutdown()
