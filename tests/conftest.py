@@ -1,9 +1,9 @@
 """Rules for every test: Ray only where the marker `ray` says so, and no missing tool goes unnoticed.
 
 `needs_tool("promtool")` as a marker leaves a test out where that program is not installed,
-`needs_module("numba")` where that module is not, `needs_platform("linux")` on another, `gpu` where there is
-no GPU. All are listed by name at the end of the run. Another skip would go unnoticed, and a layout test
-forbids it.
+`needs_module("numba")` where that module is not, `needs_env("NAME")` where that variable is not set,
+`needs_platform("linux")` on another, `gpu` where there is no GPU. All are listed by name at the end. Another skip
+would go unnoticed, and a layout test forbids it.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_tool(name): needs this program on the PATH")
     config.addinivalue_line("markers", "needs_module(name): needs this module (a top-level name)")
+    config.addinivalue_line("markers", "needs_env(name): needs this environment variable")
     config.addinivalue_line("markers", "needs_platform(name): needs this sys.platform")
     config.stash[NOT_RUN] = []
 
@@ -61,6 +62,9 @@ def _missing(item: pytest.Item) -> Iterator[str]:
             yield name
     for marker in item.iter_markers("needs_module"):
         yield from _missing_module(marker.args[0])
+    for marker in item.iter_markers("needs_env"):
+        if not os.environ.get(marker.args[0]):
+            yield f"${marker.args[0]}"
     for marker in item.iter_markers("needs_platform"):
         if not sys.platform.startswith(marker.args[0]):
             yield marker.args[0]

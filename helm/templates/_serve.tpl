@@ -2,7 +2,7 @@
 {{- define "ellm.serveConfig" -}}
 {{- $models := (include "ellm.models" . | fromJson).items -}}
 {{- $args := deepCopy .Values.config -}}
-{{- $cluster := dict "address" "auto" "host" "0.0.0.0" "port" .Values.service.port "worker_num_cpus" .Values.cpusPerRank "log_level" .Values.logLevel -}}
+{{- $cluster := dict "address" "auto" "host" "0.0.0.0" "port" .Values.service.port "worker_num_cpus" .Values.cpusPerRank "log_level" .Values.logLevel "log_format" .Values.logFormat -}}
 {{- if .Values.grpc.enabled }}{{ $_ := set $cluster "grpc_port" .Values.grpc.port }}{{ end -}}
 {{- $router := dict "num_replicas" .Values.router.replicaCount "drain_timeout_s" .Values.drainTimeoutSeconds -}}
 {{- if .Values.auth.apiKeys.secretName }}{{ $_ := set $router "api_key_file" (printf "/etc/ellm/keys/%s" .Values.auth.apiKeys.secretKey) }}{{ end -}}

@@ -10,7 +10,7 @@ import helm_python
 import pytest
 import yaml
 from support.chart import CHART, VALUES, Rendered, chart, render
-from support.kuberay import kubernetes_problems, problems
+from support.kuberay import CRDS, kubernetes_problems, problems
 from support.tree import ROOT
 
 PROMETHEUS = "monitoring.coreos.com/v1"
@@ -23,7 +23,7 @@ NEED_FILES = {"prometheusrule.yaml", "dashboards.yaml"}  # test_monitoring.py
 
 
 def wrong(rendered: Rendered) -> list[str]:
-    """What the schemas of Kubernetes and KubeRay say of all resources."""
+    """What the schemas of Kubernetes say of all resources, and KubeRay's where it is at hand."""
     found = []
     for item in rendered.all:
         if item["apiVersion"] == "ray.io/v1":
@@ -49,8 +49,14 @@ def test_rendering_again_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_kubernetes_and_kuberay_take_it(name: str) -> None:
+def test_kubernetes_takes_it(name: str) -> None:
     assert wrong(render(VALUES[name])) == []
+
+
+@pytest.mark.needs_env(CRDS)
+@pytest.mark.parametrize("name", VALUES)
+def test_kuberay_takes_it(name: str) -> None:
+    assert problems(render(VALUES[name]).one("RayService")) == []
 
 
 def test_kubernetes_takes_what_the_examples_leave_out() -> None:
@@ -76,6 +82,7 @@ def test_names_are_unique_and_short_enough() -> None:
         assert problems(rendered.one("RayService")) == []
 
 
+@pytest.mark.needs_env(CRDS)
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
