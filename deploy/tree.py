@@ -142,7 +142,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "router.pace_max_hold_tokens": (0, 1 << 20),
     "router.limits.max_headers": (8, 100_000),
     "router.limits.max_header_bytes": (1024, 1 << 24),
-    "router.limits.body_timeout_s": (0.1, 3600),
+    "router.limits.receive_timeout_s": (0.1, 3600),
     "router.limits.max_unread_bytes": (1024, 1 << 40),
     "router.limits.min_slo_ms": (0.001, 3_600_000),
     "router.limits.max_slo_ms": (0.001, 3_600_000),

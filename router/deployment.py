@@ -20,6 +20,7 @@ from ellm.router.app import ModelSource, create_app
 from ellm.router.config import ROUTER_CPUS, RouterConfig
 from ellm.router.controller_line import RayControllerLine
 from ellm.router.replicas import RayDirectory
+from ellm.router.request_heads import bound_heads
 from ellm.router.rpc.server import Listen, check_listen, with_rpc
 from ellm.router.simulated_tokenizer import PREFIX, simulated_tokenizer
 from ellm.router.tokenizer import Tokenizer
@@ -71,6 +72,7 @@ def _builder(
     """What Serve calls in each replica."""
 
     def build() -> Any:
+        bound_heads(config.limits)
         sources, broken = load_sources(models, config.tokenizer)
         app = create_app(
             config,

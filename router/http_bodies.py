@@ -41,7 +41,7 @@ class BodyReader:
             raise InvalidRequest(_json_fault(body, error)) from None
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
-        most, time_s = self._limits.max_body_bytes, self._limits.body_timeout_s
+        most, time_s = self._limits.max_body_bytes, self._limits.receive_timeout_s
         too_large = BodyTooLarge(f"the body is larger than {most} bytes")
         length = header(scope, b"content-length")
         if length is not None and length.isdigit() and int(length[:20]) > most:
@@ -61,7 +61,7 @@ class BodyReader:
                     parts.append(part)
                     if not message.get("more_body", False):
                         return b"".join(parts)
-                    if self.num_unread > self._limits.max_unread_bytes:
+                    if self.num_unread > max(most, self._limits.max_unread_bytes):
                         raise TooManyBodies("the server reads as many bodies as it can", retry_after_s=1.0)
         except TimeoutError:
             raise TooSlow(f"the body did not come within {time_s:g} s") from None
