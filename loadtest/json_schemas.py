@@ -14,10 +14,11 @@ import argparse
 import asyncio
 import json
 import random
+import re
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 
 from ellm.kernels import dispatch
+from ellm.loadtest.result import Result, Row
 from ellm.router.grammar_check import GrammarCheck
 from ellm.router.openai.structured import json_grammar
 from ellm.router.tokenizer import Tokenizer
@@ -39,6 +41,14 @@ from ellm.worker.model.sequences import SequenceState
 
 BUNDLED = Path(__file__).resolve().parent.parent / "deploy" / "bundled" / "pydoc-5m"
 CLOSING = 12.0  # added to the logits of what closes something
+DEEP = 3  # levels
+KINDS = ("valid", "refused", "cut", "invalid", "failed", "unjudged")
+ABOUT = """\
+{sample} schemas of JSONSchemaBench, drawn at random: each goes the way of a request, from the router's check
+to the sampler under the masks, with the bundled model's tokens, and logits that are noise leaning to what
+closes strings, lists and objects. `valid`: the answer came to its end and `jsonschema` accepts it; `refused`:
+with a reason, before anything ran; `cut`: not at its end after {tokens} tokens; `invalid`: the judge refuses
+it; `failed`: ended in the middle; `unjudged`: no schema that the judge can read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,22 +129,59 @@ def depth(schema: Any) -> int:
     return 0
 
 
-async def _run(paths: list[Path], suite: Suite) -> None:
-    kinds: Counter[str] = Counter()
-    deep, dearest, slowest, tokens = 0, 0.0, 0.0, 0
+@dataclass(slots=True)
+class Tally:
+    """Of the schemas of one folder, or of one kind."""
+
+    schemas: int = 0
+    tokens: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+
+    def add(self, found: Outcome) -> None:
+        self.schemas += 1
+        self.tokens += found.tokens
+        self.kinds[found.kind] += 1
+
+    def row(self, name: str) -> Row:
+        counts = {kind: self.kinds[kind] for kind in KINDS}
+        share = self.kinds["refused"] / max(1, self.schemas)
+        return {"schemas of": name, "number": self.schemas, **counts, "refused, %": 100 * share}
+
+
+async def _run(paths: list[Path], suite: Suite) -> tuple[list[Row], list[str], list[dict[str, Any]]]:
+    """Rows, notes, and every outcome."""
+    folders: dict[str, Tally] = {}
+    deep, whole, reasons, raw = Tally(), Tally(), Counter[str](), []
     for i, path in enumerate(paths):
         schema = json.loads(path.read_text())
         found = await suite.outcome(schema, i)
-        kinds[found.kind] += 1
-        deep += depth(schema) >= 3
-        dearest, slowest = max(dearest, found.mask_s), max(slowest, found.compile_s)
-        tokens += found.tokens
+        levels, name = depth(schema), path.parent.name
+        for tally in (folders.setdefault(name, Tally()), whole, *([deep] if levels >= DEEP else [])):
+            tally.add(found)
+        raw.append({"schema": f"{name}/{path.name}", "depth": levels, **asdict(found)})
+        if found.kind == "refused":
+            reasons[_class_of(found.reason)] += 1
         if found.kind != "valid":
-            print(f"{found.kind:9} {path.parent.name}/{path.name}: {found.reason}", flush=True)
-    print(json.dumps(dict(kinds) | {
-        "schemas": len(paths), "depth_3_and_more": deep, "tokens": tokens,
-        "slowest_compile_s": round(slowest, 3), "dearest_mask_s": round(dearest, 4),
-    }))  # fmt: skip
+            print(f"{found.kind:9} {name}/{path.name}: {found.reason}", flush=True)
+    rows = [folders[name].row(name) for name in sorted(folders)]
+    rows += [deep.row(f"{DEEP} levels and more"), whole.row("all")]
+    slowest, dearest = max(one["compile_s"] for one in raw), max(one["mask_s"] for one in raw)
+    notes = [
+        "refused: " + "; ".join(f"{count} {reason}" for reason, count in reasons.most_common()),
+        f"{whole.tokens:,} tokens; slowest compilation {1e3 * slowest:.0f} ms, "
+        f"dearest mask {1e3 * dearest:.0f} ms",
+        *(
+            f"{one['kind']}: {one['schema']} {one['reason']}"[:300]
+            for one in raw
+            if one["kind"] not in ("valid", "refused")
+        ),
+    ]
+    return rows, notes, raw
+
+
+def _class_of(reason: str) -> str:
+    """A refusal without what is its schema's own."""
+    return re.sub(r"[\"'`].*", "...", reason.partition(": ")[2])[:80].strip() or reason[:80]
 
 
 def main(words: list[str]) -> None:
@@ -144,10 +191,24 @@ def main(words: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-tokens", type=int, default=1500)
     parser.add_argument("--model", type=Path, default=BUNDLED)
+    parser.add_argument("--no-write", action="store_true")
     asked = parser.parse_args(words)
     paths = sorted(asked.folder.rglob("*.json"))
     random.Random(asked.seed).shuffle(paths)
-    asyncio.run(_run(paths[: asked.sample], Suite(asked.model, asked.max_tokens)))
+    rows, notes, raw = asyncio.run(_run(paths[: asked.sample], Suite(asked.model, asked.max_tokens)))
+    print(json.dumps(rows[-2:], indent=1))
+    result = Result(
+        name="json-schemas",
+        title="Structured output on JSONSchemaBench",
+        about=ABOUT.format(sample=asked.sample, tokens=asked.max_tokens),
+        command=f"python -m ellm.loadtest.json_schemas FOLDER {' '.join(words[1:])}".strip(),
+        rows=rows,
+        seed=asked.seed,
+        notes=notes,
+        raw=raw,
+    )
+    if not asked.no_write:
+        print(f"wrote {result.write()}")
 
 
 if __name__ == "__main__":

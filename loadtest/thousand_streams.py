@@ -1,10 +1,11 @@
-"""A thousand streams at once on one router, and what a token costs, beside Ray Serve's plain streaming ingress.
+"""A thousand streams at once on one router, and what a token costs, beside Ray Serve's plain ingress.
 
     python -m ellm.loadtest.thousand_streams [--streams 1000] [--tokens 64] [--rounds 2]
 
-Every side (`http_sides`) is a server of its own, started for its round and measured with the same client: first
-all streams at once, then short streamed requests from as many clients as it takes to keep the server busy. The
-engine of all is the product's on a simulated model; CPU time is of each server's whole process tree, from /proc.
+Every side (`http_sides`) is a server of its own, started for its round and measured with the same client:
+first all streams at once, then short streamed requests from as many clients as it takes to keep the server
+busy. The engine of all is the product's on a simulated model; CPU time is of each server's whole process
+tree, from /proc.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from ellm.loadtest.sse_client import StreamResult, stream
 PROMPT = 16  # tokens
 ABOUT = """\
 All {streams} streams of {tokens} tokens at once on one simulated worker ({step:.0f} ms a step with all of
-them), then {requests} streamed requests of {short} tokens from {clients} clients. `ellm` is `ellm serve` as
-deployed: HAProxy, one router, one worker. `serve 2` is a plain streaming server on Ray Serve: its own proxy, a
-FastAPI ingress that detokenises and writes the same chunks, the same engine behind a streaming handle;
-`serve 1` has the engine within the ingress, `serve 2 haproxy` has Serve's HAProxy and its settings for
-throughput. CPU time is of every process of the server, Ray's own included; `on the path` are proxy, ingress or
-router, and engine alone. Medians of {rounds} rounds, sides in turn, each in a server of its own."""
+them), then {requests} streamed requests of {short} tokens from {clients} clients. `ellm` is `ellm serve`
+as deployed: HAProxy, one router, one worker. `serve 2` is a plain streaming server on Ray Serve: its own
+proxy, a FastAPI ingress that detokenises and writes the same chunks, the same engine behind a streaming
+handle; `serve 1` has the engine within the ingress, `serve 2 haproxy` has Serve's HAProxy and its
+settings for throughput. CPU time is of every process of the server, Ray's own included; `on the path` are
+proxy, ingress or router, and engine alone. Medians of {rounds} rounds, sides in turn, each in a server of
+its own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from urllib.parse import unquote
 import orjson
 from prometheus_client.core import CounterMetricFamily, Metric
 
+from ellm.router.errors import typed_error
 from ellm.router.keys import ApiKey
 from ellm.worker.api.errors import EllmError
 
@@ -76,7 +77,7 @@ class RequestRecord:
         self.finish_reasons = tuple(s.finished or "abort" for s in generation.sequences)
         failed = next((s.error for s in generation.sequences if s.error is not None), None)
         if failed is not None:
-            self.error = self.error or failed.code
+            self.error = self.error or typed_error(failed).code
 
     def line(self) -> bytes:
         """With its newline."""

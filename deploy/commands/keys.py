@@ -137,7 +137,8 @@ def _asked(key: ApiKey, args: argparse.Namespace) -> ApiKey:
     given = {name: value for name, value in given.items() if value is not None}
     if "models" in given:
         given["models"] = None if given["models"] == ["none"] else tuple(given["models"])
-    key = replace(key, **{name: None if value == "none" else value for name, value in given.items()})
+    fields: Any = {name: None if value == "none" else value for name, value in given.items()}
+    key = replace(key, **fields)
     try:
         check_limits(key)
     except ValueError as error:
