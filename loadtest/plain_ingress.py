@@ -57,7 +57,7 @@ class Completions:
 
     async def events(self, request: EngineRequest, tokens: AsyncIterator[Tokens]) -> AsyncIterator[bytes]:
         before = _CHUNK[0] % (request.request_id.encode(), int(time.time()))
-        detokenizer = self._tokenizer.detokenizer(after=request.prompt)
+        detokenizer = self._tokenizer.detokenizer(after=request.prompt_ids)
         async for ids in tokens:
             if text := detokenizer.feed(ids):
                 yield before + orjson.dumps(text) + _CHUNK[1]
