@@ -201,5 +201,5 @@ def audit_path(setting: str, guarded: bool) -> str | None:
 
 
 def peer_address(peer: str) -> str:
-    """Of gRPC's "ipv4:10.0.0.1:5000"."""
+    """Of gRPC's "ipv4:127.0.0.1:5000"."""
     return unquote(peer.partition(":")[2] or peer)

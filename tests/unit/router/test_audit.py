@@ -217,5 +217,5 @@ def test_where_lines_go() -> None:
     assert audit_path("auto", guarded=False) is None
     assert audit_path("off", guarded=True) is None
     assert audit_path("/x", guarded=False) == "/x"
-    assert peer_address("ipv4:10.0.0.1:5000") == "10.0.0.1:5000"
+    assert peer_address("ipv4:127.0.0.1:5000") == "127.0.0.1:5000"
     assert peer_address("ipv6:%5B::1%5D:5000") == "[::1]:5000"
