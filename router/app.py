@@ -27,13 +27,12 @@ from ellm.router.access import Access
 from ellm.router.audit import AuditLog, audit_path
 from ellm.router.config import RouterConfig
 from ellm.router.dispatch import Dispatcher
-from ellm.router.edge import CONTEXT, Edge
+from ellm.router.edge import CONTEXT, Edge, key_of
 from ellm.router.errors import UnknownRoute, WrongMethod
 from ellm.router.exchange import Exchange, Service
 from ellm.router.guidance import ControllerLine, GuidanceBook, GuidanceLoop
 from ellm.router.http_bodies import JSON_TYPE, BodyReader, send_error, unfinished
 from ellm.router.key_ring import KeyRing
-from ellm.router.keys import ApiKey
 from ellm.router.metrics import CONTENT_TYPE, RouterMetrics
 from ellm.router.metrics_page import GuidanceMetrics, MetricsPage
 from ellm.router.models import Models
@@ -120,8 +119,7 @@ def create_app(
         prompts=lambda: {service.model: service.dispatcher.poison for service in services},
         clock=clock,
     )
-    own = (GuidanceMetrics(book, clock), keys, audit)
-    page = MetricsPage([*(service.metrics for service in services), *own])
+    page = MetricsPage([*(one.metrics for one in services), GuidanceMetrics(book, clock), keys, audit])
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -203,12 +201,6 @@ def _documented(body: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"content": {"application/json": {"schema": body.model_json_schema()}}}}
 
 
-def _key(request: Request) -> ApiKey | None:
-    """Of the caller."""
-    key: ApiKey | None = request.scope[CONTEXT].key
-    return key
-
-
 def _add_generation(app: FastAPI, models: Models, bodies: BodyReader) -> None:
     @app.post("/v1/completions", openapi_extra=_documented(CompletionRequest))
     async def completions() -> Response:
@@ -234,18 +226,20 @@ def _add_models(app: FastAPI, models: Models) -> None:
 
     @app.get("/v1/models")
     async def list_models(request: Request) -> Response:
-        return _json({"object": "list", "data": [card(service) for service in models.visible(_key(request))]})
+        return _json(
+            {"object": "list", "data": [card(service) for service in models.visible(key_of(request.scope))]}
+        )
 
     @app.get("/v1/models/{model_id:path}")
     async def model(request: Request, model_id: str) -> Response:
-        return _json(card(models.find(model_id, _key(request))))
+        return _json(card(models.find(model_id, key_of(request.scope))))
 
 
 def _add_tokens(app: FastAPI, models: Models, bodies: BodyReader) -> None:
     @app.post("/tokenize", openapi_extra=_documented(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
         body = parse(TokenizeRequest, await bodies.json(request.scope, request.receive))
-        service = models.find(body.model, _key(request))
+        service = models.find(body.model, key_of(request.scope))
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("one of prompt and messages", param="prompt")
         chat = body.prompt is None
@@ -268,7 +262,7 @@ def _add_tokens(app: FastAPI, models: Models, bodies: BodyReader) -> None:
     @app.post("/detokenize", openapi_extra=_documented(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
         body = parse(DetokenizeRequest, await bodies.json(request.scope, request.receive))
-        service = models.find(body.model, _key(request))
+        service = models.find(body.model, key_of(request.scope))
         if len(body.tokens) > MAX_TOKENS_OF_CALL:
             raise PromptTooLong(f"tokens: at most {MAX_TOKENS_OF_CALL}", param="tokens")
         skip = bool(body.skip_special_tokens)

@@ -140,6 +140,12 @@ class Edge:
         return key
 
 
+def key_of(scope: Scope) -> ApiKey | None:
+    """The caller's, of a request that has come through the edge; None where none is needed."""
+    context: RequestContext = scope[CONTEXT]
+    return context.key
+
+
 def client_address(scope: Scope) -> str:
     """Of the one that the server talks to: a client, or a proxy that does not say for whom."""
     client = scope.get("client")
