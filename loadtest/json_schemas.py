@@ -79,11 +79,16 @@ class Suite:
         closing[list(self._arch.eos_token_ids)] = 2 * CLOSING
         self._closing = closing
 
+    async def grammar(self, schema: Any) -> str:
+        """As a router has it. Raises InvalidRequest."""
+        grammar = json_grammar(schema, "schema")
+        await self._check.check(grammar, "schema")
+        return grammar
+
     async def outcome(self, schema: Any, seed: int) -> Outcome:
         start = time.perf_counter()
         try:
-            grammar = json_grammar(schema, "schema")
-            await self._check.check(grammar, "schema")
+            grammar = await self.grammar(schema)
         except InvalidRequest as error:
             return Outcome("refused", error.message)
         compile_s = time.perf_counter() - start
@@ -179,6 +184,17 @@ async def _run(paths: list[Path], suite: Suite) -> tuple[list[Row], list[str], l
     return rows, notes, raw
 
 
+async def _refused_of_all(paths: list[Path], suite: Suite) -> str:
+    """A note; nothing is generated."""
+    refused = 0
+    for path in paths:
+        try:
+            await suite.grammar(json.loads(path.read_text()))
+        except InvalidRequest:
+            refused += 1
+    return f"of all {len(paths):,} schemas of the suite {refused:,} are refused ({100 * refused / len(paths):.1f} %)"
+
+
 def _class_of(reason: str) -> str:
     """A refusal without what is its schema's own."""
     return re.sub(r"[\"'`].*", "...", reason.partition(": ")[2])[:80].strip() or reason[:80]
@@ -191,11 +207,15 @@ def main(words: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-tokens", type=int, default=1500)
     parser.add_argument("--model", type=Path, default=BUNDLED)
+    parser.add_argument("--all", action="store_true", help="count the refusals of the whole suite, too")
     parser.add_argument("--no-write", action="store_true")
     asked = parser.parse_args(words)
     paths = sorted(asked.folder.rglob("*.json"))
     random.Random(asked.seed).shuffle(paths)
-    rows, notes, raw = asyncio.run(_run(paths[: asked.sample], Suite(asked.model, asked.max_tokens)))
+    suite = Suite(asked.model, asked.max_tokens)
+    rows, notes, raw = asyncio.run(_run(paths[: asked.sample], suite))
+    if asked.all:
+        notes.append(asyncio.run(_refused_of_all(paths, suite)))
     print(json.dumps(rows[-2:], indent=1))
     result = Result(
         name="json-schemas",

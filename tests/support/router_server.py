@@ -198,4 +198,5 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
 
 def router_config(**changes: object) -> RouterConfig:
     """Short periods for tests, and requests that are spread evenly however fast a worker seems."""
-    return replace(RouterConfig(refresh_s=0.05, policy="least-requests"), **changes)  # type: ignore[arg-type]
+    config = RouterConfig(refresh_s=0.05, policy="least-requests", audit_log="off")
+    return replace(config, **changes)  # type: ignore[arg-type]
