@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import json
 import random
-import re
 import sys
 import time
 from collections import Counter
@@ -156,7 +155,7 @@ class Tally:
 async def _run(paths: list[Path], suite: Suite) -> tuple[list[Row], list[str], list[dict[str, Any]]]:
     """Rows, notes, and every outcome."""
     folders: dict[str, Tally] = {}
-    deep, whole, reasons, raw = Tally(), Tally(), Counter[str](), []
+    deep, whole, raw = Tally(), Tally(), list[dict[str, Any]]()
     for i, path in enumerate(paths):
         schema = json.loads(path.read_text())
         found = await suite.outcome(schema, i)
@@ -164,24 +163,27 @@ async def _run(paths: list[Path], suite: Suite) -> tuple[list[Row], list[str], l
         for tally in (folders.setdefault(name, Tally()), whole, *([deep] if levels >= DEEP else [])):
             tally.add(found)
         raw.append({"schema": f"{name}/{path.name}", "depth": levels, **asdict(found)})
-        if found.kind == "refused":
-            reasons[_class_of(found.reason)] += 1
         if found.kind != "valid":
             print(f"{found.kind:9} {name}/{path.name}: {found.reason}", flush=True)
     rows = [folders[name].row(name) for name in sorted(folders)]
     rows += [deep.row(f"{DEEP} levels and more"), whole.row("all")]
+    return rows, notes_of(raw), raw
+
+
+def notes_of(raw: list[dict[str, Any]]) -> list[str]:
+    """Why what was refused, what it cost, and each answer that is none."""
+    reasons = Counter(_class_of(one["reason"]) for one in raw if one["kind"] == "refused")
     slowest, dearest = max(one["compile_s"] for one in raw), max(one["mask_s"] for one in raw)
-    notes = [
+    tokens = sum(one["tokens"] for one in raw)
+    return [
         "refused: " + "; ".join(f"{count} {reason}" for reason, count in reasons.most_common()),
-        f"{whole.tokens:,} tokens; slowest compilation {1e3 * slowest:.0f} ms, "
-        f"dearest mask {1e3 * dearest:.0f} ms",
+        f"{tokens:,} tokens; slowest compilation {1e3 * slowest:.0f} ms, dearest mask {1e3 * dearest:.0f} ms",
         *(
-            f"{one['kind']}: {one['schema']} {one['reason']}"[:300]
+            f"{one['kind']}: {one['schema']} {one['reason']}"[:300].strip()
             for one in raw
             if one["kind"] not in ("valid", "refused")
         ),
     ]
-    return rows, notes, raw
 
 
 async def _refused_of_all(paths: list[Path], suite: Suite) -> str:
@@ -192,12 +194,13 @@ async def _refused_of_all(paths: list[Path], suite: Suite) -> str:
             await suite.grammar(json.loads(path.read_text()))
         except InvalidRequest:
             refused += 1
-    return f"of all {len(paths):,} schemas of the suite {refused:,} are refused ({100 * refused / len(paths):.1f} %)"
+    share = 100 * refused / len(paths)
+    return f"of all {len(paths):,} schemas of the suite {refused:,} are refused ({share:.1f} %)"
 
 
 def _class_of(reason: str) -> str:
     """A refusal without what is its schema's own."""
-    return re.sub(r"[\"'`].*", "...", reason.partition(": ")[2])[:80].strip() or reason[:80]
+    return reason.partition(": ")[2].partition(" while processing")[0].partition(". Enable")[0][:80]
 
 
 def main(words: list[str]) -> None:
