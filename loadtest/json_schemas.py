@@ -177,7 +177,8 @@ def notes_of(raw: list[dict[str, Any]]) -> list[str]:
     tokens = sum(one["tokens"] for one in raw)
     return [
         "refused: " + "; ".join(f"{count} {reason}" for reason, count in reasons.most_common()),
-        f"{tokens:,} tokens; slowest compilation {1e3 * slowest:.0f}, dearest mask {1e3 * dearest:.0f} ms of CPU",
+        f"{tokens:,} tokens; CPU of the slowest compilation {1e3 * slowest:.0f} ms, "
+        f"of the dearest mask {1e3 * dearest:.0f} ms",
         *(
             f"{one['kind']}: {one['schema']} {one['reason']}"[:300].strip()
             for one in raw
