@@ -24,7 +24,7 @@ class LimitsConfig:
     max_client_buffer_bytes: int = 1024 * 1024  # a client that reads slower is cut off
     max_headers: int = 96  # HAProxy takes no more than 101
     max_header_bytes: int = 14 * 1024  # of all together; HAProxy takes 15 KiB
-    receive_timeout_s: float = 60.0  # within which the headers of a request must come, and its body
+    receive_timeout_s: float = 60.0  # for a request's headers, its body, and a client to take a piece
     max_unread_bytes: int = 512 * 1024 * 1024  # of all bodies that one router is reading; beyond it 429
     min_slo_ms: float = 1.0  # of what a client may ask for, per token and to the first token
     max_slo_ms: float = 3_600_000.0

@@ -38,7 +38,7 @@ from ellm.router.openai.schema import ChatRequest, CompletionRequest, parse
 from ellm.router.openai.shapes import ChatShape, CompletionShape
 from ellm.router.paced_stream import PacedStream
 from ellm.router.service_level import ServiceLevel
-from ellm.router.sinks import EventStream, Gathered
+from ellm.router.sinks import EventStream, Gathered, StallWatch
 from ellm.router.tenants import TenantLimits
 from ellm.router.tokenizer import Tokenizer
 from ellm.worker.api.errors import DeadlineExceeded, EllmError
@@ -119,9 +119,9 @@ class Exchange(Response):
             if job.stream:
                 await self._stream(generation, answer, context)
             else:
-                await self._whole(generation, answer, send)
+                await self._whole(generation, answer, context)
 
-    async def _whole(self, generation: Generation, answer: Answer, send: Send) -> None:
+    async def _whole(self, generation: Generation, answer: Answer, context: RequestContext) -> None:
         sink = Gathered(generation, answer)
         timer = self._deadline(generation, sink.end)
         try:
@@ -129,12 +129,19 @@ class Exchange(Response):
             body = await sink.answer()
         finally:
             timer.cancel()
-        await send_json(send, body)
+        generation.close()  # a client that reads slowly holds no place
+        try:
+            await send_json(context.send, body, limit_s=self._service.config.limits.receive_timeout_s)
+        except TimeoutError:
+            self._cut_off(asyncio.current_task(), context)
+            await asyncio.sleep(0)
 
     async def _stream(self, generation: Generation, answer: Answer, context: RequestContext) -> None:
         send, task = context.send, asyncio.current_task()
-        sink = self._event_stream(generation, answer, partial(self._cut_off, task, context))
+        cut_off = partial(self._cut_off, task, context)
+        sink = self._event_stream(generation, answer, cut_off)
         timer = self._deadline(generation, sink.end)
+        watch = StallWatch(sink, self._service.config.limits.receive_timeout_s, cut_off)
         try:
             await generation.submit(sink)
             data: bytes | None = await sink.first()
@@ -145,6 +152,7 @@ class Exchange(Response):
             await send({"type": "http.response.body", "body": b""})
         finally:
             timer.cancel()
+            watch.cancel()
             sink.close()
 
     def _event_stream(

@@ -18,6 +18,7 @@ from ellm.worker.api.errors import EllmError, InvalidRequest
 JSON_TYPE = b"application/json"
 LINGER_S = 2.0
 LINGER_BYTES = 256 * 1024 * 1024
+PIECE_BYTES = 256 * 1024
 
 
 class ClientLeft(Exception):
@@ -88,12 +89,15 @@ def header(scope: Scope, name: bytes) -> str | None:
     return None
 
 
-async def send_json(
-    send: Send, body: bytes, status: int = 200, headers: Mapping[bytes, bytes] | None = None
-) -> None:
-    """A whole answer."""
-    await send(_start(status, JSON_TYPE, {**(headers or {}), b"content-length": b"%d" % len(body)}))
-    await send({"type": "http.response.body", "body": body})
+async def send_json(send: Send, body: bytes, *, limit_s: float) -> None:
+    """A whole answer. In pieces: the server takes one when the client has read about as much. Raises
+    TimeoutError when that takes longer than `limit_s`."""
+    await send(_start(200, JSON_TYPE, {b"content-length": b"%d" % len(body)}))
+    for at in range(0, len(body), PIECE_BYTES):
+        piece = body[at : at + PIECE_BYTES]
+        async with asyncio.timeout(limit_s):
+            more = at + PIECE_BYTES < len(body)
+            await send({"type": "http.response.body", "body": piece, "more_body": more})
 
 
 def unfinished(error: EllmError) -> bool:

@@ -238,21 +238,48 @@ def test_many_bodies_at_once_are_bounded_together() -> None:
         assert client.post(COMPLETIONS, content=b" " * 90_000).status_code == 400  # nothing is kept of them
 
 
+def small_sockets(limits: LimitsConfig) -> RouterServer:
+    """The kernel takes little of what nobody reads."""
+    server = RouterServer([EchoWorker(0)], router_config(limits=limits))
+    server._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # its connections inherit it
+    return server
+
+
+def ask_and_not_read(server: RouterServer, streamed: bool) -> socket.socket:
+    """For some hundred kilobytes."""
+    sock = connected(server)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    body = {"prompt": [7] * 64, "max_tokens": 300, "ignore_eos": True, "stream": streamed, "n": 8}
+    data = json.dumps({**body, "logprobs": 20}).encode()
+    sock.sendall(
+        f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+    )
+    return sock
+
+
 def test_a_slow_reader_is_counted_by_its_reason() -> None:
-    limits = LimitsConfig(max_client_buffer_bytes=20_000)
-    with RouterServer([EchoWorker(0)], router_config(limits=limits)) as server:
+    with small_sockets(LimitsConfig(max_client_buffer_bytes=20_000)) as server:
         metrics = server.service.metrics
-        with connected(server) as slow:
-            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            body = {"prompt": [7] * 64, "max_tokens": 1500, "ignore_eos": True, "stream": True, "n": 16}
-            data = json.dumps({**body, "logprobs": 20}).encode()
-            head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
-            slow.sendall(head.encode() + data)
+        with ask_and_not_read(server, True):
             wait_until(lambda: metrics.errors["client_too_slow"] == 1, 60)
-        assert metrics.finished["abort"] == 16
-        assert 'ellm_request_errors_total{code="client_too_slow"' in metrics.text().decode()
-        assert 'ellm_admission_rejections_total{model_name="pydoc-5m",reason="client_too_slow"' in (
-            metrics.text().decode()
-        )
+        assert metrics.finished["abort"] == 8
+        text = metrics.text().decode()
+        assert 'ellm_request_errors_total{code="client_too_slow"' in text
+        assert 'ellm_admission_rejections_total{model_name="pydoc-5m",reason="client_too_slow"' in text
+        with server.client() as client:
+            assert_served(client)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_stops_to_read_at_the_end_is_cut_off(streamed: bool) -> None:
+    """Nothing comes any more that could wait for it: the time that one piece takes is what tells."""
+    limits = LimitsConfig(max_client_buffer_bytes=1 << 30, receive_timeout_s=0.5)
+    with small_sockets(limits) as server:
+        metrics, admission = server.service.metrics, server.service.dispatcher.admission
+        with ask_and_not_read(server, streamed):
+            wait_until(lambda: metrics.errors["client_too_slow"] == 1, 60)
+            wait_until(lambda: admission.num_inflight == 0)
+        if not streamed:
+            assert metrics.finished["length"] == 8
         with server.client() as client:
             assert_served(client)
