@@ -11,10 +11,12 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from support.router_server import MODEL, EchoWorker, RouterServer, router_config, wait_until
 
 from ellm.router.config import LimitsConfig
 from ellm.router.openai.tools import MAX_TOOLS
+from ellm.router.request_heads import BoundedProtocol, bound_heads
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 LONG_S = 20.0  # on a busy machine; each takes milliseconds
@@ -283,3 +285,13 @@ def test_a_client_that_stops_to_read_at_the_end_is_cut_off(streamed: bool) -> No
             assert metrics.finished["length"] == 8
         with server.client() as client:
             assert_served(client)
+
+
+def test_every_server_of_a_routers_process_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Serve makes its servers: by uvicorn's own choice of a protocol."""
+    monkeypatch.setattr(uvicorn.config, "HTTP_PROTOCOLS", dict(uvicorn.config.HTTP_PROTOCOLS))
+    bound_heads(LIMITS)
+    config = uvicorn.Config("support.router_server:RouterServer")
+    config.load()
+    assert issubclass(config.http_protocol_class, BoundedProtocol)
+    assert config.http_protocol_class.limits is LIMITS
