@@ -79,11 +79,11 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = self._audit.record(request_id(scope), "http", scope["path"], client_address(scope))
+        record = self._audit.record(request_id(scope), "http", route(scope), client_address(scope))
         try:
             await self._answer(scope, receive, send, record)
         finally:
-            if scope["path"] not in OPEN_PATHS:
+            if record.endpoint not in OPEN_PATHS:
                 self._audit.write(record)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
@@ -129,7 +129,7 @@ class Edge:
 
     def _owner(self, scope: Scope, record: RequestRecord) -> ApiKey | None:
         """Whose key it is; None where none is needed. Raises Unauthorized, Forbidden."""
-        path = scope["path"]
+        path = record.endpoint
         if path in OPEN_PATHS:
             return None
         admin = path.startswith(ADMIN_PATHS)
@@ -138,6 +138,13 @@ class Edge:
         if admin and self._access.guarded:
             record.key = ADMIN
         return key
+
+
+def route(scope: Scope) -> str:
+    """The path within the application, as it is routed: without the prefix under which that is served."""
+    path: str = scope["path"]
+    prefix: str = scope.get("root_path", "").rstrip("/")
+    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
 def key_of(scope: Scope) -> ApiKey | None:
