@@ -9,14 +9,14 @@ only Serve stands where the product's own path is. Who starts it says by Ray's v
 used.
 """
 
-from __future__ import annotations
+# Annotations are values here: FastAPI reads those of a class that Serve wraps.
 
 import argparse
-import contextlib
 import signal
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 import uuid
 from collections.abc import AsyncIterator
@@ -112,15 +112,19 @@ def application(stages: int, config: WorkerConfig) -> serve.Application:
 
 def wait_until_served(port: int) -> None:
     body = orjson.dumps({"prompt": [5, 6, 7], "max_tokens": 2})
-    deadline = time.monotonic() + 60.0
+    deadline, error = time.monotonic() + 60.0, ""
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
+        try:
             request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", data=body)
             with urllib.request.urlopen(request, timeout=5.0) as answer:
                 if b"[DONE]" in answer.read():
                     return
+        except urllib.error.HTTPError as found:
+            error = f"{found} {found.read()[:2000]!r}"
+        except OSError as found:
+            error = str(found)
         time.sleep(0.2)
-    raise RuntimeError("the plain ingress does not answer")
+    raise RuntimeError(f"the plain ingress does not answer: {error}")
 
 
 def main() -> int:
@@ -162,4 +166,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # By its own name: what is in `__main__` would be pickled to the replicas piece by piece.
+    from ellm.loadtest import plain_ingress
+
+    sys.exit(plain_ingress.main())
