@@ -12,6 +12,7 @@ from typing import Literal
 from ellm.cluster.api.config import ControllerConfig
 from ellm.deploy import schema
 from ellm.router.config import RouterConfig
+from ellm.router.keys import check_plain_key
 from ellm.worker.api.config import SIMULATED, WorkerConfig, served_name
 from ellm.worker.api.errors import ConfigError
 
@@ -141,6 +142,10 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "router.num_replicas": (1, 1024),
     "router.pace_max_hold_s": (0.0, 3600.0),
     "router.pace_max_hold_tokens": (0, 1 << 20),
+    "router.limits.max_headers": (8, 100_000),
+    "router.limits.max_header_bytes": (1024, 1 << 24),
+    "router.limits.receive_timeout_s": (0.1, 3600),
+    "router.limits.max_unread_bytes": (1024, 1 << 40),
     "router.limits.min_slo_ms": (0.001, 3_600_000),
     "router.limits.max_slo_ms": (0.001, 3_600_000),
     "router.limits.min_priority": (-(2**31 - 1), 2**31 - 1),
@@ -189,10 +194,18 @@ def validate(config: EllmConfig) -> None:
         if least > most:
             name = f"router.limits.min_{what}"
             raise ConfigError(f"{name} is above router.limits.max_{what}", param=name)
-    if REDACTED in (*config.router.api_keys, config.router.admin_key):
-        raise ConfigError(f"{REDACTED} is no key: put in the real one", param="router.api_keys")
+    _check_keys(config.router)
     if config.cluster.grpc_port == config.cluster.port:
         raise ConfigError("cluster.grpc_port and cluster.port are the same port", param="cluster.grpc_port")
+
+
+def _check_keys(router: RouterConfig) -> None:
+    if REDACTED in (*router.api_keys, router.admin_key):
+        raise ConfigError(f"{REDACTED} is no key: put in the real one", param="router.api_keys")
+    for index, key in enumerate(router.api_keys):
+        check_plain_key(key, f"router.api_keys[{index}]")
+    if router.admin_key is not None:
+        check_plain_key(router.admin_key, "router.admin_key")
 
 
 def _check_models(config: EllmConfig) -> None:

@@ -17,7 +17,7 @@ import random
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from ellm.kernels import dispatch
+from ellm.loadtest.result import Result, Row
 from ellm.router.grammar_check import GrammarCheck
 from ellm.router.openai.structured import json_grammar
 from ellm.router.tokenizer import Tokenizer
@@ -39,13 +40,21 @@ from ellm.worker.model.sequences import SequenceState
 
 BUNDLED = Path(__file__).resolve().parent.parent / "deploy" / "bundled" / "pydoc-5m"
 CLOSING = 12.0  # added to the logits of what closes something
+DEEP = 3  # levels
+KINDS = ("valid", "refused", "cut", "invalid", "failed", "unjudged")
+ABOUT = """\
+{sample} schemas of JSONSchemaBench, drawn at random: each goes the way of a request, from the router's check
+to the sampler under the masks, with the bundled model's tokens, and logits that are noise leaning to what
+closes strings, lists and objects. `valid`: the answer came to its end and `jsonschema` accepts it; `refused`:
+with a reason, before anything ran; `cut`: not at its end after {tokens} tokens; `invalid`: the judge refuses
+it; `failed`: ended in the middle; `unjudged`: no schema that the judge can read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     kind: str  # valid, invalid, cut (max_tokens), failed (in the middle), refused, unjudged (no schema)
     reason: str = ""
-    compile_s: float = 0.0
+    compile_s: float = 0.0  # of CPU, as is the next
     tokens: int = 0
     mask_s: float = 0.0  # the dearest mask
 
@@ -69,14 +78,19 @@ class Suite:
         closing[list(self._arch.eos_token_ids)] = 2 * CLOSING
         self._closing = closing
 
+    async def grammar(self, schema: Any) -> str:
+        """As a router has it. Raises InvalidRequest."""
+        grammar = json_grammar(schema, "schema")
+        await self._check.check(grammar, "schema")
+        return grammar
+
     async def outcome(self, schema: Any, seed: int) -> Outcome:
-        start = time.perf_counter()
+        start = time.process_time()
         try:
-            grammar = json_grammar(schema, "schema")
-            await self._check.check(grammar, "schema")
+            grammar = await self.grammar(schema)
         except InvalidRequest as error:
             return Outcome("refused", error.message)
-        compile_s = time.perf_counter() - start
+        compile_s = time.process_time() - start
         sampling = SamplingParams(temperature=1.0, seed=seed, grammar=grammar)
         place = self._grammars.begin(grammar, ())
         sequence = NewSequence(0, (1,), (), sampling, 0)
@@ -84,9 +98,9 @@ class Suite:
         generator, ids, dearest = torch.Generator().manual_seed(seed), list[int](), 0.0
         row = np.zeros((self._arch.vocab_size + 31) // 32, dtype=np.int32)
         while len(ids) < self._max_tokens:
-            begun = time.perf_counter()
+            begun = time.process_time()
             place.fill(row)
-            dearest = max(dearest, time.perf_counter() - begun)
+            dearest = max(dearest, time.process_time() - begun)
             logits = 3 * torch.randn(1, self._arch.vocab_size, generator=generator) + self._closing
             ids.append(int(self._sampler.sample(logits, [state], [len(ids)]).item()))
             place.add(ids[-1])
@@ -119,22 +133,75 @@ def depth(schema: Any) -> int:
     return 0
 
 
-async def _run(paths: list[Path], suite: Suite) -> None:
-    kinds: Counter[str] = Counter()
-    deep, dearest, slowest, tokens = 0, 0.0, 0.0, 0
+@dataclass(slots=True)
+class Tally:
+    """Of the schemas of one folder, or of one kind."""
+
+    schemas: int = 0
+    tokens: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+
+    def add(self, found: Outcome) -> None:
+        self.schemas += 1
+        self.tokens += found.tokens
+        self.kinds[found.kind] += 1
+
+    def row(self, name: str) -> Row:
+        counts = {kind: self.kinds[kind] for kind in KINDS}
+        share = self.kinds["refused"] / max(1, self.schemas)
+        return {"schemas of": name, "number": self.schemas, **counts, "refused, %": 100 * share}
+
+
+async def _run(paths: list[Path], suite: Suite) -> tuple[list[Row], list[str], list[dict[str, Any]]]:
+    """Rows, notes, and every outcome."""
+    folders: dict[str, Tally] = {}
+    deep, whole, raw = Tally(), Tally(), list[dict[str, Any]]()
     for i, path in enumerate(paths):
         schema = json.loads(path.read_text())
         found = await suite.outcome(schema, i)
-        kinds[found.kind] += 1
-        deep += depth(schema) >= 3
-        dearest, slowest = max(dearest, found.mask_s), max(slowest, found.compile_s)
-        tokens += found.tokens
+        levels, name = depth(schema), path.parent.name
+        for tally in (folders.setdefault(name, Tally()), whole, *([deep] if levels >= DEEP else [])):
+            tally.add(found)
+        raw.append({"schema": f"{name}/{path.name}", "depth": levels, **asdict(found)})
         if found.kind != "valid":
-            print(f"{found.kind:9} {path.parent.name}/{path.name}: {found.reason}", flush=True)
-    print(json.dumps(dict(kinds) | {
-        "schemas": len(paths), "depth_3_and_more": deep, "tokens": tokens,
-        "slowest_compile_s": round(slowest, 3), "dearest_mask_s": round(dearest, 4),
-    }))  # fmt: skip
+            print(f"{found.kind:9} {name}/{path.name}: {found.reason}", flush=True)
+    rows = [folders[name].row(name) for name in sorted(folders)]
+    rows += [deep.row(f"{DEEP} levels and more"), whole.row("all")]
+    return rows, notes_of(raw), raw
+
+
+def notes_of(raw: list[dict[str, Any]]) -> list[str]:
+    """Why what was refused, what it cost, and each answer that is none."""
+    reasons = Counter(_class_of(one["reason"]) for one in raw if one["kind"] == "refused")
+    slowest, dearest = max(one["compile_s"] for one in raw), max(one["mask_s"] for one in raw)
+    tokens = sum(one["tokens"] for one in raw)
+    return [
+        "refused: " + "; ".join(f"{count} {reason}" for reason, count in reasons.most_common()),
+        f"{tokens:,} tokens; CPU of the slowest compilation {1e3 * slowest:.0f} ms, "
+        f"of the dearest mask {1e3 * dearest:.0f} ms",
+        *(
+            f"{one['kind']}: {one['schema']} {one['reason']}"[:300].strip()
+            for one in raw
+            if one["kind"] not in ("valid", "refused")
+        ),
+    ]
+
+
+async def _refused_of_all(paths: list[Path], suite: Suite) -> str:
+    """A note; nothing is generated."""
+    refused = 0
+    for path in paths:
+        try:
+            await suite.grammar(json.loads(path.read_text()))
+        except InvalidRequest:
+            refused += 1
+    share = 100 * refused / len(paths)
+    return f"of all {len(paths):,} schemas of the suite {refused:,} are refused ({share:.1f} %)"
+
+
+def _class_of(reason: str) -> str:
+    """A refusal without what is its schema's own."""
+    return reason.partition(": ")[2].partition(" while processing")[0].partition(". Enable")[0][:80]
 
 
 def main(words: list[str]) -> None:
@@ -144,10 +211,28 @@ def main(words: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-tokens", type=int, default=1500)
     parser.add_argument("--model", type=Path, default=BUNDLED)
+    parser.add_argument("--all", action="store_true", help="count the refusals of the whole suite, too")
+    parser.add_argument("--no-write", action="store_true")
     asked = parser.parse_args(words)
     paths = sorted(asked.folder.rglob("*.json"))
     random.Random(asked.seed).shuffle(paths)
-    asyncio.run(_run(paths[: asked.sample], Suite(asked.model, asked.max_tokens)))
+    suite = Suite(asked.model, asked.max_tokens)
+    rows, notes, raw = asyncio.run(_run(paths[: asked.sample], suite))
+    if asked.all:
+        notes.append(asyncio.run(_refused_of_all(paths, suite)))
+    print(json.dumps(rows[-2:], indent=1))
+    result = Result(
+        name="json-schemas",
+        title="Structured output on JSONSchemaBench",
+        about=ABOUT.format(sample=asked.sample, tokens=asked.max_tokens),
+        command=f"python -m ellm.loadtest.json_schemas FOLDER {' '.join(words[1:])}".strip(),
+        rows=rows,
+        seed=asked.seed,
+        notes=notes,
+        raw=raw,
+    )
+    if not asked.no_write:
+        print(f"wrote {result.write()}")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def run_open_loop(
     Raises RuntimeError if the engine fails or is not done in time.
     """
     executor = RecordingExecutor(engine.executor)
-    loop = EngineLoop(engine.core, executor)
+    loop = EngineLoop(engine.core, executor, grammars=engine.grammars)
     index = {request.request_id: i for i, request in enumerate(requests)}
     times = [array("d") for _ in requests]
     tokens: list[list[int]] = [[] for _ in requests]

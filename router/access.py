@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 
 from ellm.router.errors import Forbidden, Unauthorized
-from ellm.router.keys import ApiKey, KeyRing
+from ellm.router.key_ring import KeyRing
+from ellm.router.keys import ApiKey, check_plain_key
 
 
 class Access:
@@ -20,13 +21,21 @@ class Access:
     def __init__(
         self, keys: KeyRing, admin_key: str | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        """Raises ConfigError for an admin key that nobody can send, or anybody can."""
+        if admin_key is not None:
+            check_plain_key(admin_key, "router.admin_key")
         self._keys = keys
-        self._admin_key = admin_key.encode() if admin_key else None  # an empty one would let all in
+        self._admin_key = None if admin_key is None else admin_key.encode()
         self._clock = clock
+
+    @property
+    def guarded(self) -> bool:
+        """Whether there is any key at all."""
+        return self._admin_key is not None or self._keys.needed
 
     def owner(self, given: str, *, admin: bool = False) -> ApiKey | None:
         """Whose key it is; None where none is needed, and for the admin. Raises Unauthorized, Forbidden."""
-        if admin and (self._admin_key is not None or self._keys.needed):
+        if admin and self.guarded:
             self._check_admin(given)
             return None
         if not self._keys.needed:

@@ -6,6 +6,7 @@ a test; it imports neither Ray nor torch.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -21,14 +22,16 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from ellm.router import service_level
+from ellm.router.access import Access
+from ellm.router.audit import AuditLog, audit_path
 from ellm.router.config import RouterConfig
 from ellm.router.dispatch import Dispatcher
-from ellm.router.edge import Edge
-from ellm.router.errors import BodyTooLarge, UnknownRoute, WrongMethod
+from ellm.router.edge import CONTEXT, Edge, key_of
+from ellm.router.errors import UnknownRoute, WrongMethod
 from ellm.router.exchange import Exchange, Service
 from ellm.router.guidance import ControllerLine, GuidanceBook, GuidanceLoop
-from ellm.router.http_bodies import read_json, send_error
-from ellm.router.keys import KeyRing
+from ellm.router.http_bodies import BodyReader, send_error, unfinished
+from ellm.router.key_ring import KeyRing
 from ellm.router.metrics import RouterMetrics
 from ellm.router.metrics_sharing import Outlet, SharedMetrics
 from ellm.router.models import Models
@@ -109,6 +112,9 @@ def create_app(
     and why. Without a `controller` nobody advises. `outlet`: where metrics go beside their page.
     `echo_request_id` is off where the server around the app does it. Raises ConfigError."""
     keys = KeyRing(config.api_keys, None if config.api_key_file is None else Path(config.api_key_file))
+    access = Access(keys, config.admin_key, clock)
+    audit = AuditLog(audit_path(config.audit_log, access.guarded))
+    bodies = BodyReader(config.limits)
     book = GuidanceBook(config.num_replicas)
     tenants = TenantLimits(book.budget, lambda: book.num_routers)
     timelines = Timelines(clock)
@@ -123,7 +129,7 @@ def create_app(
         prompts=lambda: {service.model: service.dispatcher.poison for service in services},
         clock=clock,
     )
-    shared = SharedMetrics(services, book, outlet or Outlet(), timelines.find, clock)
+    shared = SharedMetrics(services, book, outlet or Outlet(), timelines.find, clock, (keys, audit))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -131,20 +137,40 @@ def create_app(
             await service.dispatcher.start()
         guidance.start()
         shared.start()
+        watch = asyncio.create_task(keys.watch(clock))
         try:
             yield
         finally:
+            watch.cancel()
             await shared.close()
             await guidance.close()
             for service in services:
                 await service.dispatcher.close()
+            await asyncio.to_thread(audit.close)
 
     app = FastAPI(title="eLLM on Ray", version=package_version(), lifespan=lifespan, redirect_slashes=False)
     app.state.models = models
     app.state.guidance = book
-    app.state.keys = keys
+    app.state.access = access
+    app.state.audit = audit
+    _guard(app, config, access, audit, echo_request_id)
+    app.add_exception_handler(HTTPException, _http_exception)
+    app.add_exception_handler(EllmError, _ellm_error)
+    _add_generation(app, models, bodies)
+    _add_models(app, models)
+    _add_tokens(app, models, bodies)
+    add_operations(app, models, shared, package_version())
+    add_pictures(app, models, shared, timelines)
+    add_page(app)
+    return app
+
+
+def _guard(
+    app: FastAPI, config: RouterConfig, access: Access, audit: AuditLog, echo_request_id: bool
+) -> None:
+    """What every request passes first."""
     app.add_middleware(
-        Edge, keys=keys, admin_key=config.admin_key, echo_request_id=echo_request_id, clock=clock
+        Edge, access=access, limits=config.limits, audit=audit, echo_request_id=echo_request_id
     )
     if config.cors_origins:
         app.add_middleware(
@@ -156,15 +182,6 @@ def create_app(
                 *service_level.HEADER_NAMES,
             ],
         )
-    app.add_exception_handler(HTTPException, _http_exception)
-    app.add_exception_handler(EllmError, _ellm_error)
-    _add_generation(app, models)
-    _add_models(app, models)
-    _add_tokens(app, models, config.limits.max_body_bytes)
-    add_operations(app, models, shared, package_version())
-    add_pictures(app, models, shared, timelines)
-    add_page(app)
-    return app
 
 
 async def _http_exception(request: Request, raised: Exception) -> Response:
@@ -192,7 +209,8 @@ class _Refusal(Response):
         self._error = error
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await send_error(send, self._error, receive if isinstance(self._error, BodyTooLarge) else None)
+        scope[CONTEXT].record.error = self._error.code
+        await send_error(send, self._error, receive if unfinished(self._error) else None)
 
 
 def _documented(body: type[BaseModel]) -> dict[str, Any]:
@@ -200,14 +218,14 @@ def _documented(body: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"content": {"application/json": {"schema": body.model_json_schema()}}}}
 
 
-def _add_generation(app: FastAPI, models: Models) -> None:
+def _add_generation(app: FastAPI, models: Models, bodies: BodyReader) -> None:
     @app.post("/v1/completions", openapi_extra=_documented(CompletionRequest))
     async def completions() -> Response:
-        return Exchange(models, "completion")
+        return Exchange(models, "completion", bodies)
 
     @app.post("/v1/chat/completions", openapi_extra=_documented(ChatRequest))
     async def chat_completions() -> Response:
-        return Exchange(models, "chat")
+        return Exchange(models, "chat", bodies)
 
 
 def _add_models(app: FastAPI, models: Models) -> None:
@@ -224,21 +242,20 @@ def _add_models(app: FastAPI, models: Models) -> None:
         }
 
     @app.get("/v1/models")
-    async def list_models() -> Response:
-        return json_response(
-            {"object": "list", "data": [card(service) for service in models.services.values()]}
-        )
+    async def list_models(request: Request) -> Response:
+        visible = models.visible(key_of(request.scope))
+        return json_response({"object": "list", "data": [card(service) for service in visible]})
 
     @app.get("/v1/models/{model_id:path}")
-    async def model(model_id: str) -> Response:
-        return json_response(card(models.find(model_id)))
+    async def model(request: Request, model_id: str) -> Response:
+        return json_response(card(models.find(model_id, key_of(request.scope))))
 
 
-def _add_tokens(app: FastAPI, models: Models, limit: int) -> None:
+def _add_tokens(app: FastAPI, models: Models, bodies: BodyReader) -> None:
     @app.post("/tokenize", openapi_extra=_documented(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
-        body = parse(TokenizeRequest, await read_json(request.scope, request.receive, limit))
-        service = models.find(body.model)
+        body = parse(TokenizeRequest, await bodies.json(request.scope, request.receive))
+        service = models.find(body.model, key_of(request.scope))
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("one of prompt and messages", param="prompt")
         chat = body.prompt is None
@@ -260,8 +277,8 @@ def _add_tokens(app: FastAPI, models: Models, limit: int) -> None:
 
     @app.post("/detokenize", openapi_extra=_documented(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
-        body = parse(DetokenizeRequest, await read_json(request.scope, request.receive, limit))
-        service = models.find(body.model)
+        body = parse(DetokenizeRequest, await bodies.json(request.scope, request.receive))
+        service = models.find(body.model, key_of(request.scope))
         if len(body.tokens) > MAX_TOKENS_OF_CALL:
             raise PromptTooLong(f"tokens: at most {MAX_TOKENS_OF_CALL}", param="tokens")
         skip = bool(body.skip_special_tokens)

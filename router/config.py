@@ -22,6 +22,10 @@ class LimitsConfig:
     max_inflight: int = 4096  # sequences in one router; beyond it 429
     request_deadline_s: float = 3600.0
     max_client_buffer_bytes: int = 1024 * 1024  # a client that reads slower is cut off
+    max_headers: int = 96  # HAProxy takes no more than 101
+    max_header_bytes: int = 14 * 1024  # of all together; HAProxy takes 15 KiB
+    receive_timeout_s: float = 60.0  # for a request's headers, its body, and a client to take a piece
+    max_unread_bytes: int = 512 * 1024 * 1024  # of all bodies that one router is reading; beyond it 429
     min_slo_ms: float = 1.0  # of what a client may ask for, per token and to the first token
     max_slo_ms: float = 3_600_000.0
     min_priority: int = -100  # lower runs first; 0: no client may push ahead
@@ -54,6 +58,7 @@ class RouterConfig:
     api_keys: tuple[str, ...] = ()  # without these and a file of keys the server is open
     api_key_file: str | None = None  # of hashed keys with limits, as `ellm keys` writes it
     admin_key: str | None = None  # opens /metrics and /admin; with API keys alone they are closed
+    audit_log: str = "auto"  # a line per request: a file, "-" (standard output), "off"; "auto": "-" with keys
     cors_origins: tuple[str, ...] = ()  # empty: off
     refresh_s: float = 1.0  # of the worker directory
     queue_timeout_s: float = 30.0  # a request waits so long for a worker to be up

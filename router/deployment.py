@@ -23,6 +23,7 @@ from ellm.router.controller_line import RayControllerLine
 from ellm.router.metrics_declared import DECLARED
 from ellm.router.metrics_sharing import Outlet
 from ellm.router.replicas import RayDirectory
+from ellm.router.request_heads import bound_heads
 from ellm.router.rpc.server import Listen, check_listen, with_rpc
 from ellm.router.simulated_tokenizer import PREFIX, simulated_tokenizer
 from ellm.router.tokenizer import Tokenizer
@@ -77,6 +78,7 @@ def _builder(
 
     def build() -> Any:
         json_log.install("router")
+        bound_heads(config.limits)
         sources, broken = load_sources(models, config.tokenizer)
         line = None if find_controller is None else RayControllerLine(find_controller)
         app = create_app(

@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ellm.router.audit import RequestRecord
+from ellm.router.errors import unknown_model
 from ellm.router.generation import Generation
 from ellm.router.keys import ApiKey
 from ellm.router.openai.convert import Job
@@ -27,9 +29,14 @@ async def admitted(
     headers: Iterable[tuple[bytes, bytes]],
     key: ApiKey | None,
     session_id: str | None = None,
+    record: RequestRecord | None = None,
 ) -> AsyncIterator[Generation]:
-    """The generation that a body asks for; whatever happens, it is ended and its rest paid back. Raises
-    InvalidRequest, QueueFull, RateLimited, Unavailable."""
+    """The generation that a body asks for; whatever happens, it is ended and its rest paid back. `record` is
+    told of it. Raises InvalidRequest, ModelNotFound, QueueFull, RateLimited, Unavailable."""
+    if key is not None and not key.may_use(service.model):  # an edge that has found it should not have
+        raise unknown_model(service.model)
+    if record is not None:
+        record.model = service.model
     arrived_at = service.dispatcher.clock()
     # From here on the request is counted: its body is held while it waits for a worker and is tokenised.
     admission = service.dispatcher.admission
@@ -42,7 +49,7 @@ async def admitted(
         admission.leave(1)
     job = in_class(job, key)
     tenant = "" if key is None else key.id
-    salt = f"{tenant}/{job.cache_salt}" if tenant or job.cache_salt else ""
+    salt = cache_salt(key, job)
     generation = Generation(job, service.dispatcher, service.tokenizer, arrived_at, salt, session_id)
     generation.tenant = tenant
     reserved = _reserve(service, key, job)
@@ -52,9 +59,17 @@ async def admitted(
     finally:
         generation.close()
         service.timelines.end(entry)
+        if record is not None:
+            record.ended(generation)
         if key is not None:
             used, now = generation.usage().completion_tokens, service.dispatcher.clock()
             service.tenants.settle(key, reserved, used, now)
+
+
+def cache_salt(key: ApiKey | None, job: Job) -> str:
+    """Prompts of one salt share what is cached: a key's own, and what the request says within it. No key's
+    salt has a slash."""
+    return f"{'' if key is None else key.salt}/{job.cache_salt}" if key is not None or job.cache_salt else ""
 
 
 def in_class(job: Job, key: ApiKey | None) -> Job:

@@ -3,15 +3,19 @@
 EllmError
 ├── Unauthorized     401 invalid_api_key
 ├── Forbidden        403 forbidden
+├── TooSlow          408 request_timeout
+├── HeadersTooLarge  431 headers_too_large
 ├── RateLimited      429 rate_limit_exceeded (with retry_after_s)
 ├── UnknownRoute     404 not_found
 ├── WrongMethod      405 method_not_allowed
-└── BodyTooLarge     413 request_too_large
+├── TooManyBodies    429 too_many_bodies (with retry_after_s)
+├── BodyTooLarge     413 request_too_large
+└── SlowReader       429 client_too_slow (a stream that is cut off: nothing can be said any more)
 """
 
 from __future__ import annotations
 
-from ellm.worker.api.errors import EllmError
+from ellm.worker.api.errors import EllmError, ModelNotFound
 
 RETRY_AFTER_S = 1.0  # where a worker is full or away and has not said for how long
 
@@ -70,6 +74,44 @@ class BodyTooLarge(EllmError):
     status = 413
     code = "request_too_large"
     kind = "invalid_request_error"
+
+
+class TooSlow(EllmError):
+    """The request did not come to its end in time."""
+
+    status = 408
+    code = "request_timeout"
+    kind = "timeout_error"
+
+
+class HeadersTooLarge(EllmError):
+    """More headers, or longer ones, than a request needs."""
+
+    status = 431
+    code = "headers_too_large"
+    kind = "invalid_request_error"
+
+
+class TooManyBodies(EllmError):
+    """The bodies that this server is reading fill what it keeps for them."""
+
+    status = 429
+    code = "too_many_bodies"
+    kind = "rate_limit_error"
+
+
+class SlowReader(EllmError):
+    """The client reads more slowly than its buffer allows."""
+
+    status = 429
+    code = "client_too_slow"
+    kind = "rate_limit_error"
+
+
+def unknown_model(name: str) -> ModelNotFound:
+    """Also for a model that the caller's key may not use: it does not learn that there is one."""
+    shown = name[:64].encode("ascii", "replace").decode()
+    return ModelNotFound(f"the model {shown!r} does not exist here", param="model")
 
 
 def _by_code(root: type[EllmError]) -> dict[str, type[EllmError]]:

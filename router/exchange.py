@@ -19,16 +19,18 @@ from ellm.router.config import RouterConfig
 from ellm.router.dispatch import Dispatcher
 from ellm.router.edge import CONTEXT, RequestContext
 from ellm.router.entrance import admitted
-from ellm.router.errors import BodyTooLarge
+from ellm.router.errors import SlowReader
 from ellm.router.generation import Generation
 from ellm.router.http_bodies import (
+    BodyReader,
     ClientLeft,
     header,
-    read_json,
     send_error,
     send_json,
     stream_start,
+    unfinished,
 )
+from ellm.router.keys import ApiKey
 from ellm.router.metrics import RouterMetrics
 from ellm.router.openai.answer import Answer
 from ellm.router.openai.convert import Converter, Job, ModelBounds
@@ -36,7 +38,7 @@ from ellm.router.openai.schema import ChatRequest, CompletionRequest, parse
 from ellm.router.openai.shapes import ChatShape, CompletionShape
 from ellm.router.paced_stream import PacedStream
 from ellm.router.service_level import ServiceLevel
-from ellm.router.sinks import EventStream, Gathered
+from ellm.router.sinks import EventStream, Gathered, StallWatch
 from ellm.router.tenants import TenantLimits
 from ellm.router.timeline import Timelines
 from ellm.router.tokenizer import Tokenizer
@@ -81,16 +83,18 @@ class ServiceFinder(Protocol):
 
     services: dict[str, Service]
 
-    def find_for(self, body: Any) -> Service:
-        """The service that a request's body means. Raises InvalidRequest, ModelNotFound, Unavailable."""
+    def find_for(self, body: Any, key: ApiKey | None = None) -> Service:
+        """The service that a request's body means, of those that the key may use. Raises InvalidRequest,
+        ModelNotFound, Unavailable."""
         ...
 
 
 class Exchange(Response):
     """An ASGI response that does all its work when it is called, past FastAPI to the client's connection."""
 
-    def __init__(self, models: ServiceFinder, kind: Kind) -> None:
+    def __init__(self, models: ServiceFinder, kind: Kind, bodies: BodyReader) -> None:
         self.background = None
+        self._bodies = bodies
         self._models = models
         self._kind = kind
 
@@ -99,27 +103,27 @@ class Exchange(Response):
         send = context.send
         self._service = next(iter(self._models.services.values()))  # until the body says which
         try:
-            body = await read_json(scope, receive, self._service.config.limits.max_body_bytes)
-            self._service = self._models.find_for(body)
+            body = await self._bodies.json(scope, receive)
+            self._service = self._models.find_for(body, context.key)
             await _while_client_stays(receive, lambda: self._answer(body, scope, send, context))
-        except BodyTooLarge as error:
-            await send_error(send, error, receive)
         except EllmError as error:
+            context.record.error = error.code
             self._service.metrics.refused(error)
-            await send_error(send, error)
+            await send_error(send, error, receive if unfinished(error) else None)
 
     async def _answer(self, body: Any, scope: Scope, send: Send, context: RequestContext) -> None:
         service, session = self._service, header(scope, b"x-session-id")
-        async with admitted(service, self._kind, body, scope["headers"], context.key, session) as generation:
+        asked = service, self._kind, body, scope["headers"], context.key, session, context.record
+        async with admitted(*asked) as generation:
             job = generation.job
             shape = ChatShape() if self._kind == "chat" else CompletionShape()
             answer = Answer(shape, job, service.tokenizer, service.model, service.fingerprint)
             if job.stream:
-                await self._stream(generation, answer, send)
+                await self._stream(generation, answer, context)
             else:
-                await self._whole(generation, answer, send)
+                await self._whole(generation, answer, context)
 
-    async def _whole(self, generation: Generation, answer: Answer, send: Send) -> None:
+    async def _whole(self, generation: Generation, answer: Answer, context: RequestContext) -> None:
         sink = Gathered(generation, answer)
         timer = self._deadline(generation, sink.end)
         try:
@@ -127,11 +131,19 @@ class Exchange(Response):
             body = await sink.answer()
         finally:
             timer.cancel()
-        await send_json(send, body)
+        generation.close()  # a client that reads slowly holds no place
+        try:
+            await send_json(context.send, body, limit_s=self._service.config.limits.receive_timeout_s)
+        except TimeoutError:
+            self._cut_off(asyncio.current_task(), context)
+            await asyncio.sleep(0)
 
-    async def _stream(self, generation: Generation, answer: Answer, send: Send) -> None:
-        sink = self._event_stream(generation, answer, partial(_cut_off, asyncio.current_task()))
+    async def _stream(self, generation: Generation, answer: Answer, context: RequestContext) -> None:
+        send, task = context.send, asyncio.current_task()
+        cut_off = partial(self._cut_off, task, context)
+        sink = self._event_stream(generation, answer, cut_off)
         timer = self._deadline(generation, sink.end)
+        watch = StallWatch(sink, self._service.config.limits.receive_timeout_s, cut_off)
         try:
             await generation.submit(sink)
             data: bytes | None = await sink.first()
@@ -142,6 +154,7 @@ class Exchange(Response):
             await send({"type": "http.response.body", "body": b""})
         finally:
             timer.cancel()
+            watch.cancel()
             sink.close()
 
     def _event_stream(
@@ -152,6 +165,15 @@ class Exchange(Response):
         if paced and job.level.tpot_slo_s is not None:
             return PacedStream(generation, answer, config, cut_off, self._service.dispatcher.clock)
         return EventStream(generation, answer, config.limits.max_client_buffer_bytes, cut_off)
+
+    def _cut_off(self, task: asyncio.Task[None] | None, context: RequestContext) -> None:
+        """The stream's client reads too slowly: there is no way to tell it."""
+        assert task is not None
+        error = SlowReader("the client reads its stream too slowly")
+        context.record.error = error.code
+        self._service.metrics.refused(error)
+        log.warning("request %s: the client reads too slowly and is cut off", context.request_id)
+        task.cancel()
 
     def _deadline(self, generation: Generation, end: Callable[[EllmError], None]) -> asyncio.TimerHandle:
         """Counted from the request's arrival."""
@@ -181,12 +203,6 @@ async def _while_client_stays(receive: Receive, work: Callable[[], Awaitable[Non
 
 async def _run(work: Callable[[], Awaitable[None]]) -> None:
     await work()
-
-
-def _cut_off(task: asyncio.Task[None] | None) -> None:
-    assert task is not None
-    log.warning("a client reads too slowly and is cut off")
-    task.cancel()
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -94,6 +94,22 @@ REPORT_AGE = gauge(
     *("router_report_age_seconds", "Age of a worker's last report at a router.", _M, "worker", "router"),
     unit="seconds",
 )
+KEYS = gauge("api_keys", "API keys that a router knows.", "router")
+KEY_RELOADS = counter(
+    *(
+        "api_key_reloads",
+        "Times a changed file of API keys was read, or could not be and the old stayed.",
+    ),
+    "outcome",
+    known=_one("loaded", "failed"),
+)
+KEY_FILE_BROKEN = gauge(
+    *("api_key_file_broken", "1 while a router cannot read the file of API keys; those known before count."),
+    "router",
+)
+AUDIT_LINES = counter(
+    *("audit_lines", "Audit lines by what became of them.", "outcome"), known=_one("written", "lost")
+)
 WORKERS = gauge("workers", f"Workers by state: {', '.join(STATES)}.", _M, "state")
 ROUTERS = gauge("routers", "Routers that this page speaks for.")
 COMPLETE = gauge("metrics_complete", "1 where this page speaks for all routers, 0 for the one that wrote it.")
@@ -101,8 +117,9 @@ COMPLETE = gauge("metrics_complete", "1 where this page speaks for all routers, 
 COUNTERS = (
     *(SUCCESS, ERRORS, REJECTIONS, FAILOVERS, DECISIONS, FALLBACK_CHOICES, LOST),
     *(ATTAINED, MISSED, GOODPUT, TENANT_REQUESTS, TENANT_PROMPT, TENANT_OUTPUT, ABSENCES),
+    *(KEY_RELOADS, AUDIT_LINES),
 )
-GAUGES = (ATTAINMENT, SEEN, INFLIGHT, REPORT_AGE, WORKERS, ROUTERS, COMPLETE)
+GAUGES = (ATTAINMENT, SEEN, INFLIGHT, REPORT_AGE, KEYS, KEY_FILE_BROKEN, WORKERS, ROUTERS, COMPLETE)
 DECLARED = (*HISTOGRAMS, *COUNTERS, *GAUGES)
 # Of the last sequences with an SLO, how many there were and kept it: what the ratio of all is made of.
 RECENT, RECENT_KEPT = PREFIX + "_slo_recent", PREFIX + "_slo_recent_kept"

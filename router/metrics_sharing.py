@@ -53,6 +53,14 @@ class CountersLine(Protocol):
         ...
 
 
+class Source(Protocol):
+    """A part of a router that counts."""
+
+    def series(self) -> Iterable[tuple[Key, float]]: ...
+
+    def gauges(self, router: str) -> Iterable[tuple[Key, float]]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Outlet:
     """Where a router's metrics go beside its page. Without a `line` it knows of no others."""
@@ -80,8 +88,11 @@ class SharedMetrics:
         outlet: Outlet,
         lookup: Callable[[str], bytes | None],
         clock: Callable[[], float] = time.monotonic,
+        others: Sequence[Source] = (),
     ) -> None:
-        """`lookup`: the timeline of one of this router's requests, as JSON."""
+        """`lookup`: the timeline of one of this router's requests, as JSON. `others`: who counts beside the
+        services."""
+        self._others = others
         self.router_id = uuid.uuid4().hex[:12]
         self._services = tuple(services)
         self._lookup = lookup
@@ -222,12 +233,16 @@ class SharedMetrics:
     def _own_series(self) -> Iterable[tuple[Key, float]]:
         for service in self._services:
             yield from service.metrics.series()
+        for other in self._others:
+            yield from other.series()
         for reason, count in self._guidance.fallbacks.items():
             yield (declared.ABSENCES.name, reason), count
 
     def _own_gauges(self) -> Iterable[tuple[Key, float]]:
         router = self.router_id
         yield (declared.SEEN.name, router), float(self._guidance.heard(self._clock()).seen)
+        for other in self._others:
+            yield from other.gauges(router)
         for service in self._services:
             inflight = float(service.dispatcher.admission.num_inflight)
             yield (declared.INFLIGHT.name, service.model, router), inflight

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ellm.router import health
+from ellm.router.errors import unknown_model
 from ellm.router.exchange import Service
+from ellm.router.keys import ApiKey
 from ellm.router.link import WorkerLink
-from ellm.worker.api.errors import InvalidRequest, ModelNotFound, Unavailable
+from ellm.worker.api.errors import InvalidRequest, Unavailable
 
 
 class Models:
@@ -19,27 +21,31 @@ class Models:
         self.services = {service.model: service for service in services}
         self.broken = dict(broken or {})
 
-    def find(self, name: str | None) -> Service:
-        """Raises ModelNotFound, Unavailable; without a name the one there is is meant, InvalidRequest where
-        there are more."""
-        if name is None and len(self.services) + len(self.broken) == 1:
-            name = next(iter([*self.services, *self.broken]))
+    def visible(self, key: ApiKey | None) -> list[Service]:
+        """Those that the key may use; all where there is none."""
+        return [service for name, service in self.services.items() if key is None or key.may_use(name)]
+
+    def find(self, name: str | None, key: ApiKey | None = None) -> Service:
+        """Among those that `key` may use. Raises ModelNotFound, Unavailable; without a name the one there is
+        is meant, InvalidRequest where there are more."""
+        known = [one for one in (*self.services, *self.broken) if key is None or key.may_use(one)]
+        if name is None and len(known) == 1:
+            name = known[0]
         if name is None:
-            raise InvalidRequest(f"one of the models {', '.join(self.services)}", param="model")
+            raise InvalidRequest(f"one of the models {', '.join(known)}", param="model")
+        if name not in known:
+            raise unknown_model(name)
         if name in self.services:
             return self.services[name]
-        if name in self.broken:
-            raise Unavailable(f"the model {name!r} cannot be served", param="model", retry_after_s=60.0)
-        shown = name[:64].encode("ascii", "replace").decode()
-        raise ModelNotFound(f"the model {shown!r} does not exist here", param="model")
+        raise Unavailable(f"the model {name!r} cannot be served", param="model", retry_after_s=60.0)
 
-    def find_for(self, body: Any) -> Service:
+    def find_for(self, body: Any, key: ApiKey | None = None) -> Service:
         """The same for a request's body, checked or not: where its `model` is no name, whoever reads the body
         says so."""
         name = body.get("model") if isinstance(body, dict) else None
         if name is not None and not isinstance(name, str):
-            return next(iter(self.services.values()))
-        return self.find(name)
+            return next(iter(self.visible(key) or self.services.values()))
+        return self.find(name, key)
 
     def links(self) -> Iterator[WorkerLink]:
         """To the workers of all models."""

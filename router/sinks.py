@@ -92,6 +92,7 @@ class EventStream:
         self._num_waiting = 0  # bytes
         self._started = False  # something was taken: an error can only be an event
         self._sending = False  # what was taken is on its way to the client
+        self._num_taken = 0  # times
         self._ended = False
         self._error: EllmError | None = None
         self._loop = asyncio.get_running_loop()
@@ -200,6 +201,7 @@ class EventStream:
         data = waiting[0] if len(waiting) == 1 else b"".join(waiting)
         waiting.clear()
         self._num_waiting = 0
+        self._num_taken += 1
         self._sending = True  # until `more` is called: what comes meanwhile waits for the client
         return data
 
@@ -211,3 +213,36 @@ class EventStream:
     async def _sleep(self) -> None:
         self._sleeper = self._loop.create_future()  # one per sleep: an Event costs more
         await self._sleeper
+
+    @property
+    def sending(self) -> int:
+        """Which of all that was taken is on its way to the client; 0: none."""
+        return self._num_taken if self._sending else 0
+
+
+class StallWatch:
+    """Finds a client that takes nothing at all of what is sent to it; `cancel` must follow.
+
+    The bound on what waits finds one that falls behind while there is output. This finds one that stops to
+    read at the end, when nothing more comes to wait: its request would stay counted for ever.
+    """
+
+    def __init__(self, stream: EventStream, period_s: float, cut_off: Callable[[], None]) -> None:
+        """It is cut off when one send takes longer than a period, and then within another."""
+        self._stream = stream
+        self._period_s = period_s
+        self._cut_off = cut_off
+        self._seen = 0
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(period_s, self._look)
+
+    def cancel(self) -> None:
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        sending = self._stream.sending
+        if sending and sending == self._seen:
+            self._cut_off()
+            return
+        self._seen = sending
+        self._timer = self._loop.call_later(self._period_s, self._look)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from ellm.router.json_dependencies import without_dependencies
 from ellm.worker.api.errors import InvalidRequest
 from ellm.worker.api.grammar import MAX_GRAMMAR_BYTES
 
@@ -83,7 +84,9 @@ def json_grammar(schema: Any, field: str, *, lenient: bool = False) -> str:
     if not isinstance(schema, Mapping | bool):
         raise InvalidRequest(f"{field}: a JSON schema, which is an object", param=field)
     if '"format"' in text:
-        text = _dumped(_known_formats(schema), field)
+        text = _dumped(schema := _known_formats(schema), field)
+    if '"dependen' in text:
+        text = _dumped(without_dependencies(schema), field)
     defaults: dict[str, Any] = {"whitespace_pattern": WHITESPACE, "lenient": lenient}
     try:
         return matcher.grammar_from_json_schema(text, defaults)  # type: ignore[arg-type]

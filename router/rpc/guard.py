@@ -1,4 +1,4 @@
-"""What stands before every method: the key, a message that can be read, and typed errors for what comes back.
+"""What stands before every method: the key, an audit line, a message that can be read, and typed errors.
 
 The key is checked before the message is read. Whatever a method raises becomes a status without internals.
 """
@@ -18,6 +18,8 @@ from typing import Any
 import grpc
 
 from ellm.router.access import Access
+from ellm.router.audit import AuditLog, RequestRecord, peer_address
+from ellm.router.edge import ADMIN as ADMIN_KEY
 from ellm.router.keys import ApiKey
 from ellm.router.rpc.call_context import CallContext
 from ellm.router.rpc.status import status_of
@@ -39,6 +41,7 @@ ADMIN = frozenset({"/ellm.v1.Inference/GetLoads"})  # shows all tenants
 _NOT_IN_ID = re.compile(r"[^A-Za-z0-9._:\-]")
 _MAX_ID = 128
 _UNREADABLE = object()
+_Run = Callable[..., Awaitable[Any]]  # of a message and its context
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,7 @@ class Caller:
     key: ApiKey | None  # None where none is needed
     headers: tuple[tuple[bytes, bytes], ...]  # its metadata, as HTTP's headers
     request_id: str
+    record: RequestRecord
 
     @property
     def tenant(self) -> str:
@@ -64,8 +68,9 @@ CALLER: ContextVar[Caller] = ContextVar("ellm_rpc_caller")  # of the method that
 class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # gRPC has no types
     """Wraps every method of the server."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, audit: AuditLog) -> None:
         self._access = access
+        self._audit = audit
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
@@ -73,19 +78,43 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # gRPC has no ty
         handler = await continuation(details)
         if handler is None:  # gRPC says UNIMPLEMENTED
             return None
-        try:
-            caller = self._caller(details.method, _headers(details.invocation_metadata))
-        except EllmError as error:
-            return _with(handler, _refusing(error), None)
-        return _with(handler, _guarded(_behaviour(handler), caller, details.method), caller)
-
-    def _caller(self, method: str, headers: tuple[tuple[bytes, bytes], ...]) -> Caller:
-        """Raises Unauthorized, Forbidden."""
-        key = None
-        if method not in OPEN:
-            key = self._access.owner(_key(headers), admin=method in ADMIN)
+        method, headers = details.method, _headers(details.invocation_metadata)
         ident = _NOT_IN_ID.sub("", _header(headers, b"x-request-id") or "")[:_MAX_ID]
-        return Caller(key, headers, ident or f"req-{uuid.uuid4().hex}")
+        record = self._audit.record(ident or f"req-{uuid.uuid4().hex}", "grpc", method, "")
+        try:
+            caller = Caller(self._owner(method, headers, record), headers, record.request_id, record)
+        except EllmError as error:
+            record.refused(error)
+            return _with(handler, self._audited(_refusing(error), record), None)
+        guarded = _guarded(_behaviour(handler), caller, method)
+        return _with(handler, guarded if method in OPEN else self._audited(guarded, record), caller)
+
+    def _owner(
+        self, method: str, headers: tuple[tuple[bytes, bytes], ...], record: RequestRecord
+    ) -> ApiKey | None:
+        """Raises Unauthorized, Forbidden."""
+        if method in OPEN:
+            return None
+        key = self._access.owner(_key(headers), admin=method in ADMIN)
+        record.belongs_to(key)
+        if method in ADMIN and self._access.guarded:
+            record.key = ADMIN_KEY
+        return key
+
+    def _audited(self, run: _Run, record: RequestRecord) -> _Run:
+        async def audited(request: Any, context: CallContext) -> Any:
+            record.client = peer_address(context.peer())
+            try:
+                answer = await run(request, context)
+                record.status = 200
+                return answer
+            except asyncio.CancelledError:
+                record.left()
+                raise
+            finally:
+                self._audit.write(record)
+
+        return audited
 
 
 def _headers(metadata: Sequence[tuple[str, str | bytes]] | None) -> tuple[tuple[bytes, bytes], ...]:
@@ -168,6 +197,7 @@ def _guarded(behaviour: Callable[..., Any], caller: Caller, method: str) -> Call
         except Exception:  # the edge of the process: a client sees no internals
             log.exception("%s failed for request %s", method, caller.request_id)
             refusal = EllmError("internal error")
+        caller.record.refused(refusal)
         return await _refuse(context, refusal)
 
     return run

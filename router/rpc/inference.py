@@ -37,7 +37,7 @@ class Inference:
         ident = request.request_id or caller.request_id
         if len(ident) > MAX_REQUEST_ID:
             raise InvalidRequest(f"request_id: at most {MAX_REQUEST_ID} characters", param="request_id")
-        service = self._models.find(request.model or None)
+        service = self._models.find(request.model or None, caller.key)
         whole = request.HasField("stream") and not request.stream
         async with running(service) as call:
             with self.calls.named(caller.tenant, ident, call), _fields_of(request):
@@ -51,7 +51,7 @@ class Inference:
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: CallContext
     ) -> pb.GetModelInfoResponse:
-        service = self._models.find(request.model or None)
+        service = self._models.find(request.model or None, CALLER.get().key)
         info = service.dispatcher.info()
         if info is None:
             raise Unavailable("no worker of this model is up yet", retry_after_s=5.0)
@@ -76,7 +76,7 @@ class Inference:
         return pb.GetServerInfoResponse(
             server="ellm",
             version=self._version,
-            models=list(self._models.services),
+            models=[service.model for service in self._models.visible(CALLER.get().key)],
             uptime_s=self._clock() - self._started_at,
             max_message_bytes=limits.max_body_bytes,
             max_inflight=limits.max_inflight,

@@ -15,6 +15,7 @@ from ellm.router.openai.schema import NEUTRAL
 from ellm.router.rpc import open_inference_pb2 as pb
 from ellm.router.rpc.bodies import fields_named
 from ellm.router.rpc.call_context import CallContext
+from ellm.router.rpc.guard import CALLER
 from ellm.router.rpc.outputs import Delta
 from ellm.router.rpc.running import generating, running
 from ellm.router.rpc.tensors import TEXT_INPUT, add_numbers, add_texts, read_texts
@@ -48,9 +49,10 @@ class OpenInference:
         return pb.ServerReadyResponse(ready=self._models.ready()[0].ok)
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: CallContext) -> pb.ModelReadyResponse:
-        if request.name in self._models.broken:
+        key = CALLER.get().key
+        if request.name in self._models.broken and (key is None or key.may_use(request.name)):
             return pb.ModelReadyResponse(ready=False)
-        service = self._models.find(request.name or None)
+        service = self._models.find(request.name or None, key)
         _check_version(request.version)
         return pb.ModelReadyResponse(ready=health.ready(service.dispatcher).ok)
 
@@ -62,7 +64,7 @@ class OpenInference:
     async def ModelMetadata(
         self, request: pb.ModelMetadataRequest, context: CallContext
     ) -> pb.ModelMetadataResponse:
-        service = self._models.find(request.name or None)
+        service = self._models.find(request.name or None, CALLER.get().key)
         _check_version(request.version)
         tensor = pb.ModelMetadataResponse.TensorMetadata
         return pb.ModelMetadataResponse(
@@ -77,7 +79,7 @@ class OpenInference:
         )
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: CallContext) -> pb.ModelInferResponse:
-        service = self._models.find(request.model_name or None)
+        service = self._models.find(request.model_name or None, CALLER.get().key)
         _check_version(request.model_version)
         async with running(service) as call:
             body, wanted = _body(request, service.config.limits), _wanted(request)

@@ -11,10 +11,11 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from ellm.router.entrance import admitted
+from ellm.router.errors import SlowReader
 from ellm.router.exchange import Kind, Service
 from ellm.router.rpc.guard import CALLER
 from ellm.router.rpc.outputs import Outputs
-from ellm.router.rpc.status import Aborted, SlowReader
+from ellm.router.rpc.status import Aborted
 from ellm.worker.api.errors import DeadlineExceeded, EllmError, InvalidRequest
 
 
@@ -116,7 +117,8 @@ async def generating(
     """What comes of the body, on its way. Raises EllmError."""
     caller = CALLER.get()
     session = session_id or caller.header(b"x-session-id")
-    async with admitted(service, kind, body, caller.headers, caller.key, session) as generation:
+    asked = service, kind, body, caller.headers, caller.key, session, caller.record
+    async with admitted(*asked) as generation:
         limit = service.config.limits.max_client_buffer_bytes
         slow = SlowReader("the client reads its stream too slowly")
         outputs = Outputs(generation.job.num_sequences, limit, lambda: call.end(slow), whole=whole)

@@ -17,7 +17,6 @@ from fastapi import FastAPI
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
-from ellm.router.access import Access
 from ellm.router.app import package_version
 from ellm.router.config import RouterConfig
 from ellm.router.models import Models
@@ -60,13 +59,13 @@ class Listen:
 class RpcServer:
     """`start`, then `stop`; both on the loop of the router."""
 
-    def __init__(self, models: Models, access: Access, config: RouterConfig, listen: Listen) -> None:
+    def __init__(self, models: Models, guard: Guard, config: RouterConfig, listen: Listen) -> None:
         """Raises ConfigError for a certificate that cannot be used."""
         self.inference = Inference(models, package_version())
         self.port = 0
         self._open = OpenInference(models, package_version())
         self._health = Health(models, SERVICES[:2])
-        self._access = access
+        self._guard = guard
         self._config = config
         self._listen = listen
         self._tls = tls.read_pair(config.grpc)
@@ -76,7 +75,7 @@ class RpcServer:
         """Raises ConfigError where it cannot listen."""
         limits = self._config.limits
         server = self._server = grpc.aio.server(
-            interceptors=(Guard(self._access),),
+            interceptors=(self._guard,),
             options=_options(limits.max_body_bytes),
             # The router's own limits answer with typed errors; this one must never be reached first.
             maximum_concurrent_rpcs=2 * limits.max_inflight + 1000,
@@ -147,8 +146,7 @@ def check_listen(listen: Listen) -> None:
 
 def with_rpc(app: FastAPI, config: RouterConfig, listen: Listen) -> RpcServer:
     """Let the app's lifespan start and stop a gRPC server beside it. Raises ConfigError."""
-    access = Access(app.state.keys, config.admin_key)
-    server = RpcServer(app.state.models, access, config, listen)
+    server = RpcServer(app.state.models, Guard(app.state.access, app.state.audit), config, listen)
     inner = app.router.lifespan_context
 
     @asynccontextmanager

@@ -36,14 +36,6 @@ class Aborted(EllmError):
     kind = "invalid_request_error"
 
 
-class SlowReader(EllmError):
-    """The client reads more slowly than its buffer allows."""
-
-    status = 429
-    code = "client_too_slow"
-    kind = "rate_limit_error"
-
-
 @dataclass(frozen=True, slots=True)
 class Status:
     """How a call ends."""

@@ -11,9 +11,11 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import openai
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -32,10 +34,15 @@ PROMPT = "The list method append"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Served]:
+def audit_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("audit") / "audit.jsonl"
+
+
+@pytest.fixture(scope="module")
+def server(audit_log: Path) -> Iterator[Served]:
     port, grpc_port = map(str, free_ports(2))
     flags = ["--port", port, "--grpc-port", grpc_port, "--workers", "2", "--device", "cpu"]
-    flags += ["--kv-blocks", "512"]
+    flags += ["--kv-blocks", "512", "--set", f"router.audit_log={audit_log}"]
     with served(*flags) as made:
         made.wait_until_ready()
         yield made
@@ -169,6 +176,29 @@ def test_a_streamed_chat(client: openai.OpenAI, model: str) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
     whole = client.chat.completions.create(model=model, messages=messages, max_tokens=16, temperature=0)
     assert whole.choices[0].message.content == "".join(delta.delta.content or "" for delta in deltas)
+
+
+def test_each_request_leaves_a_line(client: openai.OpenAI, model: str, audit_log: Path) -> None:
+    headers = {"x-request-id": "audited-1"}
+    client.completions.create(model=model, prompt=PROMPT, max_tokens=4, extra_headers=headers)
+
+    def line() -> dict[str, Any] | None:
+        lines = map(json.loads, audit_log.read_text().splitlines() if audit_log.exists() else [])
+        return next((one for one in lines if one["request_id"] == "audited-1"), None)
+
+    wait_for(lambda: line() is not None, 30)
+    found = line()
+    assert found is not None
+    assert (found["endpoint"], found["status"], found["output_tokens"]) == ("/v1/completions", 200, 4)
+    assert PROMPT not in audit_log.read_text()
+
+
+def test_a_flood_of_headers(url: str) -> None:
+    """Ours where HAProxy lets it through, else HAProxy's."""
+    ours = httpx.get(f"{url}/health", headers={"x-long": "a" * 14_500})
+    assert (ours.status_code, ours.json()["error"]["code"]) == (431, "headers_too_large")
+    for headers in ({"x-long": "a" * 100_000}, {f"x-{i}": "a" for i in range(300)}):
+        assert httpx.get(f"{url}/health", headers=headers).status_code == 400
 
 
 def test_the_terminal_chat(url: str) -> None:

@@ -20,10 +20,12 @@ import httpx
 import uvicorn
 from support.tree import ROOT
 
+from ellm.router.access import Access
 from ellm.router.app import ModelSource, create_app
 from ellm.router.config import RouterConfig
 from ellm.router.exchange import Service
 from ellm.router.models import Models
+from ellm.router.request_heads import bounded
 from ellm.router.rpc.server import Listen, with_rpc
 from ellm.worker.api.config import SchedulerConfig, WorkerConfig
 from ellm.worker.api.cost_model import CostModel
@@ -174,9 +176,13 @@ class RouterServer:
         if self._grpc:
             self.rpc = with_rpc(app, self.config, Listen("127.0.0.1", 0))
         self.models: Models = app.state.models
+        self.access: Access = app.state.access
         self.service: Service = next(iter(self.models.services.values()))
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+        http = bounded(self.config.limits)
+        config = uvicorn.Config(
+            app, http=http, log_config=None, access_log=False, timeout_graceful_shutdown=1
+        )
         self._server = uvicorn.Server(config)
         await self._server.serve(sockets=[self._socket])
         for worker in self.workers:
@@ -192,4 +198,5 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
 
 def router_config(**changes: object) -> RouterConfig:
     """Short periods for tests, and requests that are spread evenly however fast a worker seems."""
-    return replace(RouterConfig(refresh_s=0.05, policy="least-requests"), **changes)  # type: ignore[arg-type]
+    config = RouterConfig(refresh_s=0.05, policy="least-requests", audit_log="off")
+    return replace(config, **changes)  # type: ignore[arg-type]

@@ -133,7 +133,7 @@ def test_every_annotation_of_the_tree_is_known() -> None:
 
 
 def test_what_is_printed_loads_again(tmp_path: Path) -> None:
-    settings = ["model=a: b", "router.api_keys=['#x', '']", "worker.scheduler.watermark=0.25", "threads=2"]
+    settings = ["model=a: b", "router.api_keys=['#x', '1']", "worker.scheduler.watermark=0.25", "threads=2"]
     loaded = config.load(environ={}, settings=settings)
     text = dump.dump(loaded.config, loaded.origins)
     assert load(file=write(tmp_path, text)) == loaded.config

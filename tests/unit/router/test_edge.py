@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import httpx
@@ -9,6 +10,11 @@ import pytest
 from support.router_server import MODEL, RouterServer, router_config, wait_until
 
 from ellm.deploy.cli import main
+from ellm.router.access import Access
+from ellm.router.audit import AuditLog
+from ellm.router.config import LimitsConfig
+from ellm.router.edge import Edge, route
+from ellm.router.key_ring import KeyRing
 from ellm.router.tokenizer import Tokenizer
 
 
@@ -71,6 +77,44 @@ def test_top_and_status_work_with_the_admin_key(
     assert "1/1 workers ready" in capsys.readouterr().out
     assert main(["status", *where, "chief"]) == 0
     assert main(["top", "--once", *where, "first"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "prefix", "routed"),
+    [
+        ("/admin/workers", "", "/admin/workers"),
+        ("/x/admin/workers", "/x", "/admin/workers"),
+        ("/x/health", "/x/", "/health"),
+        ("/xy/health", "/x", "/xy/health"),
+        ("/x", "/x", "/x"),
+    ],
+)
+def test_who_may_see_a_path_does_not_depend_on_its_prefix(path: str, prefix: str, routed: str) -> None:
+    assert route({"path": path, "root_path": prefix}) == routed
+
+
+def test_under_a_prefix_the_admins_paths_stay_the_admins() -> None:
+    """As Serve's route_prefix does it."""
+    keys = KeyRing(("first",))
+    seen: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["path"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    edge = Edge(app, Access(keys, "chief"), LimitsConfig(), AuditLog(None))
+    transport = httpx.ASGITransport(app=edge, root_path="/x")  # type: ignore[arg-type]
+
+    async def statuses() -> list[int]:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return [
+                (await client.get(f"/x{path}", headers=bearer(key))).status_code
+                for path, key in (("/admin/workers", "first"), ("/admin/workers", "chief"), ("/health", ""))
+            ]
+
+    assert asyncio.run(statuses()) == [401, 200, 200]
+    assert seen == ["/x/admin/workers", "/x/health"]
 
 
 def test_a_wrong_key_is_told_before_the_body_is_read(locked: httpx.Client) -> None:

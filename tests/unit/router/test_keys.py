@@ -11,8 +11,12 @@ from pathlib import Path
 import pytest
 
 from ellm.deploy.cli import main
-from ellm.router import keys
-from ellm.router.keys import ApiKey, KeyRing, new_key, read_keys, write_keys
+from ellm.deploy.config import load
+from ellm.router import keys, metrics_page
+from ellm.router.access import Access
+from ellm.router.key_ring import KeyRing
+from ellm.router.keys import ApiKey, new_key, read_keys, write_keys
+from ellm.router.metrics_declared import DECLARED
 from ellm.worker.api.errors import ConfigError
 
 
@@ -56,6 +60,101 @@ def test_plain_keys_and_those_of_a_file_live_together(path: Path) -> None:
     assert len(owners) == 3
     assert None not in owners
     assert not KeyRing().needed
+
+
+def test_a_file_that_breaks_changes_nothing_and_is_told_of_once(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored, plain = new_key(ApiKey(""))
+    write_keys(path, [stored])
+    ring = KeyRing((), path)
+    good = path.read_text()
+    path.write_text(good[:40])  # as whoever writes it in two parts
+    for now in (2.0, 4.0, 6.0):
+        assert ring.find(plain, now) is not None
+    assert len([r for r in caplog.records if "stay as they were" in r.message]) == 1
+    assert f"{path} line" in caplog.text
+    assert samples(ring)["ellm_api_key_file_broken"] == 1.0
+    assert samples(ring)["ellm_api_key_reloads_total/failed"] == 1.0
+    at = path.stat()
+    path.write_text("x" * 40)
+    os.utime(path, ns=(at.st_atime_ns, at.st_mtime_ns))  # the same size and time: nothing tells them apart
+    write_keys(path, [])
+    assert ring.find(plain, 8.0) is None
+    assert (ring.broken, samples(ring)["ellm_api_keys"]) == ("", 0.0)
+    assert samples(ring)["ellm_api_key_reloads_total/loaded"] == 1.0
+    assert samples(ring)["ellm_api_key_file_broken"] == 0.0
+
+
+def test_a_broken_file_is_read_again_though_it_looks_the_same(path: Path) -> None:
+    """Its time is as coarse as the kernel's tick: the end of a write may leave no trace in it."""
+    stored, plain = new_key(ApiKey(""))
+    write_keys(path, [])
+    ring = KeyRing((), path)
+    write_keys(path, [stored])
+    good = path.read_text()
+    path.write_text(good.replace('"hash"', '"hsah"'))
+    at = path.stat()
+    assert ring.find(plain, 2.0) is None
+    path.write_text(good)
+    os.utime(path, ns=(at.st_atime_ns, at.st_mtime_ns))
+    assert ring.find(plain, 4.0) is not None
+
+
+def samples(ring: KeyRing) -> dict[str, float]:
+    page = metrics_page.families(DECLARED, [], dict([*ring.series(), *ring.gauges("r")]))
+    return {
+        "/".join([sample.name, *(v for k, v in sample.labels.items() if k != "router")]): sample.value
+        for family in page
+        for sample in family.samples
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "line"),
+    [
+        ("hash", "ab" * 32 + "\n", 24),
+        ("salt", "a\nb", 23),
+        ("id", "12345678\n", 16),
+        ("name", "bob\nroot", 17),
+        ("cache_salt", "a/b", 22),
+        ("models", [], 21),
+        ("models", "all", 21),
+        ("modells", ["a"], 25),
+        ("priority", 1.5, 20),
+    ],
+)
+def test_a_bad_field_is_named_with_its_line(path: Path, field: str, value: object, line: int) -> None:
+    write_keys(path, [new_key(ApiKey("", str(i)))[0] for i in range(2)])
+    data = json.loads(path.read_text())
+    data["keys"][1][field] = value
+    path.write_text(json.dumps(data, indent=1))
+    with pytest.raises(ConfigError, match=rf"keys\.json line {line}: {field}: ") as raised:
+        read_keys(path)
+    assert "ab" * 32 not in raised.value.message
+
+
+def test_a_line_break_within_a_text_is_named_with_its_line(path: Path) -> None:
+    write_keys(path, [new_key(ApiKey("", "bob"))[0]])
+    path.write_text(path.read_text().replace("bob", "bo\nb"))
+    with pytest.raises(ConfigError, match="line 6: not JSON: Invalid control character"):
+        read_keys(path)
+    write_keys(path, [new_key(ApiKey(""))[0]] * 2)
+    with pytest.raises(ConfigError, match="line 16: id: is there twice"):
+        read_keys(path)
+
+
+@pytest.mark.parametrize("key", ["first\nsecond", "first\n", "", "a b", "schlüssel", "x" * 513])
+def test_a_key_of_the_config_that_nobody_can_send_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        KeyRing(["fine", key])
+    assert raised.value.message.startswith("router.api_keys[1] ")
+    assert not key or key not in raised.value.message
+    assert ("line break after 5" in raised.value.message) == ("\n" in key)
+    with pytest.raises(ConfigError, match=r"router\.admin_key"):
+        Access(KeyRing(), key)
+    with pytest.raises(ConfigError, match=r"router\.api_keys\[1\]"):
+        load(environ={}, settings=[f"router.api_keys={json.dumps(['fine', key])}"])
 
 
 @pytest.mark.parametrize(
@@ -131,5 +230,48 @@ def test_the_command_makes_lists_and_revokes(path: Path, capsys: pytest.CaptureF
     assert KeyRing((), path).find(plain, 0.0) is None
     assert len(json.loads(path.read_text())["keys"]) == 1
     assert main(["keys", "revoke", owner.id, *file]) == 2
+    assert main(["keys", "change", owner.id, *file]) == 2
     assert main(["keys", "add", "--requests-per-s", "-1", *file]) == 2
     assert os.listdir(path.parent) == ["keys.json"]
+
+
+def test_the_command_says_which_models_and_whose_cache(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = ["--file", str(path)]
+    assert main(["keys", "add", "--model", "small", "--model", "large", "--cache-salt", "team", *file]) == 0
+    plain = capsys.readouterr().out.strip()
+    ring = KeyRing((), path)
+    key = ring.find(plain, 0.0)
+    assert key is not None
+    assert (key.models, key.cache_salt, key.salt) == (("small", "large"), "team", "+team")
+    assert key.may_use("small")
+    assert not key.may_use("other")
+    assert main(["keys", "list", *file]) == 0
+    listed = capsys.readouterr().out
+    assert "small, large" in listed
+    assert "team" in listed
+    change = ["keys", "change", key.id, *file]
+    assert main([*change, "--model", "none", "--priority", "4", "--cache-salt", "none"]) == 0
+    changed = ring.find(plain, 2.0)
+    assert changed == ApiKey(key.id, priority=4)
+    assert changed is not None
+    assert changed.salt == key.id
+    assert main([*change, "--priority", "none", "--name", "bob"]) == 0
+    assert ring.find(plain, 4.0) == ApiKey(key.id, "bob")
+    assert main([*change, "--cache-salt", "a/b"]) == 2
+    assert main([*change, "--name", "a\nb"]) == 2
+    assert ring.find(plain, 6.0) == ApiKey(key.id, "bob")
+
+
+def test_a_file_of_an_older_release_is_read(path: Path) -> None:
+    stored, plain = new_key(ApiKey("", "alice", 2.0, 60.0, 1))
+    write_keys(path, [stored])
+    data = json.loads(path.read_text())
+    for name in ("models", "cache_salt"):
+        del data["keys"][0][name]
+    path.write_text(json.dumps(data))
+    assert KeyRing((), path).find(plain, 0.0) == stored.key
+    path.write_text(json.dumps({**data, "version": 2}))
+    with pytest.raises(ConfigError, match="version 2"):
+        read_keys(path)

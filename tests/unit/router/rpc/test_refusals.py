@@ -147,14 +147,14 @@ def test_a_failure_of_ours_says_nothing_of_its_cause() -> None:
     with RouterServer([EchoWorker(0)], router_config(), grpc=True) as server, rpc_client(server) as rpc:
         models = server.rpc.inference._models
 
-        def broken(name: str | None) -> None:
+        def broken(name: str | None, key: object) -> None:
             raise RuntimeError("the secret of line 17")
 
         models.find, found = broken, models.find  # type: ignore[method-assign,assignment]
         error = refused(lambda: rpc.generate(request()), grpc.StatusCode.INTERNAL)
         assert error.details() == "internal error"
 
-        def failed(name: str | None) -> None:
+        def failed(name: str | None, key: object) -> None:
             raise WorkerFailed("worker w0 on node 7")
 
         models.find = failed  # type: ignore[method-assign,assignment]

@@ -102,7 +102,7 @@ def test_routers_of_one_node_share_the_port() -> None:
         check_listen(listen)
 
         async def second() -> int:
-            server = RpcServer(first.models, first.rpc._access, first.config, listen)
+            server = RpcServer(first.models, first.rpc._guard, first.config, listen)
             await server.start()
             await server.stop(0.0)
             return server.port
