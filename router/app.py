@@ -17,7 +17,6 @@ from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request, Response
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -36,12 +35,11 @@ from ellm.router.models import Models
 from ellm.router.openai.answer import error_body
 from ellm.router.openai.convert import Converter
 from ellm.router.openai.schema import (
-    ChatRequest,
-    CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
     parse,
 )
+from ellm.router.openapi.description import describe
 from ellm.router.tenants import TenantLimits
 from ellm.router.tokenizer import Tokenizer, in_text_thread
 from ellm.worker.api.channel import WorkerDirectory
@@ -127,7 +125,13 @@ def create_app(
             for service in services:
                 await service.dispatcher.close()
 
-    app = FastAPI(title="eLLM on Ray", version=package_version(), lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(
+        title="eLLM on Ray",
+        version=package_version(),
+        lifespan=lifespan,
+        redirect_slashes=False,
+        swagger_ui_oauth2_redirect_url=None,
+    )
     app.state.models = models
     app.state.guidance = book
     app.state.keys = keys
@@ -150,6 +154,7 @@ def create_app(
     _add_models(app, models)
     _add_tokens(app, models, config.limits.max_body_bytes)
     _add_operations(app, models, page)
+    describe(app, models, config.limits, lambda: keys.needed)
     return app
 
 
@@ -185,17 +190,12 @@ def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -
     return Response(orjson.dumps(body), status, headers, JSON_TYPE.decode())
 
 
-def _documented(body: type[BaseModel]) -> dict[str, Any]:
-    """What the generated API description says of a body that FastAPI does not parse itself."""
-    return {"requestBody": {"content": {"application/json": {"schema": body.model_json_schema()}}}}
-
-
 def _add_generation(app: FastAPI, models: Models) -> None:
-    @app.post("/v1/completions", openapi_extra=_documented(CompletionRequest))
+    @app.post("/v1/completions")
     async def completions() -> Response:
         return Exchange(models, "completion")
 
-    @app.post("/v1/chat/completions", openapi_extra=_documented(ChatRequest))
+    @app.post("/v1/chat/completions")
     async def chat_completions() -> Response:
         return Exchange(models, "chat")
 
@@ -223,7 +223,7 @@ def _add_models(app: FastAPI, models: Models) -> None:
 
 
 def _add_tokens(app: FastAPI, models: Models, limit: int) -> None:
-    @app.post("/tokenize", openapi_extra=_documented(TokenizeRequest))
+    @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         body = parse(TokenizeRequest, await read_json(request.scope, request.receive, limit))
         service = models.find(body.model)
@@ -246,7 +246,7 @@ def _add_tokens(app: FastAPI, models: Models, limit: int) -> None:
             }
         )
 
-    @app.post("/detokenize", openapi_extra=_documented(DetokenizeRequest))
+    @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         body = parse(DetokenizeRequest, await read_json(request.scope, request.receive, limit))
         service = models.find(body.model)

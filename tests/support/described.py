@@ -1,0 +1,57 @@
+"""Whether what a server answers is what its OpenAPI document says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+from jsonschema import Draft202012Validator
+
+Document = dict[str, Any]
+
+
+def operation(document: Document, method: str, url_path: str) -> tuple[str, dict[str, Any]]:
+    """The path as the document writes it, and what it says of the call."""
+    path = "/v1/models/{model_id}" if url_path.startswith("/v1/models/") else url_path
+    return path, document["paths"][path][method.lower()]
+
+
+def check_answer(document: Document, answer: httpx.Response) -> tuple[str, int]:
+    """Its status, headers, content type and body are all described. Returns the path and the status."""
+    request = answer.request
+    path, described = operation(document, request.method, request.url.path)
+    assert str(answer.status_code) in described["responses"], f"{path}: {answer.status_code} {answer.text}"
+    response = described["responses"][str(answer.status_code)]
+    for name, header in response["headers"].items():
+        assert name in answer.headers or not header["required"], f"{path} {answer.status_code}: no {name}"
+        if name in answer.headers:
+            validate(document, header["schema"], answer.headers[name])
+    kind = answer.headers["content-type"].partition(";")[0]
+    assert kind in response["content"], f"{path} {answer.status_code}: {kind}"
+    schema = response["content"][kind]["schema"]
+    if kind == "application/json":
+        validate(document, schema, answer.json())
+    elif kind == "text/event-stream":
+        check_events(document, schema["x-event-schema"], answer.text)
+    return path, answer.status_code
+
+
+def check_events(document: Document, schema: dict[str, Any], text: str) -> None:
+    *events, rest = text.split("\n\n")
+    assert rest == ""
+    assert events.pop() == "data: [DONE]"
+    assert events
+    for event in events:
+        validate(document, schema, json.loads(event.removeprefix("data: ")))
+
+
+def validate(document: Document, schema: dict[str, Any], value: Any) -> None:
+    """Raises jsonschema.ValidationError."""
+    Draft202012Validator({**schema, "components": document["components"]}).validate(value)
+
+
+def accepts(document: Document, name: str, value: Any) -> bool:
+    """Whether a body is one of the named schema."""
+    schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
+    return bool(Draft202012Validator(schema).is_valid(value))
