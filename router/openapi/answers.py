@@ -157,7 +157,14 @@ SCHEMAS: dict[str, Schema] = {
     "Worker": _worker(),
     "Workers": closed(workers=array(ref("Worker"))),
 }
-STREAM_EVENT = {
-    "CompletionChunk": any_of(ref("CompletionChunk"), ref("Error")),
-    "ChatCompletionChunk": any_of(ref("ChatCompletionChunk"), ref("Error")),
-}
+
+
+def events(chunk: str) -> Schema:
+    """Of each event of a stream, as OpenAPI tools read them."""
+    content = {"contentMediaType": "application/json", "contentSchema": any_of(ref(chunk), ref("Error"))}
+    return {
+        "type": "object",
+        "description": "Events `data: JSON`, the last one `data: [DONE]`. An error may come as an event.",
+        "properties": {"data": {"type": "string", "anyOf": [const("[DONE]"), content]}},
+        "required": ["data"],
+    }

@@ -60,9 +60,8 @@ def _ok(schema: str, what: str = "As asked.") -> dict[int, Answer]:
 
 
 def _generated(whole: str, chunk: str) -> dict[int, Answer]:
-    what = "Events `data: JSON`, the last one `data: [DONE]`. An error may come as an event."
-    stream = {**TEXT, "description": what, "x-event-schema": answers.STREAM_EVENT[chunk]}
-    return {200: Answer("The answer; with `stream: true` as events.", {JSON: ref(whole), EVENTS: stream})}
+    content = {JSON: ref(whole), EVENTS: answers.events(chunk)}
+    return {200: Answer("The answer; with `stream: true` as events.", content)}
 
 
 def _header(name: str, what: str, schema: Schema = TEXT) -> Schema:
@@ -74,10 +73,10 @@ REQUEST_ID = _header("X-Request-Id", "Comes back in the answer and stands in the
 OF_GENERATION = (
     REQUEST_ID,
     _header("X-Session-Id", "Requests of one session prefer one worker.", _ID),
-    _header("X-Ellm-Tpot-Slo-Ms", "`tpot_slo_ms`, where the body has none."),
-    _header("X-Ellm-Ttft-Slo-Ms", "`ttft_slo_ms`, where the body has none."),
-    _header("X-Ellm-Priority", "`priority`, where the body has none."),
-    _header("X-Ellm-Stream-Pace", "`stream_pace`, where the body has none: true or false."),
+    *(
+        _header(f"X-Ellm-{name}", "The field of this name, where the body has none.", ref(name))
+        for name in requests.HEADERS
+    ),
 )
 MODEL_ID: Schema = {"name": "model_id", "in": "path", "required": True, "schema": TEXT}
 _PAGE = {200: Answer("A page for people.", {HTML: TEXT})}
@@ -140,6 +139,7 @@ def document(title: str, release: str, bounds: Bounds, paths: set[str], needs_ke
         "ChatRequest": requests.chat(bounds),
         "TokenizeRequest": requests.tokenize(bounds),
         "DetokenizeRequest": requests.detokenize(bounds),
+        **requests.headers(bounds),
     }
     return {
         "openapi": "3.1.0",

@@ -112,6 +112,13 @@ def detokenize(bounds: Bounds) -> Schema:
     return body
 
 
+def headers(bounds: Bounds) -> dict[str, Schema]:
+    """Of HEADERS."""
+    slo, priority = _slo(bounds.limits), _priority(bounds.limits)
+    return dict(zip(HEADERS, (slo, slo, priority, FLAG), strict=True))
+
+
+HEADERS = ("Tpot-Slo-Ms", "Ttft-Slo-Ms", "Priority", "Stream-Pace")  # of x-ellm-...
 COMPLETION_REFUSED = ("parallel_tool_calls",)
 CHAT_NEUTRAL = (
     "store", "service_tier", "verbosity", "functions", "function_call", "modalities", "reasoning_effort",
@@ -136,8 +143,6 @@ def _generation(kind: type[BaseModel], bounds: Bounds, without: tuple[str, ...])
     limits, body = bounds.limits, _plain(kind)
     room = nullable(COUNT | {"maximum": bounds.max_model_len})
     stop = {"type": "string", "minLength": 1, "maxLength": limits.max_stop_chars}
-    slo = nullable({"type": "number", "minimum": limits.min_slo_ms, "maximum": limits.max_slo_ms})
-    priority = {"type": "integer", "minimum": limits.min_priority, "maximum": limits.max_priority}
     body["description"] = RELATIONS
     body["properties"] |= {
         "model": _model(bounds),
@@ -148,9 +153,9 @@ def _generation(kind: type[BaseModel], bounds: Bounds, without: tuple[str, ...])
         "logit_bias": nullable(_logit_bias(bounds)),
         "stop": nullable(any_of(stop, array(stop, maxItems=limits.max_stop))),
         "stop_token_ids": nullable(array(_token(bounds), maxItems=MAX_STOP_TOKEN_IDS)),
-        "tpot_slo_ms": slo,
-        "ttft_slo_ms": slo,
-        "priority": nullable(priority),
+        "tpot_slo_ms": nullable(_slo(limits)),
+        "ttft_slo_ms": nullable(_slo(limits)),
+        "priority": nullable(_priority(limits)),
         "structured_outputs": nullable(_structured()),
         "guided_json": nullable(any_of(_JSON_SCHEMA, FLAG)),
         "guided_regex": nullable(_GRAMMAR),
@@ -160,6 +165,14 @@ def _generation(kind: type[BaseModel], bounds: Bounds, without: tuple[str, ...])
     }
     assert set(_HINTS) <= HARMLESS
     return body
+
+
+def _slo(limits: LimitsConfig) -> Schema:
+    return {"type": "number", "minimum": limits.min_slo_ms, "maximum": limits.max_slo_ms}
+
+
+def _priority(limits: LimitsConfig) -> Schema:
+    return {"type": "integer", "minimum": limits.min_priority, "maximum": limits.max_priority}
 
 
 def _plain(kind: type[BaseModel]) -> Schema:
@@ -261,11 +274,8 @@ def _messages(limits: LimitsConfig) -> Schema:
     """Fields of a client's own reach the model's template; these are the ones with a meaning."""
     part = closed(type=const("text"), text=TEXT)
     content = any_of(TEXT, array(part, minItems=1))
-    call = closed(
-        {"id": TEXT},
-        type=const("function"),
-        function=closed(name=TEXT, arguments={"type": "string", "examples": ["{}"]}),
-    )
+    arguments = {**TEXT, "contentMediaType": "application/json", "contentSchema": OBJECT}
+    call = closed({"id": TEXT}, type=const("function"), function=closed(name=TEXT, arguments=arguments))
     said = closed({"name": TEXT}, role=enum("system", "developer", "user", "assistant"), content=content)
     called = closed(
         {"name": TEXT, "content": nullable(content)},

@@ -33,17 +33,17 @@ def check_answer(document: Document, answer: httpx.Response) -> tuple[str, int]:
     if kind == "application/json":
         validate(document, schema, answer.json())
     elif kind == "text/event-stream":
-        check_events(document, schema["x-event-schema"], answer.text)
+        check_events(document, schema, answer.text)
     return path, answer.status_code
 
 
 def check_events(document: Document, schema: dict[str, Any], text: str) -> None:
-    *events, rest = text.split("\n\n")
-    assert rest == ""
-    assert events.pop() == "data: [DONE]"
+    *events, last, rest = (event.removeprefix("data: ") for event in text.split("\n\n"))
+    done, content = schema["properties"]["data"]["anyOf"]
     assert events
+    assert (last, rest) == (done["const"], "")
     for event in events:
-        validate(document, schema, json.loads(event.removeprefix("data: ")))
+        validate(document, content["contentSchema"], json.loads(event))
 
 
 def validate(document: Document, schema: dict[str, Any], value: Any) -> None:
