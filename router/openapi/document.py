@@ -24,14 +24,17 @@ REFUSALS = {
     400: "A field cannot be honoured (`param` names it), or the body is no JSON object.",
     401: "A key is needed, or the one given is not known.",
     403: "No key that the server has opens this.",
-    404: "There is no such model.",
-    408: "The request's deadline passed.",
+    404: "There is no such thing, or not for this key.",
+    408: "The request's deadline passed, or its body did not come in time.",
     413: "The body is larger than the server's limit.",
     429: "A queue is full, or the key's rate is used up.",
+    431: "More headers, or longer ones, than a request needs.",
     500: "A fault of the server; nothing is said of what is inside.",
     503: "Nothing can serve this now.",
 }
-GENERATION = (400, 401, 403, 404, 408, 413, 429, 500, 503)
+GENERATION = (400, 401, 403, 404, 408, 413, 429, 431, 500, 503)
+TEXT_CALL = GENERATION
+READ = (401, 403, 431, 500)
 OPEN, KEY, ADMIN = "open", "key", "admin"  # who may call
 
 
@@ -48,7 +51,7 @@ class Endpoint:
     method: str
     summary: str
     answers: Mapping[int, Answer]
-    refusals: tuple[int, ...] = (401, 403, 500)
+    refusals: tuple[int, ...] = READ
     access: str = KEY
     tag: str = "operations"
     body: str | None = None  # of components/schemas
@@ -79,8 +82,10 @@ OF_GENERATION = (
     ),
 )
 MODEL_ID: Schema = {"name": "model_id", "in": "path", "required": True, "schema": TEXT}
+_REQUEST: Schema = {"name": "request_id", "in": "path", "required": True, "schema": TEXT}
+_ANY_OBJECT = {200: Answer("As asked.", {JSON: {"type": "object"}})}
 _PAGE = {200: Answer("A page for people.", {HTML: TEXT})}
-TEXT_CALL = (400, 401, 403, 404, 413, 500, 503)
+_FILES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}  # of the page at /
 
 ENDPOINTS: dict[str, Endpoint] = {
     "/v1/completions": Endpoint(
@@ -93,7 +98,7 @@ ENDPOINTS: dict[str, Endpoint] = {
     ),
     "/v1/models": Endpoint("get", "The models.", _ok("ModelList"), tag="models"),
     "/v1/models/{model_id}": Endpoint(
-        "get", "One model.", _ok("Model"), (401, 403, 404, 500, 503), tag="models", parameters=(MODEL_ID,)
+        "get", "One model.", _ok("Model"), (*READ, 404, 503), tag="models", parameters=(MODEL_ID,)
     ),
     "/tokenize": Endpoint(
         "post", "A text or a conversation as token ids.", _ok("Tokens"), TEXT_CALL, tag="tokens",
@@ -105,12 +110,12 @@ ENDPOINTS: dict[str, Endpoint] = {
     "/health": Endpoint(
         "get", "The process and a worker are alive.",
         {200: Answer("It is.", {JSON: ref("Health")}), 503: Answer("All are gone.", {JSON: ref("Health")})},
-        (500,), OPEN,
+        (431, 500), OPEN,
     ),
     "/health/ready": Endpoint(
         "get", "A worker takes requests and makes progress.",
         {200: Answer("Ready.", {JSON: ref("Readiness")}), 503: Answer("Not now.", {JSON: ref("Readiness")})},
-        (500,), OPEN,
+        (431, 500), OPEN,
     ),
     "/version": Endpoint("get", "The release.", _ok("Version")),
     "/metrics": Endpoint(
@@ -118,11 +123,13 @@ ENDPOINTS: dict[str, Endpoint] = {
         access=ADMIN,
     ),
     "/admin/workers": Endpoint("get", "The workers and their load.", _ok("Workers"), access=ADMIN),
-    "/admin/requests": Endpoint(
-        "get", "The requests that run now.", {200: Answer("As asked.", {JSON: {"type": "object"}})},
-        access=ADMIN,
+    "/admin/cluster": Endpoint("get", "The cluster at a glance.", _ANY_OBJECT, access=ADMIN, tag="page"),
+    "/admin/requests": Endpoint("get", "The latest requests.", _ANY_OBJECT, access=ADMIN, tag="page"),
+    "/admin/requests/{request_id}": Endpoint(
+        "get", "What became of a request.", _ANY_OBJECT, (*READ, 404), ADMIN, tag="page",
+        parameters=(_REQUEST,),
     ),
-    "/": Endpoint("get", "The state of the server.", _PAGE, access=ADMIN),
+    "/": Endpoint("get", "The state of the server, to look at.", _PAGE, (431, 500), OPEN, tag="page"),
     "/openapi.json": Endpoint(
         "get", "This document.", {200: Answer("OpenAPI 3.1.", {JSON: {"type": "object"}})}
     ),
@@ -131,9 +138,19 @@ ENDPOINTS: dict[str, Endpoint] = {
 }  # fmt: skip
 
 
+def endpoint(path: str) -> Endpoint | None:
+    """None for one that nobody has described."""
+    kind = _FILES.get(path[path.rfind(".") :]) if path.startswith("/page/") else None
+    if kind is None:
+        return ENDPOINTS.get(path)
+    answer = {200: Answer("A file of the page.", {kind: TEXT})}
+    return Endpoint("get", "A file of the page.", answer, (431, 500), OPEN, tag="page")
+
+
 def document(title: str, release: str, bounds: Bounds, paths: set[str], needs_key: bool) -> dict[str, Any]:
     """Of the endpoints among `paths`. `needs_key`: there are API keys."""
-    found = {path: {end.method: _operation(path, end)} for path, end in ENDPOINTS.items() if path in paths}
+    ends = ((path, endpoint(path)) for path in sorted(paths))
+    found = {path: {end.method: _operation(path, end)} for path, end in ends if end is not None}
     made = {
         "CompletionRequest": requests.completion(bounds),
         "ChatRequest": requests.chat(bounds),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import httpx
@@ -13,8 +14,10 @@ Document = dict[str, Any]
 
 def operation(document: Document, method: str, url_path: str) -> tuple[str, dict[str, Any]]:
     """The path as the document writes it, and what it says of the call."""
-    path = "/v1/models/{model_id}" if url_path.startswith("/v1/models/") else url_path
-    return path, document["paths"][path][method.lower()]
+    for path, methods in document["paths"].items():
+        if re.fullmatch(re.sub(r"\\?\{\w+\\?\}", ".+", re.escape(path)), url_path):
+            return path, methods[method.lower()]
+    raise AssertionError(f"{url_path} is not described")
 
 
 def check_answer(document: Document, answer: httpx.Response) -> tuple[str, int]:
