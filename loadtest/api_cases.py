@@ -51,6 +51,10 @@ class Verdict:
         """Share of all cases that generated."""
         return sum(self.statuses[path, 200] for path in GENERATION) / max(1, self.cases)
 
+    def add(self, other: Verdict) -> None:
+        self.statuses += other.statuses
+        self.faults += other.faults
+
     def by_status(self) -> dict[int, int]:
         found: Counter[int] = Counter()
         for (_, status), count in self.statuses.items():
@@ -112,6 +116,11 @@ def _thin(case: Case, document: dict[str, Any], rng: random.Random) -> None:
     others = [field for field, value in body.items() if field not in needed and value is not None]
     kept = set(rng.sample(others, min(len(others), rng.choice(KEPT)))) | needed
     case.body = {key: value for key, value in body.items() if key in kept}
+
+
+def judge(document: dict[str, Any], url: str, count: int, number: int, threads: int) -> Verdict:
+    """Make cases and send them."""
+    return send(make_cases(document, count, number), url, threads=threads)
 
 
 def _server_error(status: int) -> str:

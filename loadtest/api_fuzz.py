@@ -10,13 +10,16 @@ limits, so that random lengths stay payable. Fails on any fault: an answer that 
 from __future__ import annotations
 
 import argparse
+import math
+import multiprocessing
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 
 import httpx
 
-from ellm.loadtest.api_cases import Verdict, make_cases, send
+from ellm.loadtest.api_cases import FORBIDDEN, Verdict, judge
 from ellm.loadtest.result import Result, command_line
 from ellm.loadtest.served import answers, left_over, served
 
@@ -40,20 +43,26 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=5200)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=4, help="requests at once")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that make cases and send them")
+    parser.add_argument("--threads", type=int, default=4, help="requests at once of each")
     parser.add_argument("--url", help="of a server that runs already")
     parser.add_argument("--port", type=int, default=8175)
     parser.add_argument("--name", default="api-fuzz", help="slug of the result file")
     return parser.parse_args()
 
 
-def run(url: str, cases: int, seed: int, threads: int) -> tuple[Verdict, list[str]]:
+def run(url: str, asked: argparse.Namespace) -> tuple[Verdict, list[str]]:
     """What was answered, and everything that is wrong."""
     document = httpx.get(f"{url}/openapi.json", timeout=30).json()
-    start = time.monotonic()
-    made = make_cases(document, cases, seed)
-    print(f"{len(made)} cases made in {time.monotonic() - start:.0f} s", flush=True)
-    verdict = send(made, url, threads=threads)
+    verdict, share = Verdict(), math.ceil(asked.cases / asked.jobs)
+    with ProcessPoolExecutor(asked.jobs, multiprocessing.get_context("spawn")) as pool:
+        parts = [
+            pool.submit(judge, document, url, share, 1000 * asked.seed + i, asked.threads)
+            for i in range(asked.jobs)
+        ]
+        for part in as_completed(parts):
+            verdict.add(part.result())
+            print(f"{verdict.cases} cases, {len(verdict.faults)} faults", flush=True)
     wrong = list(verdict.faults)
     if verdict.reached < MIN_REACHED:
         wrong.append(f"only {verdict.reached:.0%} reached the engine")
@@ -65,13 +74,11 @@ def run(url: str, cases: int, seed: int, threads: int) -> tuple[Verdict, list[st
 
 
 def main() -> int:
-    from ellm.loadtest.api_cases import FORBIDDEN
-
     asked = parse()
     start = time.monotonic()
     running = nullcontext(asked.url) if asked.url else served(*WORDS, "--port", str(asked.port))
     with running as url:
-        verdict, wrong = run(url, asked.cases, asked.seed, asked.threads)
+        verdict, wrong = run(url, asked)
     rows = [
         {
             "cases": verdict.cases,

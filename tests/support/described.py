@@ -45,8 +45,7 @@ def check_events(document: Document, schema: dict[str, Any], text: str) -> None:
     done, content = schema["properties"]["data"]["anyOf"]
     assert events
     assert (last, rest) == (done["const"], "")
-    for event in events:
-        validate(document, content["contentSchema"], json.loads(event))
+    validate(document, {"type": "array", "items": content["contentSchema"]}, [*map(json.loads, events)])
 
 
 def validate(document: Document, schema: dict[str, Any], value: Any) -> None:

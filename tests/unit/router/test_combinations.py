@@ -42,7 +42,7 @@ BOTH: dict[str, dict[str, Any]] = {
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
     "completions": (
         "/v1/completions",
-        {"prompt": "The weather", "max_tokens": 12, "seed": 3},
+        {"prompt": "The weather", "max_tokens": 8, "seed": 3},
         BOTH | {
             "logprobs": {"logprobs": 2}, "echo": {"echo": True}, "prompts": {"prompt": ["a b", "c d"]},
             "grammar": {"guided_choice": ["yes", "no"]},
@@ -50,7 +50,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
     ),
     "chats": (
         "/v1/chat/completions",
-        {"messages": MESSAGES, "max_tokens": 12, "seed": 3},
+        {"messages": MESSAGES, "max_tokens": 8, "seed": 3},
         BOTH | {
             "logprobs": {"logprobs": True, "top_logprobs": 2}, "grammar": {"response_format": FORM},
             "tools, must": {"tools": tools(), "tool_choice": "required"},
@@ -118,7 +118,7 @@ def test_every_pair_is_honoured_or_refused_by_name(
         assert status == 200, (pair, whole.text)
         pace = {"stream_pace": True} if "SLO, pace" in pair else {}
         streamed = client.post(path, json=body | {"stream": True} | pace)
-        assert check_answer(document, streamed)[1] == 200
+        assert streamed.status_code == 200, pair
         compare(whole.json()["choices"], read_events(streamed), pair)
 
 
