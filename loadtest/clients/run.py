@@ -64,7 +64,7 @@ def script(name: str) -> Callable[[str, Target], Found]:
 
 def vllm(program: str, target: Target) -> Found:
     """Completions and chats."""
-    checks = []
+    checks: list[str] = []
     for backend, path in (("openai", "/v1/completions"), ("openai-chat", "/v1/chat/completions")):
         done = _run(
             [
@@ -84,7 +84,7 @@ def vllm(program: str, target: Target) -> Found:
 
 def aiperf(program: str, target: Target) -> Found:
     """Chats and completions, streamed, whose form it checks chunk by chunk."""
-    checks = []
+    checks: list[str] = []
     for kind in ("chat", "completions"):
         with tempfile.TemporaryDirectory() as folder:
             done = _run(
@@ -126,7 +126,7 @@ CALLS = {
 def buf(program: str, target: Target) -> Found:
     """No schema is given: it asks the server for it."""
     plain = [program, "curl", "--protocol", "grpc", "--http2-prior-knowledge"]
-    checks = []
+    checks: list[str] = []
     for method, body in CALLS.items():
         data = json.dumps(body).replace("{model}", target.model)
         done = _run([*plain, "-d", data, f"http://{target.grpc}/{method}"])

@@ -70,10 +70,10 @@ def raw_prompts(prompt: Any, n: int, limits: LimitsConfig) -> list[str | list[in
     most = min(limits.max_prompts, max(1, limits.max_inflight // n))
     if len(prompt) > most:
         raise InvalidRequest(f"prompt: at most {most} prompts in one request", param="prompt")
-    prompt = list(map(whole_ids, prompt))
-    if not all(isinstance(p, str) for p in prompt) and not all(_is_ids(p) for p in prompt):
+    prompts: list[str | list[int]] = list(map(whole_ids, prompt))
+    if not all(isinstance(p, str) for p in prompts) and not all(_is_ids(p) for p in prompts):
         raise InvalidRequest(_PROMPT_FORMS, param="prompt")
-    return prompt
+    return prompts
 
 
 def _is_ids(prompt: Any) -> bool:

@@ -24,7 +24,7 @@ def describe(app: FastAPI, models: Models, limits: LimitsConfig, needs_key: Call
 
 def paths_of(app: FastAPI) -> set[str]:
     """Of all routes, as OpenAPI writes them."""
-    return {getattr(route, "path_format", None) or getattr(route, "path", "") for route in app.routes}
+    return {str(getattr(route, "path_format", None) or getattr(route, "path", "")) for route in app.routes}
 
 
 def bounds(models: Models, limits: LimitsConfig) -> Bounds:
