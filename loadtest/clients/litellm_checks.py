@@ -9,6 +9,8 @@ from typing import Any
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # it would fetch prices
 import litellm
 
+litellm.suppress_debug_info = True
+
 URL, MODEL = sys.argv[1:3]
 BASE: dict[str, Any] = {"api_base": f"{URL}/v1", "api_key": "none", "max_retries": 0, "timeout": 120}
 CHAT: dict[str, Any] = {
