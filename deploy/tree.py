@@ -150,6 +150,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "router.limits.max_slo_ms": (0.001, 3_600_000),
     "router.limits.min_priority": (-(2**31 - 1), 2**31 - 1),
     "router.limits.max_priority": (-(2**31 - 1), 2**31 - 1),
+    "router.limits.max_json_blanks": (0, 1000),
     "worker.tensor_parallel_size": (1, 64),
     "worker.num_threads": (1, 1024),
     "worker.tp_overlap_rows": (2, 1 << 20),

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -38,12 +37,11 @@ from ellm.router.models import Models
 from ellm.router.openai.answer import error_body
 from ellm.router.openai.convert import Converter
 from ellm.router.openai.schema import (
-    ChatRequest,
-    CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
     parse,
 )
+from ellm.router.openapi.description import describe
 from ellm.router.operations import add_operations, add_pictures, json_response
 from ellm.router.page_files import add_page
 from ellm.router.tenants import TenantLimits
@@ -148,21 +146,32 @@ def create_app(
                 await service.dispatcher.close()
             await asyncio.to_thread(audit.close)
 
-    app = FastAPI(title="eLLM on Ray", version=package_version(), lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(
+        title="eLLM on Ray",
+        version=package_version(),
+        lifespan=lifespan,
+        redirect_slashes=False,
+        swagger_ui_oauth2_redirect_url=None,
+    )
     app.state.models = models
     app.state.guidance = book
     app.state.access = access
     app.state.audit = audit
     _guard(app, config, access, audit, echo_request_id)
+    _add_endpoints(app, models, bodies)
+    add_operations(app, models, shared, package_version())
+    add_pictures(app, models, shared, timelines)
+    add_page(app)
+    describe(app, models, config.limits, lambda: keys.needed)
+    return app
+
+
+def _add_endpoints(app: FastAPI, models: Models, bodies: BodyReader) -> None:
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_exception_handler(EllmError, _ellm_error)
     _add_generation(app, models, bodies)
     _add_models(app, models)
     _add_tokens(app, models, bodies)
-    add_operations(app, models, shared, package_version())
-    add_pictures(app, models, shared, timelines)
-    add_page(app)
-    return app
 
 
 def _guard(
@@ -213,17 +222,12 @@ class _Refusal(Response):
         await send_error(send, self._error, receive if unfinished(self._error) else None)
 
 
-def _documented(body: type[BaseModel]) -> dict[str, Any]:
-    """What the generated API description says of a body that FastAPI does not parse itself."""
-    return {"requestBody": {"content": {"application/json": {"schema": body.model_json_schema()}}}}
-
-
 def _add_generation(app: FastAPI, models: Models, bodies: BodyReader) -> None:
-    @app.post("/v1/completions", openapi_extra=_documented(CompletionRequest))
+    @app.post("/v1/completions")
     async def completions() -> Response:
         return Exchange(models, "completion", bodies)
 
-    @app.post("/v1/chat/completions", openapi_extra=_documented(ChatRequest))
+    @app.post("/v1/chat/completions")
     async def chat_completions() -> Response:
         return Exchange(models, "chat", bodies)
 
@@ -252,7 +256,7 @@ def _add_models(app: FastAPI, models: Models) -> None:
 
 
 def _add_tokens(app: FastAPI, models: Models, bodies: BodyReader) -> None:
-    @app.post("/tokenize", openapi_extra=_documented(TokenizeRequest))
+    @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         body = parse(TokenizeRequest, await bodies.json(request.scope, request.receive))
         service = models.find(body.model, key_of(request.scope))
@@ -275,7 +279,7 @@ def _add_tokens(app: FastAPI, models: Models, bodies: BodyReader) -> None:
             }
         )
 
-    @app.post("/detokenize", openapi_extra=_documented(DetokenizeRequest))
+    @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         body = parse(DetokenizeRequest, await bodies.json(request.scope, request.receive))
         service = models.find(body.model, key_of(request.scope))

@@ -30,6 +30,7 @@ class LimitsConfig:
     max_slo_ms: float = 3_600_000.0
     min_priority: int = -100  # lower runs first; 0: no client may push ahead
     max_priority: int = 100
+    max_json_blanks: int = 1  # in a row between JSON tokens of a constrained answer; 0: compact
 
 
 @dataclass(frozen=True, slots=True)

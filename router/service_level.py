@@ -52,7 +52,7 @@ def with_headers(body: Any, headers: Iterable[tuple[bytes, bytes]]) -> Any:
 
 
 def _number(name: str, text: str) -> float:
-    if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,12})?", text):
+    if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,32})?", text):
         raise InvalidRequest(f"{name}: a number of milliseconds", param=name)
     return float(text)
 

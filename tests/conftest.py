@@ -2,8 +2,8 @@
 
 `needs_tool("promtool")` as a marker leaves a test out where that program is not installed,
 `needs_module("numba")` where that module is not, `needs_env("NAME")` where that variable is not set,
-`needs_platform("linux")` on another, `gpu` where there is no GPU. All are listed by name at the end. Another skip
-would go unnoticed, and a layout test forbids it.
+`needs_platform("linux")` on another, `gpu` where there is no GPU. All are listed by name at the end.
+Another skip would go unnoticed, and a layout test forbids it.
 """
 
 from __future__ import annotations

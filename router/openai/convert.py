@@ -51,6 +51,7 @@ class Converter:
     def __init__(self, tokenizer: Tokenizer, limits: LimitsConfig) -> None:
         self._tokenizer = tokenizer
         self._limits = limits
+        self._blanks = limits.max_json_blanks
         self._grammars = GrammarCheck(tokenizer)
 
     async def completion(self, body: CompletionRequest, bounds: ModelBounds) -> Job:
@@ -65,7 +66,7 @@ class Converter:
         raw = fields.raw_prompts(body.prompt, n, self._limits)
         base = self._sampling(body, bounds, logprobs)
         job = self._job(body, n, bounds)
-        base = replace(base, grammar=await self._grammar(structure(body), body, bounds))
+        base = replace(base, grammar=await self._grammar(structure(body, self._blanks), body, bounds))
         if echo:
             base = replace(base, prompt_logprobs=logprobs)
         prompts, sampling = [], []
@@ -107,11 +108,12 @@ class Converter:
         text = await self.rendered(body, use)
         prompt = await self._prompt(text, bool(body.add_special_tokens), bounds, "messages")
         room = _room(prompt, bounds, "messages")
+        free = base.grammar is None or (use is not None and use.mixed)
         return replace(
             job,
             prompts=(prompt,),
             sampling=(_sized(base, asked or room, room, field),),
-            parsing=self._parsing(body, form, text, constrained=base.grammar is not None),
+            parsing=self._parsing(body, form, text, free),
         )
 
     @property
@@ -119,29 +121,28 @@ class Converter:
         template = self._tokenizer.template
         return None if template is None else template.source
 
-    def _parsing(
-        self, body: ChatRequest, form: ToolFormat | None, text: str, *, constrained: bool
-    ) -> Parsing | None:
+    def _parsing(self, body: ChatRequest, form: ToolFormat | None, text: str, free: bool) -> Parsing | None:
         thinks = reasons(self._template or "")
         if form is None and not thinks:
             return None
-        opened = thinks and not constrained and text.rstrip().endswith(BEGIN)
+        opened = thinks and free and text.rstrip().endswith(BEGIN)
         return Parsing(form, thinks, opened, body.include_reasoning is not False)
 
     async def _chat_grammar(
         self, body: ChatRequest, use: ToolUse | None, form: ToolFormat | None, bounds: ModelBounds
     ) -> str | None:
-        asked = structure(body)
-        if use is not None and use.required:
+        asked = structure(body, self._blanks)
+        if use is not None and use.enforced:
             assert form is not None
             if asked is not None:
-                field = "tool_choice"
-                raise InvalidRequest(f"{field}: a call that must be made excludes {asked.field}", param=field)
+                field = "tool_choice" if use.required else "tools"
+                why = "a call that must be made" if use.required else "strict, or no parallel_tool_calls,"
+                raise InvalidRequest(f"{field}: {why} excludes {asked.field}", param=field)
             for tool in use.tools:
                 field = f"tools[{tool.place}].function.parameters"
-                arguments = json_grammar(arguments_schema(tool), field)
+                arguments = json_grammar(arguments_schema(tool, self._blanks), field)
                 await self._grammar(Structure(arguments, field), body, bounds)
-            asked = Structure(tools_grammar(use, form), "tools")
+            asked = Structure(tools_grammar(use, form, self._blanks), "tools")
         return await self._grammar(asked, body, bounds)
 
     async def _grammar(

@@ -15,6 +15,18 @@ MAX_STOP_TOKEN_IDS = 256
 _PROMPT_FORMS = "prompt: a text, token ids, or a list of either"
 
 
+def whole(value: Any) -> Any:
+    """5 of 5.0; anything else as it is."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def whole_ids(values: Any) -> Any:
+    """The same for each of a list."""
+    if isinstance(values, list) and float in set(map(type, values)):
+        return list(map(whole, values))
+    return values
+
+
 def checked_n(n: int | None, limits: LimitsConfig) -> int:
     if (n or 1) > limits.max_n:
         raise InvalidRequest(f"n: at most {limits.max_n}", param="n")
@@ -50,6 +62,7 @@ def priority(value: int | None, limits: LimitsConfig) -> int:
 
 def raw_prompts(prompt: Any, n: int, limits: LimitsConfig) -> list[str | list[int]]:
     """One text, texts, ids or lists of ids, as a list of texts or a list of lists of ids."""
+    prompt = whole_ids(prompt)
     if isinstance(prompt, str) or _is_ids(prompt):
         return [prompt]
     if not isinstance(prompt, list) or not prompt:
@@ -57,9 +70,10 @@ def raw_prompts(prompt: Any, n: int, limits: LimitsConfig) -> list[str | list[in
     most = min(limits.max_prompts, max(1, limits.max_inflight // n))
     if len(prompt) > most:
         raise InvalidRequest(f"prompt: at most {most} prompts in one request", param="prompt")
-    if not all(isinstance(p, str) for p in prompt) and not all(_is_ids(p) for p in prompt):
+    prompts: list[str | list[int]] = list(map(whole_ids, prompt))
+    if not all(isinstance(p, str) for p in prompts) and not all(_is_ids(p) for p in prompts):
         raise InvalidRequest(_PROMPT_FORMS, param="prompt")
-    return prompt
+    return prompts
 
 
 def _is_ids(prompt: Any) -> bool:

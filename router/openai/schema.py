@@ -1,8 +1,8 @@
 """The bodies that clients may send, field by field: OpenAI's, and of vLLM's additions those that we honour.
 
-Strict types: no boolean is a number, no NaN is a temperature. A field that is not here is refused by name
-unless its value asks for nothing (`refuse_unknown`): silence would let pass a typo, or a wish that we do not
-grant.
+Strict types: no boolean is a number, no NaN is a temperature; 5.0 is an integer, as JSON Schema has it. A
+field that is not here is refused by name unless its value asks for nothing (`refuse_unknown`): silence would
+let pass a typo, or a wish that we do not grant.
 Limits that are configured are checked in `convert`.
 """
 
@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from ellm.router.openai.fields import whole, whole_ids
 from ellm.worker.api.errors import InvalidRequest
 
 _STRICT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, hide_input_in_errors=True)
@@ -45,9 +46,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_processors": ([],),
     "n_probs": (0,),
 }
-Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+WHOLE = BeforeValidator(whole)
+Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1), WHOLE]
 _FIRST = Field(fail_fast=True)  # a list of a million faults has one that counts
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], _FIRST, BeforeValidator(whole_ids)]
 
 
 class StreamOptions(BaseModel):
@@ -64,12 +66,12 @@ class _Generation(BaseModel):
     model: str | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1)] | None = 1
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = 0
+    n: Annotated[int, Field(ge=1), WHOLE] | None = 1
+    max_tokens: Annotated[int, Field(ge=0), WHOLE] | None = None
+    min_tokens: Annotated[int, Field(ge=0), WHOLE] | None = 0
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = 0
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), WHOLE] | None = 0
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
@@ -77,7 +79,7 @@ class _Generation(BaseModel):
     logit_bias: Any = None  # {token id: number}; checked in `convert`, size first
     seed: Seed | None = None
     stop: Any = None  # str | [str]; checked in `convert`, size first
-    stop_token_ids: Annotated[list[TokenId], _FIRST] | None = None
+    stop_token_ids: TokenIds | None = None
     ignore_eos: bool | None = False
     include_stop_str_in_output: bool | None = False
     skip_special_tokens: bool | None = True
@@ -86,7 +88,7 @@ class _Generation(BaseModel):
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     tpot_slo_ms: float | None = None  # these four may come as headers: `service_level`
     ttft_slo_ms: float | None = None
-    priority: int | None = None
+    priority: Annotated[int, WHOLE] | None = None
     stream_pace: bool | None = None
     structured_outputs: Any = None  # these five ask for grammars: `structured`
     guided_json: Any = None
@@ -99,18 +101,18 @@ class CompletionRequest(_Generation):
     """POST /v1/completions."""
 
     prompt: Any = None  # str | [str] | [int] | [[int]], told apart in `convert`
-    best_of: Annotated[int, Field(ge=1)] | None = None
+    best_of: Annotated[int, Field(ge=1), WHOLE] | None = None
     echo: bool | None = False
-    logprobs: Annotated[int, Field(ge=0)] | None = None
+    logprobs: Annotated[int, Field(ge=0), WHOLE] | None = None
 
 
 class ChatRequest(_Generation):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[dict[str, Any]], _FIRST]
-    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0), WHOLE] | None = None
     logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0), WHOLE] | None = None
     add_generation_prompt: bool | None = True
     continue_final_message: bool | None = False
     chat_template_kwargs: dict[str, Any] | None = None
@@ -140,7 +142,7 @@ class DetokenizeRequest(BaseModel):
 
     model_config = _STRICT
     model: str | None = None
-    tokens: Annotated[list[TokenId], _FIRST]
+    tokens: TokenIds
     skip_special_tokens: bool | None = False
 
 

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 MAX_CHOICES = 4096
-# Models that indent may do so; none writes blanks for ever.
-WHITESPACE = r"[\x20\x0A\x0D\x09]{0,40}"
+BLANKS = 1  # in a row between JSON tokens, unless the config or the schema says otherwise
 _KINDS = ("json", "json_object", "regex", "choice", "grammar")
 _GUIDED = {
     "guided_json": "json",
@@ -52,9 +51,9 @@ class Structure:
     field: str  # that asks for it
 
 
-def structure(body: Any) -> Structure | None:
+def structure(body: Any, blanks: int = BLANKS) -> Structure | None:
     """Of a CompletionRequest or ChatRequest. Raises InvalidRequest that names the field."""
-    asked = [found for found in (_response_format(body), *_additions(body)) if found is not None]
+    asked = [found for found in (_response_format(body, blanks), *_additions(body, blanks)) if found]
     if len(asked) > 1:
         raise InvalidRequest(
             f"{asked[1].field} and {asked[0].field} exclude each other", param=asked[1].field
@@ -69,8 +68,13 @@ def check_company(asked: Structure, body: Any) -> None:
             raise InvalidRequest(f"{name} does not go with {asked.field}", param=name)
 
 
-def json_grammar(schema: Any, field: str, *, lenient: bool = False) -> str:
-    """Of a JSON schema. `lenient`: keywords that cannot be obeyed are passed over. Raises InvalidRequest."""
+def whitespace(blanks: int) -> str:
+    """The pattern of what may stand between JSON tokens: a weak model would write blanks to the very end."""
+    return rf"[\x20\x0A\x0D\x09]{{0,{blanks}}}" if blanks else ""
+
+
+def json_grammar(schema: Any, field: str, blanks: int = BLANKS) -> str:
+    """Of a JSON schema. Raises InvalidRequest."""
     matcher = _library(field)
     text = schema if isinstance(schema, str) else _dumped(schema, field)
     if len(text) > MAX_GRAMMAR_BYTES:
@@ -87,7 +91,7 @@ def json_grammar(schema: Any, field: str, *, lenient: bool = False) -> str:
         text = _dumped(schema := _known_formats(schema), field)
     if '"dependen' in text:
         text = _dumped(without_dependencies(schema), field)
-    defaults: dict[str, Any] = {"whitespace_pattern": WHITESPACE, "lenient": lenient}
+    defaults: dict[str, Any] = {"whitespace_pattern": whitespace(blanks)}
     try:
         return matcher.grammar_from_json_schema(text, defaults)  # type: ignore[arg-type]
     except ValueError as error:
@@ -123,7 +127,7 @@ def _dumped(value: Any, field: str) -> str:
         raise InvalidRequest(f"{field}: nested too deeply", param=field) from None
 
 
-def _response_format(body: Any) -> Structure | None:
+def _response_format(body: Any, blanks: int) -> Structure | None:
     asked, field = getattr(body, "response_format", None), "response_format"
     if asked is None:
         return None
@@ -134,14 +138,14 @@ def _response_format(body: Any) -> Structure | None:
         _nothing_but(asked, {"type"}, field)
         if kind == "text":
             return None
-        return Structure(json_grammar(ANY_OBJECT, field), field)
+        return Structure(json_grammar(ANY_OBJECT, field, blanks), field)
     if kind != "json_schema":
         raise InvalidRequest(f"{field}.type: one of text, json_object, json_schema", param=f"{field}.type")
     _nothing_but(asked, {"type", "json_schema"}, field)
-    return _json_schema(asked.get("json_schema"), f"{field}.json_schema")
+    return _json_schema(asked.get("json_schema"), f"{field}.json_schema", blanks)
 
 
-def _json_schema(asked: Any, field: str) -> Structure:
+def _json_schema(asked: Any, field: str, blanks: int) -> Structure:
     if not isinstance(asked, Mapping):
         raise InvalidRequest(f"{field}: an object with name and schema", param=field)
     _nothing_but(asked, JSON_SCHEMA_FIELDS, field)
@@ -151,7 +155,7 @@ def _json_schema(asked: Any, field: str) -> Structure:
         raise InvalidRequest(f"{field}.strict: true or false", param=f"{field}.strict")
     where = f"{field}.schema"
     schema = ANY_OBJECT if asked.get("schema") is None else asked["schema"]
-    return Structure(json_grammar(schema, where), where)
+    return Structure(json_grammar(schema, where, blanks), where)
 
 
 def _nothing_but(asked: Mapping[str, Any], known: Set[str], field: str) -> None:
@@ -161,12 +165,12 @@ def _nothing_but(asked: Mapping[str, Any], known: Set[str], field: str) -> None:
             raise InvalidRequest(f"{shown} is not a field of this request", param=shown)
 
 
-def _additions(body: Any) -> list[Structure]:
+def _additions(body: Any, blanks: int) -> list[Structure]:
     found = []
     for field, kind in _GUIDED.items():
         value = getattr(body, field, None)
         if value is not None:
-            found.append(Structure(_grammar(kind, value, field), field))
+            found.append(Structure(_grammar(kind, value, field, blanks), field))
     asked = body.structured_outputs
     if asked is None:
         return found
@@ -179,14 +183,12 @@ def _additions(body: Any) -> list[Structure]:
         raise InvalidRequest(f"{field}: one of {', '.join(_KINDS)}", param=field)
     ((kind, value),) = given.items()
     where = f"{field}.{kind}"
-    return [*found, Structure(_grammar(kind, value, where), where)]
+    return [*found, Structure(_grammar(kind, value, where, blanks), where)]
 
 
-def _grammar(kind: str, value: Any, field: str) -> str:
-    if kind == "json":
-        return json_grammar(value, field)
-    if kind == "json_object":
-        return json_grammar(ANY_OBJECT, field)
+def _grammar(kind: str, value: Any, field: str, blanks: int) -> str:
+    if kind in ("json", "json_object"):
+        return json_grammar(value if kind == "json" else ANY_OBJECT, field, blanks)
     matcher = _library(field)
     if kind == "choice":
         return matcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, _choices(value, field))))

@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from ellm.router.openai.structured import WHITESPACE
+from ellm.router.openai.structured import BLANKS, whitespace
 from ellm.router.openai.tool_calls import HERMES, LLAMA3, ToolFormat
 from ellm.worker.api.errors import InvalidRequest
 
@@ -45,6 +45,17 @@ class ToolUse:
     parallel: bool  # more than one call in an answer
 
     @property
+    def enforced(self) -> bool:
+        """Calls are held to a grammar: they must be made, or are promised to be of their schema or single.
+        Any others are only found in what the model says."""
+        return self.required or not self.parallel or any(tool.strict for tool in self.tools)
+
+    @property
+    def mixed(self) -> bool:
+        """Text is free, and calls are not."""
+        return self.enforced and not self.required
+
+    @property
     def definitions(self) -> list[Mapping[str, Any]]:
         return [tool.definition for tool in self.tools]
 
@@ -67,22 +78,35 @@ def tool_use(body: Any) -> ToolUse | None:
     return _chosen(tools, choice, parallel)
 
 
-def tools_grammar(use: ToolUse, form: ToolFormat) -> str:
-    """In Lark: one call, or several, each with its function's arguments."""
+def tools_grammar(use: ToolUse, form: ToolFormat, blanks: int = BLANKS) -> str:
+    """In Lark: calls, each with its function's arguments; where none must be made, also text without any."""
     calls, rules = [], []
     for i, tool in enumerate(use.tools):
         head = f'{{"name": {json.dumps(tool.name)}, "{form.arguments}": '
-        begin, end = json.dumps(form.begin + head), json.dumps("}" + form.end)
+        begin = form.begin + head
+        if not use.required:
+            begin = begin.removeprefix(form.opening)  # which ends the text before it
+        begin, end = json.dumps(begin), json.dumps("}" + form.end)
         calls.append(f"call_{i}")
         rules.append(f"call_{i}: {begin} arguments_{i} {end}")
-        rules.append(f"arguments_{i}: %json {orjson.dumps(arguments_schema(tool)).decode()}")
+        rules.append(f"arguments_{i}: %json {orjson.dumps(arguments_schema(tool, blanks)).decode()}")
     more = f"({json.dumps(form.between)} call){{0,{MAX_CALLS - 1}}}" if use.parallel else ""
-    return "\n".join([f"start: call {more}", "call: " + " | ".join(calls), *rules])
+    start = [f"start: call {more}"] if use.required else _text_or_calls(form, more, use.parallel)
+    return "\n".join([*start, "call: " + " | ".join(calls), *rules])
 
 
-def arguments_schema(tool: Tool) -> dict[str, Any]:
+def _text_or_calls(form: ToolFormat, more: str, parallel: bool) -> list[str]:
+    """The rules of what begins as text. Once a call has begun, nothing but one of the functions follows."""
+    if not form.opening:  # calls stand instead of a text, and no text looks as if it began one
+        text = r"TEXT: /[ \t\r\n]*([^ \t\r\n{<](.|\n)*|<([^|](.|\n)*)?)?/"  # <| begins Llama's tag
+        return [f"start: TEXT | call {more}", text]
+    start = "start: (begun call)* TEXT" if parallel else "start: TEXT | begun call"
+    return [start, f"begun[lazy]: TEXT {json.dumps(form.opening)}", "TEXT: /(.|\\n)*/"]
+
+
+def arguments_schema(tool: Tool, blanks: int = BLANKS) -> dict[str, Any]:
     """What the arguments must be; of a function that is not strict, as far as it can be obeyed."""
-    guidance: dict[str, Any] = {"whitespace_pattern": WHITESPACE, "lenient": not tool.strict}
+    guidance: dict[str, Any] = {"whitespace_pattern": whitespace(blanks), "lenient": not tool.strict}
     own = tool.parameters.get("x-guidance")
     guidance |= own if isinstance(own, dict) else {}
     return {"type": "object", **tool.parameters, "x-guidance": guidance}

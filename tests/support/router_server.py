@@ -172,7 +172,7 @@ class RouterServer:
         for worker in self.workers:
             worker.front.start()
         sources = [ModelSource(name, self._folder, directory) for name, directory in self.directories.items()]
-        app = create_app(self.config, sources, broken=self._broken)
+        app = self.app = create_app(self.config, sources, broken=self._broken)
         if self._grpc:
             self.rpc = with_rpc(app, self.config, Listen("127.0.0.1", 0))
         self.models: Models = app.state.models

@@ -188,6 +188,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
     ({"tools": TOOLS, "tool_choice": "required", "min_tokens": 3}, "min_tokens"),
+    ({"tools": [function("f", UNMET, strict=True)]}, "tools[0].function.parameters"),
+    ({"tools": [function("f", {"uniqueItems": True}, strict=True)]}, "tools[0].function.parameters"),
+    ({"tools": [function("f", {}, strict=True)], "response_format": {"type": "json_object"}}, "tools"),
+    ({"tools": [function("f", {}, strict=True)], "ignore_eos": True}, "ignore_eos"),
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"function_call": {"name": "f"}}, "function_call"),
 ]  # fmt: skip
@@ -278,6 +282,80 @@ def test_what_the_grammar_lets_through_the_parser_reads(tmp_path: Path, form: To
         check_calls(message["tool_calls"], set(SCHEMAS))
         counts.add(len(message["tool_calls"]))
     assert len(counts) > 1
+
+
+STRICT = [function(name, schema, strict=True) for name, schema in SCHEMAS.items()]
+
+
+def let_through(tokenizer: Tokenizer, grammar: str, text: str) -> bool:
+    """All of the text, and then its end."""
+    tokens = LLTokenizer(tokenizer.definition(), n_vocab=tokenizer.vocab_size, eos_token=EOS_TOKEN_ID)
+    matcher = LLMatcher(tokens, grammar, log_level=0)
+    ids = tokenizer.encode(text, False)
+    return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("form", [HERMES, LLAMA3], ids=lambda form: form.name)
+def test_a_strict_function_is_called_by_its_schema_or_not_at_all(
+    tmp_path: Path, form: ToolFormat, parallel: bool
+) -> None:
+    """Under `auto`: text is free, until a call begins."""
+    write_tokenizer(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    body = {"messages": MESSAGES, "tools": STRICT, "parallel_tool_calls": parallel}
+    use = tool_use(parse(ChatRequest, body))
+    assert use is not None
+    assert use.mixed
+    grammar = tools_grammar(use, form)
+
+    def call(arguments: str, name: str = "clock") -> str:
+        return f'{form.begin}{{"name": "{name}", "{form.arguments}": {arguments}}}{form.end}'
+
+    good = call('{"utc":true}')
+    text = "Well <b>, a\n\nb {c}"
+    for said in ("", text, "<", good, call('{"place":"x","days":3}', "weather")):
+        assert let_through(tokenizer, grammar, said), said
+    for said in (call('{"utc":1}'), call("{}"), call('{"utc":true}', "other"), call('{"utc":true,"a":1}')):
+        assert not let_through(tokenizer, grammar, said), said
+    several = good + form.between + call('{"utc":false}')
+    assert let_through(tokenizer, grammar, several) == parallel
+    assert let_through(tokenizer, grammar, text + good)  # of Llama 3's that is all text
+    if form is LLAMA3:
+        assert not let_through(tokenizer, grammar, '  {"utc":true}')
+        assert not let_through(tokenizer, grammar, "<|python_tag|>{}")
+    parser = ChatParser(Parsing(form))
+    parser.feed(several)
+    parser.finish()
+    assert [made["function"]["arguments"] for made in parser.message()["tool_calls"]] == [
+        '{"utc":true}', '{"utc":false}'
+    ]  # fmt: skip
+
+
+def test_functions_that_are_not_strict_leave_the_model_free() -> None:
+    for more, enforced in (
+        ({}, False),
+        ({"tools": STRICT}, True),
+        ({"tools": [TOOLS[0], STRICT[1]]}, True),
+        ({"parallel_tool_calls": False}, True),
+        ({"tool_choice": "required"}, True),
+    ):
+        use = tool_use(parse(ChatRequest, {"messages": MESSAGES, "tools": TOOLS, **more}))
+        assert use is not None
+        assert use.enforced == enforced, more
+
+
+def test_a_strict_function_under_auto(client: httpx.Client) -> None:
+    """A model that likes "<" above all opens no call that is none: what it says is text or a whole call."""
+    ids = client.post("/tokenize", json={"prompt": "<", "add_special_tokens": False}).json()["tokens"]
+    body = {"tools": STRICT, "max_tokens": 200, "temperature": 1.5, "logit_bias": {str(ids[0]): 3}, "n": 4}
+    answer = post(client, **body)
+    assert answer.status_code == 200, answer.text
+    for choice in answer.json()["choices"]:
+        for call in choice["message"].get("tool_calls", ()):
+            if choice["finish_reason"] == "tool_calls":
+                check_calls([call], set(SCHEMAS))
+        assert "<tool_call>" not in (choice["message"]["content"] or "")
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,8 @@ def test_an_example_runs(rpc_server: RouterServer, capsys: pytest.CaptureFixture
 
 
 def test_every_method_and_setting_it_names_is_there() -> None:
-    from support.rpc_fuzz import METHODS
-
     from ellm.deploy.tree import TYPES
+    from ellm.loadtest.rpc_messages import METHODS
 
     assert [method for method in METHODS if f"`{method.rpartition('/')[2]}`" not in TEXT] == []
     named = set(re.findall(r"`(?:--set )?((?:cluster|router)\.[a-z_.]+)", TEXT))

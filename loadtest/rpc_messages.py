@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
-from support.router_server import MODEL
 
 from ellm.router.rpc import ellm_inference_pb2, open_inference_pb2
 
+MODEL = "pydoc-5m"  # the one that ships
 SERVICES = (
     ellm_inference_pb2.DESCRIPTOR.services_by_name["Inference"],
     open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"],

@@ -1,0 +1,69 @@
+"""`ellm serve` for as long as a measurement takes, and whether requests have left anything behind in it."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+QUIET_S = 60.0  # for what is still running when the last answer has come
+
+
+@contextmanager
+def served(*words: str) -> Iterator[str]:
+    """`ellm serve` with these words; yields its URL when it is ready, and stops it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ellm.deploy.cli", "serve", *words], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        yield _ready(process)
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(timeout=90)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _ready(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(f"  {line}", end="", flush=True)
+        found = re.match(r"Ready: (http\S+)", line)
+        if found:
+            threading.Thread(target=process.stdout.read, daemon=True).start()  # so that it never blocks
+            return found[1]
+    raise RuntimeError("the server ended before it was ready")
+
+
+def left_over(url: str) -> dict[str, Any]:
+    """Once all is quiet, or after QUIET_S: requests that workers still hold, and blocks that are neither free
+    nor merely cached, which are those that something references. Nothing: all zero."""
+    deadline = time.monotonic() + QUIET_S
+    while True:
+        workers = httpx.get(f"{url}/admin/workers", timeout=30).json()["workers"]
+        found = {
+            "requests": sum(w["num_running"] + w["num_waiting"] + w["num_here"] for w in workers),
+            "referenced blocks": sum(
+                w["num_blocks"] - w["free_blocks"] - w["cached_blocks"] for w in workers
+            ),
+            "workers away": sum(w["state"] != "ready" for w in workers),
+        }
+        if (workers and not any(found.values())) or time.monotonic() > deadline:
+            return found
+        time.sleep(0.2)
+
+
+def answers(url: str) -> bool:
+    """A normal request succeeds."""
+    body = {"prompt": "The list method append", "max_tokens": 8, "ignore_eos": True}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+    return answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 8
