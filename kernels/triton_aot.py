@@ -22,14 +22,16 @@ from triton.compiler import ASTSource
 from triton.errors import TritonError
 from triton.runtime.jit import JITFunction
 
-from ellm.kernels.triton_cases import COMPILED, QUICKLY_COMPILED, cases
+from ellm.kernels.triton_cases import COMPILED, QUICKLY_COMPILED
 from ellm.kernels.triton_check import Kernels
+from ellm.kernels.triton_step_cases import cases
 
 SHARED_LIMIT = 227 * 1024  # bytes of one block on sm_90
 TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }

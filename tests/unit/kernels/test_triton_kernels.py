@@ -21,7 +21,18 @@ from ellm.deploy import cli
 TIMEOUT_S = 900  # of a process: 15 s on an idle core, minutes on a loaded machine
 pytestmark = [pytest.mark.needs_module("triton"), pytest.mark.timeout(TIMEOUT_S + 60)]
 
-KERNELS = {"rms_norm", "layer_norm", "silu_mul", "rotary", "kv_store", "paged_attention"}
+ROW_KERNELS = {
+    "rms_norm",
+    "layer_norm",
+    "silu_mul",
+    "rotary",
+    "kv_store",
+    "rotary_store",
+    "linear",
+    "kv_copy",
+}
+KERNELS = ROW_KERNELS | {"sample", "logprobs", "paged_attention", "fused_attention"}
+COMPILED = ROW_KERNELS | {"sample", "bias", "penalise", "score", "attend", "attend_both", "join"}
 
 
 def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -51,6 +62,8 @@ def test_every_kernel_equals_its_twin() -> None:
         own = [detail for detail in details if detail.startswith(f"{dtype} ")]
         assert sum("window" in detail for detail in own) == least
         assert sum("in a chunk" in detail for detail in own) == 1
+    alone = [case for case in told["cases"] if case["kernel"] == "linear" and "in company" in case["detail"]]
+    assert [case["error"] for case in alone] == [0.0] * 3
     assert {"32", "256"} <= {word.partition("x")[2] for d in details for word in d.split() if ":" in word}
 
 
@@ -129,10 +142,11 @@ def test_every_kernel_compiles_for_hopper(cache: str) -> None:
     code, told = check("--aot", "sm_90", "--quick", TRITON_CACHE_DIR=cache)
     assert [case for case in told["cases"] if not case["passed"]] == []
     assert code == 0
-    assert set(told["kernels"]) == KERNELS - {"paged_attention"} | {"attend", "join"}
+    assert set(told["kernels"]) == COMPILED
     for case in told["cases"]:
         assert 0 < case["registers"] <= 255
-    chunks = [c for c in told["cases"] if c["kernel"] == "attend" and "single" not in c["detail"]]
+    by_matrix = {"attend", "attend_both", "linear"}
+    chunks = [c for c in told["cases"] if c["kernel"] in by_matrix and "single" not in c["detail"]]
     assert {case["matrix"] for case in chunks} == {"wgmma"}
 
 
@@ -165,5 +179,10 @@ def test_an_engine_on_the_kernels_says_what_one_on_torch_says(tmp_path: Path) ->
     done = python("-m", "support.triton_engine", str(tmp_path), TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["triton"] == told["torch"]
-    assert [len(outputs) for outputs in told["triton"]] == [6, 7]
+    plain, every = told["triton"], told["every switch"]
+    assert plain["tokens"] == every["tokens"] == told["torch"]["tokens"]
+    assert [len(outputs) for outputs in plain["tokens"]] == [6, 8]
+    # One launch for both kinds of rows, and only where there is a hole.
+    assert [plain["before"], plain["holed"]] == [["attend_kernel"]] * 2
+    assert [every["before"], every["holed"]] == [["attend_kernel"], ["attend_both_kernel"]]
+    assert [plain["replays"], every["replays"]] == [0, 3]
