@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from triton.errors import TritonError
 from triton.runtime.jit import JITFunction
 
+from ellm.kernels.dispatch import LEAST_CAPABILITY
 from ellm.kernels.triton_cases import COMPILED, QUICKLY_COMPILED
 from ellm.kernels.triton_check import Kernels
 from ellm.kernels.triton_step_cases import cases
@@ -71,10 +72,12 @@ class _Launch:
 
 
 def capability(name: str) -> int:
-    """ "sm_90" -> 90. Raises ValueError for another form."""
+    """ "sm_90" -> 90. Raises ValueError for another form, and for a GPU that the kernels are not for."""
     found = re.fullmatch(r"sm_(\d{2,3})a?", name)
     if not found:
         raise ValueError(f"a GPU's architecture is written as sm_90, not {name!r}")
+    if int(found[1]) < 10 * LEAST_CAPABILITY:
+        raise ValueError(f"the Triton kernels need compute capability {LEAST_CAPABILITY}.0, not {name}")
     return int(found[1])
 
 

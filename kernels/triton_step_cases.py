@@ -6,19 +6,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import accumulate, product
 
 import torch
 from torch import Tensor
 
 from ellm.kernels.ops import AttentionMeta, HeadTransform, SamplingBatch
+from ellm.kernels.triton_attention_cases import attention_cases
 from ellm.kernels.triton_cases import (
     POISON,
     Body,
     Case,
     Draw,
     Scale,
-    attention_cases,
     head_cases,
     joined_heads,
     name_of,
@@ -126,7 +126,8 @@ def _linear_rows(body: Body, device: torch.device, at: _Linear, counts: tuple[in
     draw = Draw(device, dtype)
     weight, bias = draw(num_out, num_in), draw(num_out)
     x = draw.rows(rows, num_in, body.poison)
-    parts = [body.linear(part, weight, bias) for part in x[: sum(counts)].split(list(counts))]
+    ends = list(accumulate(counts))
+    parts = [body.linear(x[end - n : end], weight, bias) for n, end in zip(counts, ends, strict=True)]
     return [torch.cat(parts)[:7]]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ellm.kernels.ops import AttentionMeta
 from ellm.kernels.triton_tiles import TileChoice, paged_attention, tile_choices
-from ellm.loadtest.gpu.timing import seconds, write
+from ellm.loadtest.gpu.timing import copy_rate, seconds, write
 
 BLOCK_SIZE = 16
 
@@ -64,14 +64,6 @@ class Layer:
         keys, values = self.pools
         scale = self._shape[1] ** -0.5
         return lambda choice: paged_attention(q, keys, values, meta, scale, None, choice)
-
-
-def copy_rate(args: argparse.Namespace) -> float:
-    """Bytes read and written per second by a plain copy on the device."""
-    device = torch.device(args.device)
-    source = torch.zeros(args.copy_mib << 20, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / seconds(lambda: target.copy_(source), device)
 
 
 def tiles(args: argparse.Namespace) -> tuple[TileChoice, ...]:
@@ -136,7 +128,7 @@ def main() -> None:
     add("--copy-mib", type=int, default=1024)
     add("--out", default="attention.json")
     args = parser.parse_args()
-    rate = copy_rate(args)
+    rate = copy_rate(torch.device(args.device), args.copy_mib)
     found = {"decode": decode(args, rate), "prefill": prefill(args)}
     write(args.out, torch.device(args.device), vars(args), copy_bytes_per_s=rate, **found)
 

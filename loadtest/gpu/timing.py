@@ -34,6 +34,13 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
     return median(times)
 
 
+def copy_rate(device: torch.device, mib: int) -> float:
+    """Bytes read and written per second by a plain copy of `mib` MiB on the device."""
+    source = torch.zeros(mib << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds(lambda: target.copy_(source), device)
+
+
 def write(path: str, device: torch.device, arguments: dict[str, Any], **found: Any) -> None:
     """One JSON file: device, versions, arguments, what was found."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.checkpoints import write_checkpoint
 from support.tree import ROOT
 
@@ -97,7 +98,8 @@ def other_scale(q, k, v, meta, scale, *rest, **keywords):
     return attend(q, k, v, meta, 1.1 * scale, *rest, **keywords)
 def other_sums(q, k, v, meta, scale, window, choice):
     return attend(q, k, v, meta, scale, window, replace(choice, same_sums=meta.num_decode > 0))
-from ellm.kernels.triton_cases import TINY, cases
+from ellm.kernels.triton_cases import TINY
+from ellm.kernels.triton_step_cases import cases
 device = triton_check.torch.device("cpu")
 plain, exact = [
     next(c for c in cases(TINY, quick=True) if c.kernel == "paged_attention" and bool(c.again) == again
@@ -168,10 +170,22 @@ def test_a_kernel_that_does_not_fit_is_found(cache: str) -> None:
 def test_what_cannot_be_checked_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
         (["--aot", "hopper"], "--aot: a GPU's architecture is written as sm_90, not 'hopper'"),
+        (["--aot", "sm_75"], "--aot: the Triton kernels need compute capability 8.0, not sm_75"),
         (["--aot", "sm_90", "--quick", "--kernel", "silu"], "there is no kernel 'silu'"),
     ):
         assert cli.main(["kernels", "check", *words]) == 2
         assert capsys.readouterr().err == f"ellm kernels: {message}\n"
+
+
+def test_a_gpu_that_the_kernels_are_not_for_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert cli.main(["kernels", "check"]) == 2
+    expected = "ellm kernels: the Triton kernels need compute capability 8.0, this GPU has 7.0\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_an_engine_on_the_kernels_says_what_one_on_torch_says(tmp_path: Path) -> None:
