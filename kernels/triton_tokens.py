@@ -14,7 +14,7 @@ from ellm.kernels.reference_sampling import top_ids
 from ellm.kernels.triton_floats import OPTIONS
 from ellm.kernels.triton_sampling import NEG_INF, bias_kernel, penalise_kernel, sample_kernel
 
-BLOCK = 1024  # logits of a step
+BLOCK = 1024  # logits of a step, or the vocabulary where that is smaller
 NUM_WARPS = 8
 LIST_BLOCK = 256  # entries of a list of biases or penalties
 
@@ -45,7 +45,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
         vocab,
         logits.stride(0),
         0 if masks is None else masks.stride(0),
-        BLOCK=BLOCK,
+        BLOCK=_block(vocab),
         DRAWS=drawn,
         HAS_TOP_K=drawn and batch.top_k is not None,
         HAS_TOP_P=drawn and batch.top_p is not None,
@@ -55,6 +55,10 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
         **OPTIONS,
     )
     return out
+
+
+def _block(vocab: int) -> int:
+    return min(BLOCK, max(128, triton.next_power_of_2(vocab)))
 
 
 def _is_plain(batch: SamplingBatch) -> bool:
@@ -144,7 +148,7 @@ def logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, .
     assert logits.stride(1) == 1
     norms, scores = torch.empty((2, rows), dtype=torch.float32, device=logits.device)
     ranks = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    sizes: dict[str, Any] = {"BLOCK": BLOCK, "num_warps": NUM_WARPS, **OPTIONS}
+    sizes: dict[str, Any] = {"BLOCK": _block(vocab), "num_warps": NUM_WARPS, **OPTIONS}
     if rows:
         score_kernel[(rows,)](logits, token_ids, norms, scores, ranks, vocab, logits.stride(0), **sizes)
     wide = logits.float()

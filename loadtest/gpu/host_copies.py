@@ -12,6 +12,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -122,7 +123,7 @@ def streamed(tier: Tier, compute: Callable[[], Any], share: int) -> dict[str, fl
 
     check()
     plain, alone, both = (
-        1e3 * seconds(lambda c=c, s=s: step(c, s), tier.device)
+        1e3 * seconds(partial(step, c, s), tier.device)
         for c, s in ((True, False), (False, True), (True, True))
     )
     gigabytes = share * tier.block_bytes / 1e9

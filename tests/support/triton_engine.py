@@ -79,8 +79,9 @@ def tokens(folder: Path, ops: Ops, launches: Launches, *, graphs: bool = False) 
     engine = LocalExecutor.load(
         replace(config, scheduler=SchedulerConfig(max_num_seqs=2, max_step_tokens=21))
     )
+    launches.take()
     runner = engine.runner
-    sizes = DecodeSizes.up_to(4, 100)
+    sizes = DecodeSizes((4,), (512,))
     recorded = DecodeGraphs(runner._model, ops, runner.cache, sizes, Alone(), CallAgain())
     if graphs:
         recorded.record_all()
