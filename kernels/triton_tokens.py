@@ -58,7 +58,8 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
 
 
 def _block(vocab: int) -> int:
-    return min(BLOCK, max(128, triton.next_power_of_2(vocab)))
+    padded: int = triton.next_power_of_2(vocab)
+    return min(BLOCK, max(128, padded))
 
 
 def _is_plain(batch: SamplingBatch) -> bool:

@@ -75,6 +75,7 @@ class PinnedHostPool:
     def close(self) -> None:
         torch.cuda.synchronize(self._device)
         _runtime().cudaHostUnregister(self._host.data_ptr())
+        del self._saves, self._loads  # they hold the memory, too
         self._host = self._host[:0]
 
 
