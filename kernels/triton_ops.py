@@ -132,7 +132,7 @@ class TritonOps:
             "kv_copy",
             lambda: triton_copy.kv_copy(source, target, pairs),
             lambda: composed.kv_copy(source, target, pairs),
-            same_bits=True,
+            instead="a copy by torch",
         )
 
     def paged_attention(
@@ -153,7 +153,7 @@ class TritonOps:
                 "fused attention",
                 lambda: triton_tiles.paged_attention(*args, choice),
                 lambda: self.paged_attention(*args),
-                same_bits=True,
+                instead="two launches",
             )
         return self._run(
             "paged_attention",
@@ -186,11 +186,12 @@ class TritonOps:
         )
 
     def _run(
-        self, name: str, kernel: Callable[[], T], twin: Callable[[], T], *, same_bits: bool = False
+        self, name: str, kernel: Callable[[], T], twin: Callable[[], T], *, instead: str | None = None
     ) -> T:
         """The kernel; from its first failure to compile on, its twin.
 
-        Raises KernelError where bits are promised and the twin has others (`same_bits`: it has not).
+        `instead`: what the twin is, where it has the kernel's bits. Where it has not, and they are promised,
+        raises KernelError.
         """
         if name in self._broken:
             return twin()
@@ -202,13 +203,14 @@ class TritonOps:
             raise
         except COMPILE_ERRORS as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if self.deterministic and not same_bits:
+            if self.deterministic and instead is None:
                 raise KernelError(
                     f"deterministic=True: the Triton kernel {name} does not compile, and nothing else has "
                     f"its bits: {reason}"
                 ) from error
             self._broken.add(name)
-            log.warning("the Triton kernel %s does not compile, torch takes its place: %s", name, reason)
+            by = instead or "torch"
+            log.warning("the Triton kernel %s does not compile, %s in its place: %s", name, by, reason)
             return twin()
 
 

@@ -92,7 +92,8 @@ def load_rank(config: WorkerConfig, progress: Progress, peers: Peers) -> LoadedR
     check_transient(cache_config, budget)
     activations = _warm_up(parts, progress)
     # Graphs keep memory of their own, no more than the largest step's.
-    budget = replace(budget, activations=2 * activations if config.cuda_graphs else activations)
+    recorded = config.cuda_graphs and device.type == "cuda"
+    budget = replace(budget, activations=2 * activations if recorded else activations)
     size = _agreed_size(config, cache_config, budget, loaded.max_model_len, peers)
     cache = parts.cache(size.num_blocks)
     tier = make_host_tier(cache, size.num_host_blocks, budget.block, ops) if size.num_host_blocks else None
