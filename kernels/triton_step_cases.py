@@ -14,6 +14,7 @@ from torch import Tensor
 from ellm.kernels.ops import AttentionMeta, HeadTransform, SamplingBatch
 from ellm.kernels.triton_attention_cases import attention_cases
 from ellm.kernels.triton_cases import (
+    DTYPES,
     POISON,
     Body,
     Case,
@@ -132,10 +133,10 @@ def _linear_rows(body: Body, device: torch.device, at: _Linear, counts: tuple[in
 
 
 def _token_cases(scale: Scale, quick: bool) -> Iterator[Case]:
-    kinds = ("all", "ties", "extreme", "drawn", "greedy", "top-k", "top-p", "min-p", "adjusted")
+    kinds = ("ties", "all", "extreme", "drawn", "greedy", "top-k", "top-p", "min-p", "adjusted")
     for dtype, vocab, rows in product(scale.dtypes, scale.vocabs[: 1 if quick else None], (0, 1, 5)):
         detail = f"{name_of(dtype)} {rows}x{vocab}"
-        for kind in kinds[: 2 if quick else None]:
+        for kind in (kinds[DTYPES.index(dtype)],) if quick else kinds:
             if quick and rows == 1:
                 continue
             run = partial(_sample, at=(dtype, rows, vocab), kind=kind)

@@ -25,7 +25,7 @@ from ellm.kernels import dispatch
 from ellm.kernels.ops import Ops
 from ellm.kernels.reference import TorchOps
 from ellm.worker.api.config import SchedulerConfig
-from ellm.worker.executor import resolve
+from ellm.worker.executor import resolve, warm_up
 from ellm.worker.executor.local import LocalExecutor
 from ellm.worker.model.computation import Alone
 from ellm.worker.model.graphs import DecodeGraphs, DecodeSizes, Replay
@@ -106,6 +106,8 @@ def tokens(folder: Path, ops: Ops, launches: Launches, *, graphs: bool = False) 
 
 def main() -> None:
     folder, launches = Path(sys.argv[1]), Launches()
+    # Cutoffs take an interpreter long, and have cases of their own.
+    warm_up._COSTLY = replace(warm_up._COSTLY, top_k=0, top_p=1.0, min_p=0.0)
     every = dispatch.triton_body("cpu", deterministic=True, fused=True)
     told = {
         "triton": tokens(folder, dispatch.triton_body("cpu"), launches),
