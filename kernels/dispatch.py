@@ -58,9 +58,10 @@ def triton_problem(device: str) -> str | None:
     return None
 
 
-def triton_body(device: str) -> Ops:
+def triton_body(device: str, *, deterministic: bool = False, fused: bool = False) -> Ops:
     """The Triton body by name: also on a CPU, where its kernels are interpreted (TRITON_INTERPRET=1, slow).
 
+    deterministic: STRICT. fused: rows of a hole and decode rows share a launch of attention.
     Raises ValueError where it cannot be had.
     """
     problem = triton_problem(device)
@@ -68,15 +69,18 @@ def triton_body(device: str) -> Ops:
         raise ValueError(problem)
     from ellm.kernels.triton_ops import TritonOps
 
-    return TritonOps(device)
+    return TritonOps(device, deterministic=deterministic, fused=fused)
 
 
-def select(device: str, *, jit: bool | None = None, deterministic: bool | None = None) -> Ops:
+def select(
+    device: str, *, jit: bool | None = None, deterministic: bool | None = None, fused: bool = False
+) -> Ops:
     """The body for a torch device ("cpu", "cuda", "cuda:1").
 
     jit: None takes numba (Triton on a GPU) where it can be used, True insists on numba, False refuses both.
     deterministic: True insists on STRICT; None takes it where the body gives it; False does without, where
-    that is faster.
+    that is faster, as None does on a GPU.
+    fused: on a GPU rows of a hole and decode rows share a launch of attention.
     Raises ValueError where a thing insisted on cannot be had.
     """
     on_cpu = device.partition(":")[0] == "cpu"
@@ -89,17 +93,22 @@ def select(device: str, *, jit: bool | None = None, deterministic: bool | None =
         from ellm.kernels.numba_ops import NumbaOps
 
         return NumbaOps(deterministic=deterministic is not False)
+    if not on_cpu and jit is not False:
+        return _gpu_ops(device, deterministic=bool(deterministic), fused=fused)
     if deterministic:
-        raise ValueError(f"deterministic=True cannot be had on {device!r} without the numba kernels")
+        needed = "the numba kernels" if on_cpu else "the Triton kernels"
+        raise ValueError(f"deterministic=True cannot be had on {device!r} without {needed}")
     if problem and deterministic is None:
         log.warning("%s: %s", problem, NO_STRICT)
-    return TorchOps() if on_cpu or jit is False else _gpu_ops(device)
+    return TorchOps()
 
 
-def _gpu_ops(device: str) -> Ops:
+def _gpu_ops(device: str, *, deterministic: bool, fused: bool) -> Ops:
     problem = triton_problem(device)
     if problem is None:
-        return triton_body(device)
+        return triton_body(device, deterministic=deterministic, fused=fused)
+    if deterministic:
+        raise ValueError(f"deterministic=True cannot be had on {device!r}: {problem}")
     if torch.cuda.is_available():
         log.warning("%s: torch's operations take their place, which are slower", problem)
     return TorchOps()

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ellm.kernels import jit_attention, jit_rows, jit_sampling
+from ellm.kernels import composed, jit_attention, jit_rows, jit_sampling
 from ellm.kernels.jit_memory import KINDS
 from ellm.kernels.numba_attention import UNIT_BYTES, check_indices, float_bits, kv_store, paged_attention
 from ellm.kernels.numba_sampling import logprobs, sample
-from ellm.kernels.ops import AttentionMeta, Linear, SamplingBatch
+from ellm.kernels.ops import AttentionMeta, HeadTransform, Linear, SamplingBatch
 from ellm.kernels.packed_linear import pack_linear
 
 
@@ -115,6 +115,22 @@ class NumbaOps:
     def kv_store(self, k: Tensor, v: Tensor, slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
         """Write k, v [R, K, D] to slots of k_cache, v_cache [N, K, B, D]; slots are distinct."""
         kv_store(k, v, slot_mapping, k_cache, v_cache)
+
+    def rotary_store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        meta: AttentionMeta,
+        kv: tuple[Tensor, Tensor],
+        heads: HeadTransform,
+    ) -> Tensor:
+        """Norm and rotate q [R, H, D] and k [R, K, D], store k and v; returns q."""
+        return composed.rotary_store(self, q, k, v, meta, kv, heads)
+
+    def kv_copy(self, source: Tensor, target: Tensor, pairs: Tensor) -> None:
+        """Blocks pairs[:, 0] of source [L, 2, *, K, B, D] to blocks pairs[:, 1] of target."""
+        composed.kv_copy(source, target, pairs)
 
     def paged_attention(
         self,

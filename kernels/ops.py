@@ -18,6 +18,10 @@ from torch import Tensor
 # KV pool of one layer: keys and values apart, each [N, K, B, D]: a block's tokens of one head lie together.
 
 
+class KernelError(RuntimeError):
+    """A kernel that nothing can stand in for cannot be had on this device."""
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionMeta:
     """Where the rows of one step stand; built once per step, used by every layer."""
@@ -30,6 +34,17 @@ class AttentionMeta:
     num_decode: int  # the first num_decode entries have one row each
     max_kv_len: int
     row_entry: Tensor  # [R] int32: the entry each row belongs to
+    num_recompute: int = 0  # the last num_recompute entries are rows of a hole, computed again for this step
+
+
+@dataclass(frozen=True, slots=True)
+class HeadTransform:
+    """What becomes of a layer's query and key heads before attention: norm, then rotation. None: nothing."""
+
+    q_norm: Tensor | None  # [D]
+    k_norm: Tensor | None  # [D]
+    eps: float
+    cos_sin: Tensor | None  # as `rotary` takes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +120,31 @@ class Ops(Protocol):
         ...
 
     def kv_store(self, k: Tensor, v: Tensor, slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-        """Write k, v [R, K, D] to the slots of k_cache, v_cache [N, K, B, D]."""
+        """Write k, v [R, K, D] to the slots of k_cache, v_cache [N, K, B, D].
+
+        Triton's kernels store nothing for a slot below 0, which no other body knows.
+        """
+        ...
+
+    def rotary_store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        meta: AttentionMeta,
+        kv: tuple[Tensor, Tensor],
+        heads: HeadTransform,
+    ) -> Tensor:
+        """Norm and rotate q [R, H, D] and k [R, K, D], each step rounded to their type, and write k and v to
+        their slots of kv (k_cache, v_cache). Returns q as attention needs it; it may be q's memory, and what
+        is left in q and k is undefined."""
+        ...
+
+    def kv_copy(self, source: Tensor, target: Tensor, pairs: Tensor) -> None:
+        """target[:, :, pairs[i, 1]] = source[:, :, pairs[i, 0]]: blocks between arrays [L, 2, *, K, B, D].
+
+        pairs [n, 2] int64, on the target's device; no target twice, none of them a source.
+        """
         ...
 
     def paged_attention(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ellm.kernels.ops import AttentionMeta, Linear, SamplingBatch
+from ellm.kernels import composed
+from ellm.kernels.ops import AttentionMeta, HeadTransform, Linear, SamplingBatch
 from ellm.kernels.packed_linear import pack_linear
 from ellm.kernels.reference_attention import paged_attention
 from ellm.kernels.reference_sampling import logprobs, sample
@@ -61,6 +62,22 @@ class TorchOps:
         offsets = slot_mapping % block_size
         k_cache[blocks, :, offsets] = k
         v_cache[blocks, :, offsets] = v
+
+    def rotary_store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        meta: AttentionMeta,
+        kv: tuple[Tensor, Tensor],
+        heads: HeadTransform,
+    ) -> Tensor:
+        """Norm and rotate q [R, H, D] and k [R, K, D], store k and v; returns q."""
+        return composed.rotary_store(self, q, k, v, meta, kv, heads)
+
+    def kv_copy(self, source: Tensor, target: Tensor, pairs: Tensor) -> None:
+        """Blocks pairs[:, 0] of source [L, 2, *, K, B, D] to blocks pairs[:, 1] of target."""
+        composed.kv_copy(source, target, pairs)
 
     def paged_attention(
         self,

@@ -136,12 +136,12 @@ def logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, .
     chosen = logits.gather(1, token_ids.unsqueeze(1))
     ids = torch.arange(logits.shape[1], device=logits.device)
     above = (logits > chosen) | ((logits == chosen) & (ids < token_ids.unsqueeze(1)))
-    top_ids = _top_ids(logits, min(num_top, logits.shape[1]))
-    top = logits.gather(1, top_ids) - norm.unsqueeze(1)
-    return chosen.squeeze(1) - norm, above.sum(-1) + 1, top_ids, top
+    tops = top_ids(logits, min(num_top, logits.shape[1]))
+    top = logits.gather(1, tops) - norm.unsqueeze(1)
+    return chosen.squeeze(1) - norm, above.sum(-1) + 1, tops, top
 
 
-def _top_ids(logits: Tensor, num_top: int) -> Tensor:
+def top_ids(logits: Tensor, num_top: int) -> Tensor:
     """[S, V] float32 -> ids [S, num_top] in order of (value falling, id rising)."""
     bits = (logits + 0.0).view(torch.int32).long()  # + 0.0: the two zeros are equal
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as integers in the order of the floats

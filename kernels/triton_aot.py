@@ -22,14 +22,17 @@ from triton.compiler import ASTSource
 from triton.errors import TritonError
 from triton.runtime.jit import JITFunction
 
-from ellm.kernels.triton_cases import COMPILED, QUICKLY_COMPILED, cases
+from ellm.kernels.dispatch import LEAST_CAPABILITY
+from ellm.kernels.triton_cases import COMPILED, QUICKLY_COMPILED
 from ellm.kernels.triton_check import Kernels
+from ellm.kernels.triton_step_cases import cases
 
 SHARED_LIMIT = 227 * 1024  # bytes of one block on sm_90
 TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -69,10 +72,12 @@ class _Launch:
 
 
 def capability(name: str) -> int:
-    """ "sm_90" -> 90. Raises ValueError for another form."""
+    """ "sm_90" -> 90. Raises ValueError for another form, and for a GPU that the kernels are not for."""
     found = re.fullmatch(r"sm_(\d{2,3})a?", name)
     if not found:
         raise ValueError(f"a GPU's architecture is written as sm_90, not {name!r}")
+    if int(found[1]) < 10 * LEAST_CAPABILITY:
+        raise ValueError(f"the Triton kernels need compute capability {LEAST_CAPABILITY}.0, not {name}")
     return int(found[1])
 
 

@@ -40,16 +40,16 @@ def _find_entry(cu_seqlens, first_entry, num_entries, tile, TOKENS: tl.constexpr
 
 
 @triton.jit
-def _finite(peak):
+def finite(peak):
     """Where nothing has been seen yet, any finite number: exp2(-inf - 0) is 0."""
     return tl.where(peak == NEG_INF, 0.0, peak)
 
 
 @triton.jit
-def _join(acc, peak, total, part, part_peak, part_total):
+def join(acc, peak, total, part, part_peak, part_total):
     """Two states of the online softmax as one; one that has seen nothing changes no bit of the other."""
     new_peak = tl.maximum(peak, part_peak)
-    base = _finite(new_peak)
+    base = finite(new_peak)
     decay = tl.exp2(peak - base)
     part_decay = tl.exp2(part_peak - base)
     acc = tl.fma(acc, tl.expand_dims(decay, -1), part * tl.expand_dims(part_decay, -1))
@@ -100,7 +100,7 @@ def _walk(
             seen = seen & (token[None, :] > position[:, None] - window)
         scores = tl.where(seen, scores, NEG_INF)
         new_peak = tl.maximum(peak, tl.max(scores, 1))
-        base = _finite(new_peak)
+        base = finite(new_peak)
         weights = tl.exp2(scores - base[:, None])
         decay = tl.exp2(peak - base)
         total = tl.fma(total, decay, tl.sum(weights, 1))
@@ -146,25 +146,26 @@ def _walk_parts(
             q, position, keys, values, table, first, tl.minimum(end, start + SPLIT), low, scale, window,
             k_block, k_token, v_block, v_token, DIM, BLOCK_SIZE, HAS_WINDOW, N,
         )  # fmt: skip
-        acc, peak, total = _join(acc, peak, total, part, part_peak, part_total)
+        acc, peak, total = join(acc, peak, total, part, part_peak, part_total)
     return acc, peak, total
 
 
 @triton.jit
-def _place(cu_seqlens, positions, first_entry, num_entries, SINGLE: tl.constexpr, TOKENS: tl.constexpr):
+def _place(tile, cu_seqlens, positions, first_entry, num_entries, SINGLE: tl.constexpr, TOKENS: tl.constexpr):
     """(entry, the tile's first row, its number of rows, the first row's position)."""
-    entry = tl.program_id(0)
     if SINGLE:
-        return entry, entry, entry * 0 + 1, tl.load(positions + entry).to(tl.int32)
+        return tile, tile, tile * 0 + 1, tl.load(positions + tile).to(tl.int32)
     else:
-        entry, entry_row, row = _find_entry(cu_seqlens, first_entry, num_entries, entry, TOKENS)
+        entry, entry_row, row = _find_entry(cu_seqlens, first_entry, num_entries, tile, TOKENS)
         rows = tl.minimum(tl.load(cu_seqlens + entry + 1) - row, TOKENS)
         return entry, row, rows, tl.load(positions + entry_row).to(tl.int32) + row - entry_row
 
 
-# Not specialised: what changes from step to step would compile the kernel anew.
-@triton.jit(do_not_specialize=["first_entry", "num_entries", "num_parts"])
-def attend_kernel(
+@triton.jit
+def attend(
+    tile,
+    kv_head,
+    part,
     q,
     k_cache,
     v_cache,
@@ -175,7 +176,7 @@ def attend_kernel(
     kv_lens,
     tables,
     positions,
-    first_entry,  # of this launch
+    first_entry,  # of the tiles
     num_entries,
     num_heads,
     num_parts,
@@ -202,88 +203,50 @@ def attend_kernel(
     SPLIT: tl.constexpr,  # tokens, a multiple of N; 0: no fresh starts
     PARTS: tl.constexpr,
 ):
-    """Grid: (tiles, K), or (entries, K, parts) where PARTS, which implies SINGLE."""
-    kv_head = tl.program_id(1)
-    part = tl.program_id(2)
-    entry, row, rows, first_position = _place(cu_seqlens, positions, first_entry, num_entries, SINGLE, TOKENS)
-    if rows <= 0:
-        return
+    """One tile of one key/value head, and of one part where PARTS, which implies SINGLE."""
+    entry, row, rows, first_position = _place(
+        tile, cu_seqlens, positions, first_entry, num_entries, SINGLE, TOKENS
+    )
     end = tl.minimum(tl.load(kv_lens + entry), first_position + rows)
     low = end * 0
     if HAS_WINDOW:
         low = tl.maximum(first_position - window + 1, 0)
-    if PARTS and ((part * SPLIT >= end) | ((part + 1) * SPLIT <= low)):
-        return
-    token = tl.arange(0, M) // GROUP
-    head = kv_head * GROUP + tl.arange(0, M) % GROUP
-    dim = tl.arange(0, PADDED)
-    mine = (token < rows)[:, None] & (dim < DIM)[None, :]
-    query_at = (row + token).to(tl.int64) * q_row + head * q_head
-    query = tl.load(q + query_at[:, None] + dim[None, :], mask=mine, other=0.0)
-    if INTERPRETED:
-        query = query.to(tl.float32)
-    keys = k_cache + kv_head.to(tl.int64) * k_head
-    values = v_cache + kv_head.to(tl.int64) * v_head
-    table = tables + entry.to(tl.int64) * table_row
-    if SPLIT > 0 and not PARTS:
-        acc, peak, total = _walk_parts(
-            query, first_position + token, keys, values, table, end, low, scale, window,
-            k_block, k_token, v_block, v_token, DIM, BLOCK_SIZE, HAS_WINDOW, N, SPLIT,
-        )  # fmt: skip
-    else:
-        first = low // N * N
-        if PARTS:
-            first = tl.maximum(part * SPLIT, first)
-            end = tl.minimum(end, (part + 1) * SPLIT)
-        acc, peak, total = _walk(
-            query, first_position + token, keys, values, table, first, end, low, scale, window,
-            k_block, k_token, v_block, v_token, DIM, BLOCK_SIZE, HAS_WINDOW, N,
-        )  # fmt: skip
+    sees = rows > 0
     if PARTS:
-        part_at = (entry.to(tl.int64) * num_heads + head) * num_parts + part
-        tl.store(out + part_at[:, None] * DIM + dim[None, :], acc, mask=mine)
-        tl.store(part_peaks + part_at, peak, mask=token < rows)
-        tl.store(part_totals + part_at, total, mask=token < rows)
-    else:
-        total = tl.where(total > 0, total, 1.0)  # rows that are not there
-        out_at = ((row + token).to(tl.int64) * num_heads + head) * DIM
-        result = narrow(acc / total[:, None], out.dtype.element_ty)
-        tl.store(out + out_at[:, None] + dim[None, :], result, mask=mine)
-
-
-@triton.jit(do_not_specialize=["num_parts"])
-def join_kernel(
-    parts,  # [entries, H, parts, D] float32
-    part_peaks,  # [entries, H, parts] float32
-    part_totals,
-    out,  # [R, H, D]; row i is entry i's
-    kv_lens,
-    positions,
-    num_heads,
-    num_parts,
-    window,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
-    """Grid: (entries of one row, H)."""
-    entry = tl.program_id(0)
-    at = entry.to(tl.int64) * num_heads + tl.program_id(1)
-    position = tl.load(positions + entry).to(tl.int32)
-    end = tl.minimum(tl.load(kv_lens + entry), position + 1)
-    low = end * 0
-    if HAS_WINDOW:
-        low = tl.maximum(position - window + 1, 0)
-    dim = tl.arange(0, PADDED)
-    acc = tl.zeros([1, PADDED], dtype=tl.float32)
-    peak = tl.full([1], NEG_INF, dtype=tl.float32)
-    total = tl.zeros([1], dtype=tl.float32)
-    one = tl.arange(0, 1)
-    for index in range(low // SPLIT, (end + SPLIT - 1) // SPLIT):
-        part_at = at * num_parts + index + one
-        part = tl.load(parts + part_at[:, None] * DIM + dim[None, :], mask=(dim < DIM)[None, :], other=0.0)
-        part_peak, part_total = tl.load(part_peaks + part_at), tl.load(part_totals + part_at)
-        acc, peak, total = _join(acc, peak, total, part, part_peak, part_total)
-    result = narrow(acc / total[:, None], out.dtype.element_ty)
-    tl.store(out + (at + one)[:, None] * DIM + dim[None, :], result, mask=(dim < DIM)[None, :])
+        sees = (part * SPLIT < end) & ((part + 1) * SPLIT > low)
+    if sees:
+        token = tl.arange(0, M) // GROUP
+        head = kv_head * GROUP + tl.arange(0, M) % GROUP
+        dim = tl.arange(0, PADDED)
+        mine = (token < rows)[:, None] & (dim < DIM)[None, :]
+        query_at = (row + token).to(tl.int64) * q_row + head * q_head
+        query = tl.load(q + query_at[:, None] + dim[None, :], mask=mine, other=0.0)
+        if INTERPRETED:
+            query = query.to(tl.float32)
+        keys = k_cache + kv_head.to(tl.int64) * k_head
+        values = v_cache + kv_head.to(tl.int64) * v_head
+        table = tables + entry.to(tl.int64) * table_row
+        if SPLIT > 0 and not PARTS:
+            acc, peak, total = _walk_parts(
+                query, first_position + token, keys, values, table, end, low, scale, window,
+                k_block, k_token, v_block, v_token, DIM, BLOCK_SIZE, HAS_WINDOW, N, SPLIT,
+            )  # fmt: skip
+        else:
+            first = low // N * N
+            if PARTS:
+                first = tl.maximum(part * SPLIT, first)
+                end = tl.minimum(end, (part + 1) * SPLIT)
+            acc, peak, total = _walk(
+                query, first_position + token, keys, values, table, first, end, low, scale, window,
+                k_block, k_token, v_block, v_token, DIM, BLOCK_SIZE, HAS_WINDOW, N,
+            )  # fmt: skip
+        if PARTS:
+            part_at = (entry.to(tl.int64) * num_heads + head) * num_parts + part
+            tl.store(out + part_at[:, None] * DIM + dim[None, :], acc, mask=mine)
+            tl.store(part_peaks + part_at, peak, mask=token < rows)
+            tl.store(part_totals + part_at, total, mask=token < rows)
+        else:
+            total = tl.where(total > 0, total, 1.0)  # rows that are not there
+            out_at = ((row + token).to(tl.int64) * num_heads + head) * DIM
+            result = narrow(acc / total[:, None], out.dtype.element_ty)
+            tl.store(out + out_at[:, None] + dim[None, :], result, mask=mine)

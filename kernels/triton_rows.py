@@ -167,12 +167,13 @@ def kv_store_kernel(
     PADDED: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """Grid: (rows, tiles of heads). Bits are copied as they are."""
+    """Grid: (rows, tiles of heads). Bits are copied as they are; a slot below 0 is no slot."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     dim = tl.arange(0, PADDED)[None, :]
-    mine = (head < num_heads) & (dim < DIM)
     slot = tl.load(slots + row)
+    mine = (head < num_heads) & (dim < DIM) & (slot + dim * 0 >= 0)
+    slot = tl.maximum(slot, 0)
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     key = tl.load(k + row * k_row + head * k_head + dim, mask=mine)
     tl.store(k_cache + block * k_block + head * k_cache_head + offset * k_token + dim, key, mask=mine)

@@ -8,7 +8,8 @@ measured.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import triton
 from torch import Tensor
 
 from ellm.kernels.ops import AttentionMeta
-from ellm.kernels.triton_attention import attend_kernel, join_kernel
+from ellm.kernels.triton_attention_kernels import attend_both_kernel, attend_kernel, join_kernel
 from ellm.kernels.triton_floats import OPTIONS
 
 SPLIT_TOKENS = 512  # a part of a decode row's keys
@@ -41,16 +42,19 @@ class Tile:
 @dataclass(frozen=True, slots=True)
 class TileChoice:
     """The tiles of both kinds of rows, and after how many tokens, a multiple of the tiles', decode rows start
-    afresh. `same_sums`: others do so too, and decode rows have the bits that they would have in a chunk."""
+    afresh. `same_sums`: others do so too, and decode rows have the bits that they would have in a chunk.
+    `fused`: where rows of a hole are computed again, decode rows share their launch."""
 
     decode: Tile
     prefill: Tile
     same_sums: bool = False
     split_tokens: int = SPLIT_TOKENS
+    fused: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.decode.name}+{self.prefill.name}{'=' if self.same_sums else ''}"
+        marks = f"{'=' if self.same_sums else ''}{'|' if self.fused else ''}"
+        return f"{self.decode.name}+{self.prefill.name}{marks}"
 
 
 def tile_choices(dtype: torch.dtype, dim: int, group: int) -> tuple[TileChoice, ...]:
@@ -69,6 +73,22 @@ def tile_choices(dtype: torch.dtype, dim: int, group: int) -> tuple[TileChoice, 
         others = [TileChoice(Tile(least, 128, 8), Tile(max(64, least), 64, 4))]
     both = Tile(max(64, least), 32, 8) if dim > 128 else Tile(max(64, least), 64, 8)
     return TileChoice(decode, prefill), *others, TileChoice(both, both, same_sums=True)
+
+
+@cache
+def served_choice(dtype: torch.dtype, dim: int, group: int, strict: bool, fused: bool) -> TileChoice:
+    """The tiles of a layer in service."""
+    return replace(tile_choices(dtype, dim, group)[-1 if strict else 0], fused=fused)
+
+
+def apart(choice: TileChoice) -> TileChoice:
+    """The same tiles, each kind in a launch of its own."""
+    return replace(choice, fused=False) if choice.fused else choice
+
+
+def fuses(meta: AttentionMeta, choice: TileChoice) -> bool:
+    """Whether these rows take one launch: where none are computed again, nothing changes."""
+    return choice.fused and meta.num_recompute > 0 and meta.num_decode > 0
 
 
 def paged_attention(
@@ -91,10 +111,14 @@ def paged_attention(
         return out
     chosen = choice or tile_choices(q.dtype, dim, num_heads // num_kv)[0]
     layer = _Layer(q, k_cache, v_cache, meta, scale, sliding_window)
+    later_split = chosen.split_tokens if chosen.same_sums else 0
+    if fuses(meta, chosen):
+        layer.both(out, chosen, later_split)
+        return out
     if meta.num_decode:
         layer.decode(out, chosen.decode, chosen.split_tokens)
     if meta.num_decode < num_rows:
-        layer.prefill(out, chosen.prefill, chosen.split_tokens if chosen.same_sums else 0)
+        layer.prefill(out, chosen.prefill, later_split)
     return out
 
 
@@ -112,7 +136,7 @@ class _Layer:
     ) -> None:
         self._tensors = (q, k_cache, v_cache)
         self._meta = meta
-        self._scale = scale * LOG2_E
+        self._places = (meta.cu_seqlens_q, meta.kv_lens, meta.block_tables, meta.positions)
         self._window = window or 0
         _, self._heads, dim = q.shape
         self._kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
@@ -122,28 +146,84 @@ class _Layer:
             "HAS_WINDOW": window is not None,
         }
         self._layout: dict[str, Any] = {"GROUP": self._heads // self._kv_heads, "BLOCK_SIZE": block_size}
-        self._strides = (*q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3])
+        strides = (*q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3])
+        self._numbers = (scale * LOG2_E, self._window, *strides, meta.block_tables.stride(0))
 
     def decode(self, out: Tensor, tile: Tile, split: int) -> None:
         """The first num_decode rows, an entry each."""
-        meta = self._meta
-        count, num_parts = meta.num_decode, -(-meta.max_kv_len // split)
-        if num_parts == 1:
+        count, states = self._meta.num_decode, self._parts(out, split)
+        if states is None:
             grid: tuple[int, ...] = (count, self._kv_heads)
             self._attend(grid, out, None, 0, count, tile, SINGLE=True, TOKENS=1, SPLIT=0)
             return
+        grid = (count, self._kv_heads, states[0].shape[2])
+        self._attend(grid, states[0], states[1:], 0, count, tile, SINGLE=True, TOKENS=1, SPLIT=split)
+        self._join(out, states, split)
+
+    def prefill(self, out: Tensor, tile: Tile, split: int) -> None:
+        """All other rows."""
+        first, tokens = self._meta.num_decode, tile.rows // self._layout["GROUP"]
+        grid = (self._num_tiles(out, tokens), self._kv_heads)
+        count = len(self._meta.kv_lens) - first
+        self._attend(grid, out, None, first, count, tile, SINGLE=False, TOKENS=tokens, SPLIT=split)
+
+    def both(self, out: Tensor, choice: TileChoice, later_split: int) -> None:
+        """All rows: what `decode` and `prefill` do, in one launch."""
+        meta, states = self._meta, self._parts(out, choice.split_tokens)
+        tokens = choice.prefill.rows // self._layout["GROUP"]
+        num_tiles, num_parts = self._num_tiles(out, tokens), 1 if states is None else states[0].shape[2]
+        attend_both_kernel[((meta.num_decode * num_parts + num_tiles) * self._kv_heads,)](
+            *self._tensors,
+            out,
+            *((out, out, out) if states is None else states),
+            *self._places,
+            meta.num_decode,
+            len(meta.kv_lens) - meta.num_decode,
+            self._heads,
+            self._kv_heads,
+            num_parts,
+            num_tiles,
+            *self._numbers,
+            **self._dim,
+            **self._layout,
+            TOKENS=tokens,
+            M=choice.prefill.rows,
+            N=choice.prefill.keys,
+            SPLIT=later_split,
+            DECODE_M=choice.decode.rows,
+            DECODE_N=choice.decode.keys,
+            DECODE_SPLIT=0 if states is None else choice.split_tokens,
+            PARTS=states is not None,
+            num_warps=choice.prefill.num_warps,
+            num_stages=choice.prefill.num_stages,
+            **OPTIONS,
+        )
+        if states is not None:
+            self._join(out, states, choice.split_tokens)
+
+    def _num_tiles(self, out: Tensor, tokens: int) -> int:
+        """Room for tiles of `tokens` rows of the entries after the decode rows."""
+        first = self._meta.num_decode
+        return (out.shape[0] - first) // tokens + len(self._meta.kv_lens) - first
+
+    def _parts(self, out: Tensor, split: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Sums, peaks and totals of every part of the decode rows; None where they have one each."""
+        count, num_parts = self._meta.num_decode, -(-self._meta.max_kv_len // split)
+        if num_parts <= 1:
+            return None
         parts = out.new_empty((count, self._heads, num_parts, out.shape[2]), dtype=torch.float32)
-        states = parts.new_empty((2, count, self._heads, num_parts))
-        grid = (count, self._kv_heads, num_parts)
-        self._attend(grid, parts, states, 0, count, tile, SINGLE=True, TOKENS=1, SPLIT=split)
-        join_kernel[(count, self._heads)](
-            parts,
+        peaks, totals = parts.new_empty((2, count, self._heads, num_parts))
+        return parts, peaks, totals
+
+    def _join(self, out: Tensor, states: tuple[Tensor, Tensor, Tensor], split: int) -> None:
+        meta = self._meta
+        join_kernel[(meta.num_decode, self._heads)](
             *states,
             out,
             meta.kv_lens,
             meta.positions,
             self._heads,
-            num_parts,
+            states[0].shape[2],
             self._window,
             **self._dim,
             SPLIT=split,
@@ -151,41 +231,26 @@ class _Layer:
             **OPTIONS,
         )
 
-    def prefill(self, out: Tensor, tile: Tile, split: int) -> None:
-        """All other rows."""
-        first = self._meta.num_decode
-        count = len(self._meta.kv_lens) - first
-        tokens = tile.rows // self._layout["GROUP"]
-        grid = ((out.shape[0] - first) // tokens + count, self._kv_heads)
-        self._attend(grid, out, None, first, count, tile, SINGLE=False, TOKENS=tokens, SPLIT=split)
-
     def _attend(
         self,
         grid: tuple[int, ...],
         out: Tensor,
-        states: Tensor | None,
+        states: tuple[Tensor, ...] | None,
         first: int,
         count: int,
         tile: Tile,
         **mode: Any,
     ) -> None:
-        meta = self._meta
         attend_kernel[grid](
             *self._tensors,
             out,
             *((out, out) if states is None else states),
-            meta.cu_seqlens_q,
-            meta.kv_lens,
-            meta.block_tables,
-            meta.positions,
+            *self._places,
             first,
             count,
             self._heads,
             grid[-1],
-            self._scale,
-            self._window,
-            *self._strides,
-            meta.block_tables.stride(0),
+            *self._numbers,
             **self._dim,
             **self._layout,
             **mode,

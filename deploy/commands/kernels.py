@@ -76,6 +76,11 @@ def _checked(args: argparse.Namespace) -> tuple[str, Iterable[Verdict]]:
         raise ConfigError(
             "the interpreter of triton 3.6 does not work with numpy 2.4: newer Triton, or older numpy"
         )
+    from ellm.kernels import dispatch
+
+    problem = dispatch.triton_problem("cpu" if interpreted else "cuda")
+    if problem:
+        raise ConfigError(problem)
     from ellm.kernels.triton_check import check
 
     device = torch.device("cpu" if interpreted else "cuda")

@@ -12,12 +12,8 @@ Without a GPU the same runs interpreted on sizes given by hand, which shows that
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -25,10 +21,9 @@ from torch import Tensor
 
 from ellm.kernels.ops import AttentionMeta
 from ellm.kernels.triton_tiles import TileChoice, paged_attention, tile_choices
+from ellm.loadtest.gpu.timing import copy_rate, seconds, write
 
 BLOCK_SIZE = 16
-REPEATS = 11
-CALLS = 10  # queued at once, so that launching them does not count
 
 
 class Layer:
@@ -69,32 +64,6 @@ class Layer:
         keys, values = self.pools
         scale = self._shape[1] ** -0.5
         return lambda choice: paged_attention(q, keys, values, meta, scale, None, choice)
-
-
-def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Of one call: the median of several runs after one warm-up, which compiles."""
-    call()
-    if device.type != "cuda":
-        begin = perf_counter()
-        call()
-        return perf_counter() - begin
-    times = []
-    for _ in range(REPEATS):
-        torch.cuda.synchronize(device)
-        begin = perf_counter()
-        for _ in range(CALLS):
-            call()
-        torch.cuda.synchronize(device)
-        times.append((perf_counter() - begin) / CALLS)
-    return median(times)
-
-
-def copy_rate(args: argparse.Namespace) -> float:
-    """Bytes read and written per second by a plain copy on the device."""
-    device = torch.device(args.device)
-    source = torch.zeros(args.copy_mib << 20, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / seconds(lambda: target.copy_(source), device)
 
 
 def tiles(args: argparse.Namespace) -> tuple[TileChoice, ...]:
@@ -159,11 +128,9 @@ def main() -> None:
     add("--copy-mib", type=int, default=1024)
     add("--out", default="attention.json")
     args = parser.parse_args()
-    rate = copy_rate(args)
-    name = torch.cuda.get_device_name(0) if args.device.startswith("cuda") else "interpreter"
-    result = {"device": name, "torch": torch.__version__, "arguments": vars(args), "copy_bytes_per_s": rate}
-    result |= {"decode": decode(args, rate), "prefill": prefill(args)}
-    Path(args.out).write_text(json.dumps(result, indent=1))
+    rate = copy_rate(torch.device(args.device), args.copy_mib)
+    found = {"decode": decode(args, rate), "prefill": prefill(args)}
+    write(args.out, torch.device(args.device), vars(args), copy_bytes_per_s=rate, **found)
 
 
 if __name__ == "__main__":

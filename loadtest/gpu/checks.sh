@@ -3,9 +3,10 @@
 #
 #   OUT=results loadtest/gpu/checks.sh
 #
-# Checks every kernel against its torch twin, runs the golden tests that are marked `gpu` (models, holes, host tier on
-# CUDA), then times attention by every tile, a decode step and the copies of the host tier. Everything it prints also
-# goes to $OUT/checks.log. Exit code 1 where a check or a test failed.
+# Checks every kernel against its torch twin, runs the golden tests that are marked `gpu` (models, holes, STRICT on
+# CUDA), then times attention by every tile, fused attention, the other kernels, decode steps with and without CUDA
+# graphs, and the copies and streams of the host tier; each also checks what it times. Everything printed also goes to
+# $OUT/checks.log. Exit code 1 where a check or a test failed.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 OUT="${OUT:-loadtest/results/gpu}"
@@ -27,6 +28,8 @@ export PYTHONPATH="$PWD/.types:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_TH
   step kernels "$PYTHON" -m ellm.deploy.cli kernels check --quick
   step "golden tests on the GPU" "$PYTHON" -m pytest -q -m gpu tests/golden -p no:cacheprovider
   step attention "$PYTHON" -m ellm.loadtest.gpu.attention --out "$OUT/attention.json"
-  step steps "$PYTHON" -m ellm.loadtest.gpu.steps --out "$OUT/steps.json"
+  for name in fusion kernels graphs host_copies steps; do
+    step "$name" "$PYTHON" -m "ellm.loadtest.gpu.$name" --out "$OUT/$name.json"
+  done
   [ "$failed" = 0 ]
 } 2>&1 | tee "$OUT/checks.log"

@@ -28,6 +28,8 @@ BODIES = [
     pytest.param(("numba", "float32"), marks=NEEDS_NUMBA),
     pytest.param(("numba", "bfloat16"), marks=NEEDS_NUMBA),
     pytest.param(("torch", "float32", "cuda"), marks=pytest.mark.gpu),
+    pytest.param(("triton", "float32", "cuda"), marks=pytest.mark.gpu),
+    pytest.param(("triton", "bfloat16", "cuda"), marks=pytest.mark.gpu),
 ]
 PROMPT, DECODED, NUM_TOKENS = 22, 50, 62  # the holes lie in what prefill and decode wrote
 HOLES = {
@@ -55,7 +57,8 @@ def engine(request: pytest.FixtureRequest, folder: Any) -> Iterator[LocalExecuto
     body, dtype, *device = request.param
     made = golden.executor(
         folder,
-        jit=body == "numba",
+        jit=None if body == "triton" else body == "numba",
+        deterministic=True if body == "triton" else None,
         dtype=dtype,
         device=device[0] if device else "cpu",
         num_blocks=40,

@@ -16,7 +16,13 @@ from ellm.worker.api.output import TokenLogprobs
 from ellm.worker.api.request import SamplingParams
 from ellm.worker.executor.local import LocalExecutor
 
-pytestmark = pytest.mark.needs_module("numba")  # STRICT on a CPU is the numba body's
+NEEDS_NUMBA = pytest.mark.needs_module("numba")  # STRICT on a CPU is the numba body's
+BODIES = [
+    pytest.param("cpu float32", marks=NEEDS_NUMBA),
+    pytest.param("cpu bfloat16", marks=NEEDS_NUMBA),
+    pytest.param("cuda float32", marks=pytest.mark.gpu),
+    pytest.param("cuda bfloat16", marks=pytest.mark.gpu),
+]
 
 NUM_TOKENS = 20
 PROMPTS = {1: 61, 2: 3, 3: 18, 4: 120, 5: 1, 6: 32}  # seq_id -> prompt tokens
@@ -30,16 +36,21 @@ SAMPLING = {
 }
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def dtype(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(scope="module", params=BODIES)
+def body(request: pytest.FixtureRequest) -> str:
+    """Device and type."""
     return str(request.param)
 
 
 @pytest.fixture(scope="module", params=["llama-wide-heads", "qwen3-window", "opt-post-norm", "qwen2"])
 def engine(
-    request: pytest.FixtureRequest, dtype: str, checkpoint: Callable[[str], Checkpoint]
+    request: pytest.FixtureRequest, body: str, checkpoint: Callable[[str], Checkpoint]
 ) -> Iterator[LocalExecutor]:
-    made = golden.executor(checkpoint(request.param)[0], jit=True, dtype=dtype)
+    device, dtype = body.split()
+    jit = True if device == "cpu" else None
+    made = golden.executor(
+        checkpoint(request.param)[0], jit=jit, deterministic=True, dtype=dtype, device=device
+    )
     assert made.deterministic
     yield made
     made.close()
@@ -118,7 +129,8 @@ def assert_equal(got: dict[int, Trace], want: dict[int, Trace]) -> None:
 
 def test_company_and_chunking_change_nothing(engine: LocalExecutor, alone: dict[int, Trace]) -> None:
     assert any(len(set(t.tokens)) > 5 for t in alone.values())
-    for seed in (1, 2):
+    mixes = 2 if engine.device == "cpu" else 25
+    for seed in range(1, 1 + mixes):
         assert_equal(mixed(engine, seed), alone)
 
 

@@ -81,7 +81,8 @@ def executor(folder: Path, **settings: Any) -> LocalExecutor:
 def config(
     folder: Path,
     *,
-    jit: bool,
+    jit: bool | None,
+    deterministic: bool | None = None,
     dtype: str = "float32",
     device: str = "cpu",
     num_blocks: int = 128,
@@ -91,7 +92,13 @@ def config(
 ) -> WorkerConfig:
     """Of a small executor on `folder`, on one thread; `worker`: fields of WorkerConfig."""
     return WorkerConfig(
-        model=ModelConfig(path=str(folder), dtype=dtype, device=device, jit=jit),  # type: ignore[arg-type]
+        model=ModelConfig(
+            path=str(folder),
+            dtype=dtype,  # type: ignore[arg-type]
+            device=device,  # type: ignore[arg-type]
+            jit=jit,
+            deterministic=deterministic,
+        ),
         cache=CacheConfig(
             block_size=BLOCK_SIZE,
             num_blocks=num_blocks,

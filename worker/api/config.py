@@ -80,3 +80,5 @@ class WorkerConfig:
     min_step_s: float = 0.0  # a step takes so long at least: a CPU worker that leaves the machine to others
     tp_overlap: bool = False  # of a large step one half communicates while the other computes
     tp_overlap_rows: int = 256  # a step of fewer rows is not worth two halves: each reads all the weights
+    fused_attention: bool = False  # GPU: rows of a hole and decode rows share a launch of attention
+    cuda_graphs: bool = False  # GPU: decode steps are recorded at start and replayed

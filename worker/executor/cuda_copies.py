@@ -1,24 +1,42 @@
-"""Copies between device and host by two CUDA streams; events say when each has ended and how long it took."""
+"""Copies between device and host by two CUDA streams; events say when they have ended and how long they took.
+
+Copies of one direction that start together are moved several at a time. Where that fails each is tried alone:
+what is wrong with one is not the others' end.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from ellm.worker.engine.plan import BlockCopy
 from ellm.worker.executor.copies import EndedCopies, EndedCopy, attempt, summary
+from ellm.worker.model.cuda_host_pool import NUM_STAGED
 from ellm.worker.model.host_pool import HostPool
+from ellm.worker.model.staged_moves import Move
+
+log = logging.getLogger(__name__)
 
 _POLL_S = 50e-6
 
 
+class BatchedHostPool(HostPool, Protocol):
+    """A host pool that moves several blocks at a time."""
+
+    def move(self, moves: Sequence[Move], *, save: bool) -> None:
+        """(block, host block) each. Raises IndexError for a wrong id."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Open:
-    copy_id: int
+    copy_ids: tuple[int, ...]
     failed: bool
     begin: torch.cuda.Event
     end: torch.cuda.Event
@@ -40,29 +58,45 @@ class _Lane:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.open: deque[_Open] = deque()
 
-    def start(self, host: HostPool, copies: Sequence[BlockCopy]) -> None:
+    def start(self, host: BatchedHostPool, copies: Sequence[BlockCopy]) -> None:
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with torch.cuda.stream(self.stream):
-            for copy in copies:
-                begin, end = _event(), _event()
-                begin.record()
-                failed = not attempt(host, copy, save=self.save)
-                end.record()
-                self.open.append(_Open(copy.copy_id, failed, begin, end))
+            for first in range(0, len(copies), NUM_STAGED):
+                part = copies[first : first + NUM_STAGED]
+                if not self._move(host, part, len(part)):
+                    for copy in part:
+                        self._move(host, [copy], 0)
+
+    def _move(self, host: BatchedHostPool, copies: Sequence[BlockCopy], at_once: int) -> bool:
+        """Queue copies between two events; False where they failed and are to be tried one by one."""
+        begin, end = _event(), _event()
+        begin.record()
+        moved = True
+        if at_once > 1:
+            try:
+                host.move([(copy.block, copy.host_block) for copy in copies], save=self.save)
+            except Exception:
+                log.info("%d copies at once failed: one by one", at_once, exc_info=True)
+                return False
+        else:
+            moved = attempt(host, copies[0], save=self.save)
+        end.record()
+        self.open.append(_Open(tuple(copy.copy_id for copy in copies), not moved, begin, end))
+        return True
 
     def ended(self) -> list[EndedCopy]:
         done = []
         while self.open and self.open[0].ended:
-            copy = self.open.popleft()
-            seconds = copy.begin.elapsed_time(copy.end) / 1e3
-            done.append(EndedCopy(copy.copy_id, self.save, copy.failed, seconds))
+            part = self.open.popleft()
+            seconds = part.begin.elapsed_time(part.end) / 1e3 / len(part.copy_ids)
+            done += [EndedCopy(copy_id, self.save, part.failed, seconds) for copy_id in part.copy_ids]
         return done
 
 
 class CudaCopier:
     """Started copies see what was queued on the current stream before them."""
 
-    def __init__(self, host: HostPool, block_bytes: int, device: torch.device) -> None:
+    def __init__(self, host: BatchedHostPool, block_bytes: int, device: torch.device) -> None:
         self._host = host
         self._block_bytes = block_bytes
         self._lanes = (_Lane(device, save=True), _Lane(device, save=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ellm.kernels.ops import Ops
 from ellm.worker.executor.copies import Copier, ThreadCopier
 from ellm.worker.executor.cuda_copies import CudaCopier
 from ellm.worker.model.cuda_host_pool import CudaLayerLoads, PinnedHostPool
@@ -27,11 +28,11 @@ class HostTier:
         self.pool.close()
 
 
-def make_host_tier(cache: KVCache, num_blocks: int, block_bytes: int) -> HostTier:
+def make_host_tier(cache: KVCache, num_blocks: int, block_bytes: int, ops: Ops) -> HostTier:
     """Raises ConfigError where the memory cannot be had."""
     if cache.device.type == "cpu":
         memory = MemoryHostPool(cache, num_blocks)
         loads = ThreadLoads(memory, cache.num_layers)
         return HostTier(memory, loads, ThreadCopier(memory, block_bytes))
-    pinned = PinnedHostPool(cache, num_blocks)
+    pinned = PinnedHostPool(cache, num_blocks, ops)
     return HostTier(pinned, CudaLayerLoads(pinned, cache), CudaCopier(pinned, block_bytes, cache.device))

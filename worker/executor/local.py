@@ -111,6 +111,8 @@ class LocalExecutor:
             "threads": torch.get_num_threads() if device.type == "cpu" else 0,
             "body": self._body,
         }
+        if device.type == "cuda":
+            about |= {"fused_attention": config.fused_attention, "cuda_graphs": config.cuda_graphs}
         if config.tensor_parallel_size > 1:
             about |= {
                 "ranks": config.tensor_parallel_size,

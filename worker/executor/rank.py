@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ellm.kernels.ops import Ops
+from ellm.kernels.ops import KernelError, Ops
 from ellm.worker.api.config import CacheConfig, WorkerConfig
+from ellm.worker.api.errors import ConfigError
 from ellm.worker.engine.plan import ModelLimits
 from ellm.worker.executor.copies import Copier
 from ellm.worker.executor.host_tier import HostTier, make_host_tier
@@ -27,6 +28,7 @@ from ellm.worker.model.architecture import Architecture
 from ellm.worker.model.computation import Communicator, TensorParallel
 from ellm.worker.model.cuda_host_pool import NUM_BUFFERS
 from ellm.worker.model.grammar import Grammars
+from ellm.worker.model.graphs import CudaRecorder, DecodeGraphs, DecodeSizes, graph_problem
 from ellm.worker.model.kv_cache import KVCache, block_bytes, transient_bytes
 from ellm.worker.model.loader import Progress
 from ellm.worker.model.runner import ModelRunner
@@ -88,15 +90,20 @@ def load_rank(config: WorkerConfig, progress: Progress, peers: Peers) -> LoadedR
     cache_config = share_of_rank(config.cache, peers.size)
     budget = _budget(cache_config, loaded, available, host_available, peers.size)
     check_transient(cache_config, budget)
-    budget = replace(budget, activations=_warm_up(parts, progress))
+    activations = _warm_up(parts, progress)
+    # Graphs keep memory of their own, no more than the largest step's.
+    recorded = config.cuda_graphs and device.type == "cuda"
+    budget = replace(budget, activations=2 * activations if recorded else activations)
     size = _agreed_size(config, cache_config, budget, loaded.max_model_len, peers)
     cache = parts.cache(size.num_blocks)
-    tier = make_host_tier(cache, size.num_host_blocks, budget.block) if size.num_host_blocks else None
+    tier = make_host_tier(cache, size.num_host_blocks, budget.block, ops) if size.num_host_blocks else None
     copier = None if tier is None else peers.copier(tier.copier, budget.block)
     limits = _limits(config, loaded.arch, size, budget)
     runner = parts.runner(cache, tier)
     grammars = Grammars(loaded.folder, loaded.arch.vocab_size, loaded.arch.eos_token_ids)
     runner.obey(grammars)
+    if config.cuda_graphs:
+        _record(parts, runner, limits, progress)
     return LoadedRank(runner, limits, ops, loaded, tier, copier, grammars)
 
 
@@ -153,17 +160,39 @@ def _budget(
     )
 
 
+def _record(parts: _Parts, runner: ModelRunner, limits: ModelLimits, progress: Progress) -> None:
+    """Let the runner replay its decode steps, where they can be recorded."""
+    device = runner.cache.device
+    problem = graph_problem(parts.ops, device, parts.communicator.shard.size)
+    if problem:
+        log.warning("cuda_graphs: %s", problem)
+        return
+    progress("recording decode steps", 0.0)
+    sizes = DecodeSizes.up_to(parts.config.scheduler.max_num_seqs, limits.max_model_len)
+    model, recorder = parts.loaded.model, CudaRecorder(device)
+    graphs = DecodeGraphs(model, parts.ops, runner.cache, sizes, parts.communicator, recorder)
+    graphs.record_all()
+    runner.replay(graphs)
+    progress("recording decode steps", 1.0)
+
+
 def _warm_up(parts: _Parts, progress: Progress) -> int:
-    """Run every kind of step, then the largest, on a pool of their own; bytes at the peak of the largest."""
+    """Run every kind of step, then the largest, on a pool of their own; bytes at the peak of the largest.
+
+    Raises ConfigError where a kernel that STRICT needs cannot be had.
+    """
     config, max_model_len = parts.config, parts.loaded.max_model_len
     largest, num_blocks = largest_plans(config, max_model_len)
     runner = parts.runner(parts.cache(num_blocks), None)
     kinds = list(step_kinds(config.scheduler, config.cache.block_size, max_model_len))
-    for i, plan in enumerate(kinds):
-        progress("warming up", i / (len(kinds) + 1))
-        runner.execute(plan)
-    peak = PeakMemory(parts.loaded.device)
-    for plan in largest:
-        runner.execute(plan)
+    try:
+        for i, plan in enumerate(kinds):
+            progress("warming up", i / (len(kinds) + 1))
+            runner.execute(plan)
+        peak = PeakMemory(parts.loaded.device)
+        for plan in largest:
+            runner.execute(plan)
+    except KernelError as error:
+        raise ConfigError(str(error), param="model.deterministic") from None
     progress("warming up", 1.0)
     return peak.read()

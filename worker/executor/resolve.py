@@ -50,6 +50,8 @@ def select_ops(config: WorkerConfig, device: torch.device) -> Ops:
     """The body that computes. Raises ConfigError where a setting asks for what cannot be had."""
     model = config.model
     try:
-        return dispatch.select(str(device), jit=model.jit, deterministic=model.deterministic)
+        return dispatch.select(
+            str(device), jit=model.jit, deterministic=model.deterministic, fused=config.fused_attention
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from None

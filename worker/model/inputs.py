@@ -55,7 +55,8 @@ class InputBuilder:
         counts = np.array([e.num_tokens for e in entries], dtype=np.int64)
         cu = np.zeros(len(entries) + 1, dtype=np.int32)
         np.cumsum(counts, out=cu[1:])
-        meta = self._meta(table_rows, starts, counts, cu)
+        num_recompute = sum(e.recompute for e in entries)
+        meta = self._meta(table_rows, starts, counts, cu, num_recompute)
         rows, sample_rows, scored = self._select(entries, cu)
         return StepInputs(
             token_ids=self._token_ids(entries, table_rows, cu),
@@ -82,10 +83,11 @@ class InputBuilder:
             own = np.flatnonzero(sides == side)
             cu = np.zeros(len(own) + 1, dtype=np.int32)
             np.cumsum(counts[own], out=cu[1:])
+            num_recompute = sum(entries[i].recompute for i in own)
             halves.append(
                 Half(
                     inputs.token_ids.index_select(0, self._tensor(rows)),
-                    self._meta(table_rows[own], starts[own], counts[own], cu),
+                    self._meta(table_rows[own], starts[own], counts[own], cu, num_recompute),
                     None if selected_rows is None else self._tensor(selected_rows),
                 )
             )
@@ -106,6 +108,7 @@ class InputBuilder:
         starts: npt.NDArray[np.int64],
         counts: npt.NDArray[np.int64],
         cu: npt.NDArray[np.int32],
+        num_recompute: int,
     ) -> AttentionMeta:
         tables, block_size, num_entries = self._sequences.block_tables, self._block_size, len(starts)
         num_rows = int(cu[-1])
@@ -130,6 +133,7 @@ class InputBuilder:
             num_decode=num_decode,
             max_kv_len=max_kv_len,
             row_entry=self._tensor(row_entry),
+            num_recompute=num_recompute,
         )
 
     def _token_ids(

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ellm.kernels.ops import AttentionMeta, Linear, Ops, SamplingBatch
+from ellm.kernels.ops import AttentionMeta, HeadTransform, Linear, Ops, SamplingBatch
 from ellm.worker.model.architecture import Architecture
 from ellm.worker.model.computation import Communicator, Computation
 from ellm.worker.model.loader import WeightReader
@@ -137,19 +137,12 @@ class Attention:
         ops = self._ops
         qkv = self._qkv(x).view(-1, self._all_heads, self._head_dim)
         q, k, v = qkv.split_with_sizes(self._heads, 1)  # views: [R, H, D], [R, K, D] twice
-        if self._q_norm is not None and self._k_norm is not None:
-            q, k = self._norm_heads(q, self._q_norm), self._norm_heads(k, self._k_norm)
-        if cos_sin is not None:
-            ops.rotary(q, k, meta.positions, cos_sin)
-        ops.kv_store(k, v, meta.slot_mapping, kv[0], kv[1])
+        heads = HeadTransform(self._q_norm, self._k_norm, self._eps, cos_sin)
+        q = ops.rotary_store(q, k, v, meta, kv, heads)
         out = ops.paged_attention(q, kv[0], kv[1], meta, self._scale, self._window)
         if rows is not None:
             out = out.index_select(0, rows)
         return self._out(out.view(out.shape[0], -1))
-
-    def _norm_heads(self, x: Tensor, weight: Tensor) -> Tensor:
-        flat, _ = self._ops.rms_norm(x.reshape(-1, self._head_dim), weight, self._eps)
-        return flat.view(x.shape)
 
 
 class GatedMlp:

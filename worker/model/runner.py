@@ -17,6 +17,7 @@ from ellm.worker.engine.plan import BatchPlan, PlanEntry
 from ellm.worker.model.architecture import Architecture
 from ellm.worker.model.computation import Computation, TensorParallel, run, run_halves
 from ellm.worker.model.grammar import Grammars
+from ellm.worker.model.graphs import DecodeGraphs
 from ellm.worker.model.halves import Half, split
 from ellm.worker.model.inputs import InputBuilder, StepInputs
 from ellm.worker.model.kv_cache import KVCache
@@ -60,10 +61,15 @@ class ModelRunner:
         self._sequences = ResidentSequences(arch.eos_token_ids, arch.vocab_size, max_blocks)
         self._inputs = InputBuilder(self._sequences, cache.block_size, device)
         self._sampler = Sampler(ops, arch.vocab_size, device)
+        self._graphs: DecodeGraphs | None = None
 
     def obey(self, grammars: Grammars) -> None:
         """Sequences may come with a grammar from now on."""
         self._sequences.grammars = grammars
+
+    def replay(self, graphs: DecodeGraphs) -> None:
+        """Decode steps are replayed from now on, where they have been recorded."""
+        self._graphs = graphs
 
     @property
     def cache(self) -> KVCache:
@@ -92,6 +98,10 @@ class ModelRunner:
 
     def _hidden(self, plan: BatchPlan, inputs: StepInputs) -> Tensor:
         """Final hidden states of the rows that keep the LM head: [n, E]."""
+        if self._graphs is not None:
+            hidden = self._graphs.hidden(plan, inputs)
+            if hidden is not None:
+                return hidden
         loads = self._loads if plan.streams else None
         sides = None
         if self._overlap_rows is not None and plan.num_rows >= self._overlap_rows:
@@ -103,8 +113,8 @@ class ModelRunner:
         (first, second), order = self._inputs.halves(plan, inputs, sides)
         # The first is ahead by one sum: it asks for a layer's streams when both have computed the one before.
         computations = self._computation(plan, first, loads), self._computation(plan, second, None)
-        hidden = run_halves(computations, self._communicator)
-        return torch.cat(hidden).index_select(0, order)
+        both = run_halves(computations, self._communicator)
+        return torch.cat(both).index_select(0, order)
 
     def _computation(self, plan: BatchPlan, half: Half, loads: LayerLoads | None) -> Computation:
         steps = self._layer_steps(plan, half.meta, loads)

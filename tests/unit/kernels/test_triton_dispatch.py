@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ellm.kernels import dispatch
+from ellm.kernels.ops import KernelError
 from ellm.kernels.reference import TorchOps
 
 NEEDS_TRITON = pytest.mark.needs_module("triton")
@@ -31,8 +32,11 @@ def test_a_gpu_gets_the_triton_body(gpu: pytest.MonkeyPatch) -> None:
         assert dispatch.select(device).name == "triton"
     assert dispatch.select("cuda", jit=False).name == "torch"
     assert dispatch.select("cpu", jit=False).name == "torch"
-    with pytest.raises(ValueError, match="deterministic=True"):
-        dispatch.select("cuda", deterministic=True)
+    strict = dispatch.select("cuda", deterministic=True)
+    assert (strict.name, strict.deterministic) == ("triton", True)
+    assert not dispatch.select("cuda").deterministic
+    with pytest.raises(ValueError, match=r"deterministic=True cannot be had on 'cuda' without the Triton"):
+        dispatch.select("cuda", jit=False, deterministic=True)
 
 
 @NEEDS_TRITON
@@ -43,6 +47,8 @@ def test_a_gpu_that_is_too_old_is_told_so(gpu: pytest.MonkeyPatch, caplog: pytes
     assert "need compute capability 8.0, this GPU has 7.5" in message
     with pytest.raises(ValueError, match=r"7\.5"):
         dispatch.triton_body("cuda")
+    with pytest.raises(ValueError, match=r"deterministic=True cannot be had on 'cuda': .* has 7\.5"):
+        dispatch.select("cuda", deterministic=True)
 
 
 def test_without_triton_a_gpu_gets_torchs_body_and_nothing_of_triton_is_imported() -> None:
@@ -111,6 +117,33 @@ def test_a_kernel_that_does_not_compile_is_named_once_and_torchs_takes_its_place
         assert "\n" not in message
         assert len(calls) == 1
         assert ops.layer_norm(X, X[0], X[0], 1e-5) == "the kernel's"  # type: ignore[comparison-overlap]
+
+
+@NEEDS_TRITON
+def test_strict_is_never_given_up_for_a_kernel_that_does_not_compile(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """But for one that only moves bits."""
+    from ellm.kernels import triton_copy, triton_linear, triton_rows
+    from ellm.kernels.triton_ops import TritonOps
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr(triton_rows, "silu_mul", fails)
+    monkeypatch.setattr(triton_linear, "linear", fails)
+    monkeypatch.setattr(triton_copy, "kv_copy", fails)
+    ops = TritonOps("cpu", deterministic=True)
+    linear = ops.linear(X, None)
+    for name, call in (("silu_mul", lambda: ops.silu_mul(X)), ("linear", lambda: linear(X))):
+        with pytest.raises(KernelError, match=f"the Triton kernel {name} does not compile.*PassManager"):
+            call()
+    source, target = torch.randn(1, 2, 3, 1, 4, 8), torch.zeros(1, 2, 3, 1, 4, 8)
+    ops.kv_copy(source, target, torch.tensor([[2, 0], [1, 1]]))
+    assert torch.equal(target[:, :, :2], source[:, :, [2, 1]])
+    assert not target[:, :, 2].any()
+    assert ops.broken == {"kv_copy"}
+    assert "kv_copy does not compile" in caplog.text
 
 
 @NEEDS_TRITON

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.checkpoints import write_checkpoint
 from support.tree import ROOT
 
@@ -21,7 +22,18 @@ from ellm.deploy import cli
 TIMEOUT_S = 900  # of a process: 15 s on an idle core, minutes on a loaded machine
 pytestmark = [pytest.mark.needs_module("triton"), pytest.mark.timeout(TIMEOUT_S + 60)]
 
-KERNELS = {"rms_norm", "layer_norm", "silu_mul", "rotary", "kv_store", "paged_attention"}
+ROW_KERNELS = {
+    "rms_norm",
+    "layer_norm",
+    "silu_mul",
+    "rotary",
+    "kv_store",
+    "rotary_store",
+    "linear",
+    "kv_copy",
+}
+KERNELS = ROW_KERNELS | {"sample", "logprobs", "paged_attention", "fused_attention"}
+COMPILED = ROW_KERNELS | {"sample", "bias", "penalise", "score", "attend", "attend_both", "join"}
 
 
 def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -51,6 +63,8 @@ def test_every_kernel_equals_its_twin() -> None:
         own = [detail for detail in details if detail.startswith(f"{dtype} ")]
         assert sum("window" in detail for detail in own) == least
         assert sum("in a chunk" in detail for detail in own) == 1
+    alone = [case for case in told["cases"] if case["kernel"] == "linear" and "in company" in case["detail"]]
+    assert [case["error"] for case in alone] == [0.0] * 3
     assert {"32", "256"} <= {word.partition("x")[2] for d in details for word in d.split() if ":" in word}
 
 
@@ -84,7 +98,8 @@ def other_scale(q, k, v, meta, scale, *rest, **keywords):
     return attend(q, k, v, meta, 1.1 * scale, *rest, **keywords)
 def other_sums(q, k, v, meta, scale, window, choice):
     return attend(q, k, v, meta, scale, window, replace(choice, same_sums=meta.num_decode > 0))
-from ellm.kernels.triton_cases import TINY, cases
+from ellm.kernels.triton_cases import TINY
+from ellm.kernels.triton_step_cases import cases
 device = triton_check.torch.device("cpu")
 plain, exact = [
     next(c for c in cases(TINY, quick=True) if c.kernel == "paged_attention" and bool(c.again) == again
@@ -129,10 +144,11 @@ def test_every_kernel_compiles_for_hopper(cache: str) -> None:
     code, told = check("--aot", "sm_90", "--quick", TRITON_CACHE_DIR=cache)
     assert [case for case in told["cases"] if not case["passed"]] == []
     assert code == 0
-    assert set(told["kernels"]) == KERNELS - {"paged_attention"} | {"attend", "join"}
+    assert set(told["kernels"]) == COMPILED
     for case in told["cases"]:
         assert 0 < case["registers"] <= 255
-    chunks = [c for c in told["cases"] if c["kernel"] == "attend" and "single" not in c["detail"]]
+    by_matrix = {"attend", "attend_both", "linear"}
+    chunks = [c for c in told["cases"] if c["kernel"] in by_matrix and "single" not in c["detail"]]
     assert {case["matrix"] for case in chunks} == {"wgmma"}
 
 
@@ -154,10 +170,22 @@ def test_a_kernel_that_does_not_fit_is_found(cache: str) -> None:
 def test_what_cannot_be_checked_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
         (["--aot", "hopper"], "--aot: a GPU's architecture is written as sm_90, not 'hopper'"),
+        (["--aot", "sm_75"], "--aot: the Triton kernels need compute capability 8.0, not sm_75"),
         (["--aot", "sm_90", "--quick", "--kernel", "silu"], "there is no kernel 'silu'"),
     ):
         assert cli.main(["kernels", "check", *words]) == 2
         assert capsys.readouterr().err == f"ellm kernels: {message}\n"
+
+
+def test_a_gpu_that_the_kernels_are_not_for_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert cli.main(["kernels", "check"]) == 2
+    expected = "ellm kernels: the Triton kernels need compute capability 8.0, this GPU has 7.0\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_an_engine_on_the_kernels_says_what_one_on_torch_says(tmp_path: Path) -> None:
@@ -165,5 +193,10 @@ def test_an_engine_on_the_kernels_says_what_one_on_torch_says(tmp_path: Path) ->
     done = python("-m", "support.triton_engine", str(tmp_path), TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["triton"] == told["torch"]
-    assert [len(outputs) for outputs in told["triton"]] == [6, 7]
+    plain, every = told["triton"], told["every switch"]
+    assert plain["tokens"] == every["tokens"] == told["torch"]["tokens"]
+    assert [len(outputs) for outputs in plain["tokens"]] == [6, 8]
+    # One launch for both kinds of rows, and only where there is a hole.
+    assert [plain["before"], plain["holed"]] == [["attend_kernel"]] * 2
+    assert [every["before"], every["holed"]] == [["attend_kernel"], ["attend_both_kernel"]]
+    assert [plain["replays"], every["replays"]] == [0, 3]

@@ -1,0 +1,56 @@
+"""How long a call takes on a device, and what every result file says of the machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+REPEATS = 11
+CALLS = 10  # queued at once, so that launching them does not count
+
+
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Of one call: the median of several runs after one warm-up, which compiles."""
+    call()
+    if device.type != "cuda":
+        begin = perf_counter()
+        call()
+        return perf_counter() - begin
+    times = []
+    for _ in range(REPEATS):
+        torch.cuda.synchronize(device)
+        begin = perf_counter()
+        for _ in range(CALLS):
+            call()
+        torch.cuda.synchronize(device)
+        times.append((perf_counter() - begin) / CALLS)
+    return median(times)
+
+
+def copy_rate(device: torch.device, mib: int) -> float:
+    """Bytes read and written per second by a plain copy of `mib` MiB on the device."""
+    source = torch.zeros(mib << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds(lambda: target.copy_(source), device)
+
+
+def write(path: str, device: torch.device, arguments: dict[str, Any], **found: Any) -> None:
+    """One JSON file: device, versions, arguments, what was found."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    versions = {"torch": torch.__version__, "triton": _version("triton")}
+    result = {"device": name, **versions, "arguments": arguments, **found}
+    Path(path).write_text(json.dumps(result, indent=1))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
