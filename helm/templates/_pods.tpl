@@ -130,7 +130,6 @@ affinity:
 - {name: RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S, value: {{ add (ceil $deadline) 5 | quote }}}
 - {name: RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S, value: "3"}
 - {name: RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S, value: "0.1"}
-- {name: ELLM_CLUSTER__LOG_LEVEL, value: {{ .Values.logLevel }}}
 - {name: ELLM_CLUSTER__LOG_FORMAT, value: {{ .Values.logFormat }}}
 - {name: HF_HOME, value: /var/cache/ellm}
 {{- if .Values.persistence.offline }}
