@@ -44,7 +44,7 @@ def assert_served(client: httpx.Client) -> None:
         ({"n": 0}, "n"),
         ({"n": True}, "n"),
         ({"n": "2"}, "n"),
-        ({"n": 1.0}, "n"),
+        ({"n": 1.5}, "n"),
         ({"n": 10**30}, "n"),
         ({"best_of": 3}, "best_of"),
         ({"prompt": None}, "prompt"),
@@ -192,7 +192,7 @@ def test_a_prompt_longer_than_the_context(client: httpx.Client, path: str) -> No
 
 def test_the_path_and_the_method(client: httpx.Client) -> None:
     assert_error(client.get("/v1/nothing"), 404, None, "not_found")
-    assert_error(client.get("/"), 404, None, "not_found")
+    assert_error(client.get("/nowhere"), 404, None, "not_found")
     assert_error(client.get("/v1/models/other"), 404, "model", "model_not_found")
     wrong = client.get(COMPLETIONS)
     assert_error(wrong, 405, None, "method_not_allowed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import httpx
@@ -97,7 +98,7 @@ def test_metrics_have_one_family_for_all_models(client: httpx.Client) -> None:
     assert text.count("# TYPE ellm_request_success_total") == 1
     assert 'ellm_request_success_total{finished_reason="length",model_name="b"}' in text
     assert 'ellm_num_requests_running{model_name="a",worker="w0"}' in text
-    assert "ellm_controller_seen 0.0" in text
+    assert re.search(r'ellm_controller_seen\{router="\w+"\} 0\.0', text)
 
 
 def test_a_model_whose_workers_are_gone_is_named_and_the_other_serves_on() -> None:
