@@ -46,7 +46,7 @@ One router and one worker with the bundled model in one process, asked over HTTP
 {prompts} random prompts of {tokens} tokens, one token of answer each. `first time`: the first tenant asks
 a prompt; `its own again`: it asks the same again; `another's`: the other tenant asks that prompt;
 `nobody's`: the other tenant asks one that nobody has asked. Milliseconds until the answer; cached tokens
-as the server told the client. `ratio to nobody's` is of medians; `faster than nobody's` is the share of
+as the server told the client. `over nobody's` is of medians; `faster than nobody's` is the share of
 prompts for which it was (0.5: a coin)."""
 
 
@@ -145,7 +145,7 @@ def rows_of(times: dict[str, list[tuple[float, int]]]) -> list[Row]:
                 "ms, median": 1e3 * statistics.median(seconds),
                 "ms, 10 %": 1e3 * statistics.quantiles(seconds, n=10)[0],
                 "ms, 90 %": 1e3 * statistics.quantiles(seconds, n=10)[-1],
-                "ratio to nobody's": statistics.median(seconds) / statistics.median(new),
+                "over nobody's": statistics.median(seconds) / statistics.median(new),
                 "faster than nobody's": statistics.fmean(faster),
                 "cached tokens": statistics.median(cached for _, cached in taken),
             }
