@@ -21,7 +21,7 @@ COMMANDS = {
     "bench": "load a server by the clock and say what it kept up with",
     "simulate": "compare scheduling policies on a modelled GPU, without one",
     "kernels": "check the GPU kernels, with a GPU or without one",
-    "keys": "make, list and revoke API keys",
+    "keys": "make, list, change and revoke API keys",
     "status": "show the workers of a running server",
     "top": "watch the workers of a running server",
     "drain": "empty one worker without losing a request",

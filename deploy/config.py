@@ -4,7 +4,7 @@
 
 This is the only file that reads the environment. A variable is `ELLM_` and the path with two underscores for
 each dot: ELLM_CLUSTER__PORT=9000 (single underscores are left alone: Kubernetes makes variables such as
-ELLM_PORT for a service of that name). Every source also knows the short names of ALIASES.
+ELLM_PORT for a service of that name). The file, --set and flags also know the short names of ALIASES.
 """
 
 from __future__ import annotations
