@@ -151,7 +151,8 @@ def create_app(
         version=package_version(),
         lifespan=lifespan,
         redirect_slashes=False,
-        swagger_ui_oauth2_redirect_url=None,
+        docs_url=None,  # those pages run scripts of other hosts, where the page at `/` keeps its keys
+        redoc_url=None,
     )
     app.state.models = models
     app.state.guidance = book

@@ -7,11 +7,13 @@ but no admin key, for nobody. Without any key the server is open.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import uuid
 from dataclasses import dataclass
 
+from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ellm.router.access import Access
@@ -115,6 +117,9 @@ class Edge:
         except ClientLeft:
             record.left()
             log.info("request %s: 499, the client has left", ident)
+        except asyncio.CancelledError:  # as Serve ends the call of a client that has left
+            record.left()
+            raise
         except Exception:  # the edge of the process: a client sees no internals
             record.error = EllmError.code
             log.exception("request %s failed", ident)
@@ -144,10 +149,9 @@ class Edge:
 
 
 def route(scope: Scope) -> str:
-    """The path within the application, as it is routed: without the prefix under which that is served."""
-    path: str = scope["path"]
-    prefix: str = scope.get("root_path", "").rstrip("/")
-    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
+    """The path within the application, by the very function that routes it: the two cannot disagree on whose
+    path it is."""
+    return get_route_path(scope)
 
 
 def key_of(scope: Scope) -> ApiKey | None:

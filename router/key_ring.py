@@ -96,7 +96,10 @@ class KeyRing:
         """Look for ever, so that a broken file is known before somebody comes with a key."""
         while self._path is not None:
             await asyncio.sleep(LOOK_S)
-            self.look(clock())
+            try:
+                await asyncio.to_thread(self.look, clock())  # a file system may hang
+            except Exception:  # the next look is another
+                log.exception("the API keys could not be looked at")
 
     def series(self) -> Iterator[tuple[Key, float]]:
         """What has been counted."""

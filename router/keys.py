@@ -218,10 +218,13 @@ def _line(text: str, index: int, field: str) -> int:
     """Where the entry of this index has the field, or where the entry begins."""
     head, decoder = re.search(r'"keys"\s*:\s*\[\s*', text), json.JSONDecoder()
     at = end = 0 if head is None else head.end()
-    for _ in range(index + 1):
-        at = end
-        while text[at] in ", \t\r\n":
-            at += 1
-        _, end = decoder.raw_decode(text, at)
+    try:
+        for _ in range(index + 1):
+            at = end
+            while text[at] in ", \t\r\n":
+                at += 1
+            _, end = decoder.raw_decode(text, at)
+    except (ValueError, IndexError):  # another "keys" stood before
+        return 1
     found = text.find(f'"{field}"', at, end)
     return text.count("\n", 0, at if found < 0 else found) + 1

@@ -110,6 +110,7 @@ class SharedMetrics:
         self._sent: dict[Key, float] = {}  # (source, *key) -> value that it knows
         self._busy = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[ClusterView] | None = None
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._push_forever())
@@ -129,6 +130,11 @@ class SharedMetrics:
 
     async def look(self) -> ClusterView:
         """Of all routers and workers, as the controller's book has them now; waits for it for a while."""
+        if self._looking is None or self._looking.done():  # whoever comes while somebody looks shares it
+            self._looking = asyncio.create_task(self._look_alone())
+        return await asyncio.shield(self._looking)
+
+    async def _look_alone(self) -> ClusterView:
         async with self._busy:
             return await self._look()
 

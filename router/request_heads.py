@@ -41,7 +41,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self._head_bytes > SLACK * self.limits.max_header_bytes:
             self._refuse(HeadersTooLarge(f"more than {self.limits.max_header_bytes} bytes of headers"))
-        elif self._head_timer is None:
+        elif self._head_timer is None and not self._answers():
             time_s = self.limits.receive_timeout_s
             error = TooSlow(f"the headers did not come within {time_s:g} s")
             self._head_timer = self.loop.call_later(time_s, self._refuse, error)
@@ -64,9 +64,17 @@ class BoundedProtocol(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
 
+    def _answers(self) -> bool:
+        """Whether the answer to the request before is still on its way: the next head waits for that, and may
+        not be answered into it. When it is done, uvicorn's own time for idle connections runs."""
+        return self.cycle is not None and not self.cycle.response_complete
+
     def _refuse(self, error: EllmError) -> None:
         self._stop_timer()
         log.warning("a connection of %s is closed: %s", self.client, error.message)
+        if self._answers():
+            self.transport.abort()
+            return
         body = orjson.dumps(error_body(error))
         self.transport.write(
             b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"

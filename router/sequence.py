@@ -20,7 +20,7 @@ from ellm.worker.api.errors import EllmError
 from ellm.worker.api.output import FinishReason, SequenceOutput, TokenLogprobs
 from ellm.worker.api.request import EngineRequest, SamplingParams
 
-MAX_EVENTS = 256
+MAX_EVENTS = 64
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ The models as JSON, {"items": [...]}: values and defaults put together, and work
 {{- $_ := set $group "name" (printf "%s%s" (include "ellm.slug" $name) $suffix) -}}
 {{- $groups = append $groups (include "ellm.group" (dict "group" $group "sum" $sum) | fromJson) -}}
 {{- end -}}
+{{- if lt (int $sum.minReplicas) 1 }}{{ fail (printf "%sautoscaling.minReplicas: a model keeps at least one worker" $where) }}{{ end -}}
 {{- $_ := set $model "groups" $groups -}}
 {{- $items = append $items (merge $model $sum) -}}
 {{- end -}}

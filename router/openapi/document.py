@@ -133,8 +133,6 @@ ENDPOINTS: dict[str, Endpoint] = {
     "/openapi.json": Endpoint(
         "get", "This document.", {200: Answer("OpenAPI 3.1.", {JSON: {"type": "object"}})}
     ),
-    "/docs": Endpoint("get", "This document to click through.", _PAGE),
-    "/redoc": Endpoint("get", "This document to read.", _PAGE),
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import { showTimeline } from "./timeline.js";
 
 const messages = [];
 let running = null; // AbortController of the answer that comes
+let chatNumber = 0;
 
 function turn(role, text = "") {
   $("log").querySelector(".empty")?.remove();
@@ -41,6 +42,7 @@ async function answer(openKeys) {
   const { element, paragraph } = turn("assistant");
   element.classList.add("busy");
   const begun = performance.now();
+  const mine = chatNumber;
   let [firstAt, usage, reason, id] = [null, null, null, null];
   running = new AbortController();
   busy(true);
@@ -72,6 +74,7 @@ async function answer(openKeys) {
     meta(element, begun, firstAt, usage, reason, id);
     if (near($("log"))) $("log").scrollTop = $("log").scrollHeight;
   }
+  if (mine !== chatNumber) return;  // another chat has begun
   if (paragraph.textContent) messages.push({ role: "assistant", content: paragraph.textContent });
   else messages.pop();
 }
@@ -110,6 +113,7 @@ export function playground(openKeys) {
   });
   $("clear").addEventListener("click", () => {
     running?.abort();
+    chatNumber += 1;
     messages.length = 0;
     $("log").replaceChildren(make("p", { className: "empty", text: "Ask something. The answer streams in as the cluster computes it." }));
     $("prompt").focus();

@@ -84,9 +84,11 @@ def test_top_and_status_work_with_the_admin_key(
     [
         ("/admin/workers", "", "/admin/workers"),
         ("/x/admin/workers", "/x", "/admin/workers"),
-        ("/x/health", "/x/", "/health"),
+        ("/x/health", "/x/", "/x/health"),
+        ("/x//admin/workers", "/x/", "/admin/workers"),
+        ("//admin/workers", "/", "/admin/workers"),
         ("/xy/health", "/x", "/xy/health"),
-        ("/x", "/x", "/x"),
+        ("/x", "/x", ""),
     ],
 )
 def test_who_may_see_a_path_does_not_depend_on_its_prefix(path: str, prefix: str, routed: str) -> None:
