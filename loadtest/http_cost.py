@@ -15,22 +15,17 @@ import asyncio
 import json
 import multiprocessing
 import os
-import re
-import signal
 import statistics
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from ellm.loadtest.engine_alone import engine_cpu_per_token
 from ellm.loadtest.processes import ProcessUse, label, spent_by_label, tree_use
 from ellm.loadtest.result import Result, Row, command_line
+from ellm.loadtest.served import SERVE, Started, started
 from ellm.loadtest.sse_client import StreamResult, stream
 
 TOKENIZER = Path(__file__).parent.parent / "deploy" / "bundled" / "pydoc-5m"
@@ -50,33 +45,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@contextmanager
-def server(model: str, port: int) -> Iterator[tuple[subprocess.Popen[str], float]]:
-    """`ellm serve`, ready; yields it and the seconds that took, and stops it."""
-    command = [sys.executable, "-m", "ellm.deploy.cli", "serve", model, "--port", str(port), "--workers", "1"]
-    start = time.monotonic()
-    process = subprocess.Popen(
-        [*command, "--set", f"router.tokenizer={TOKENIZER}"], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        yield process, wait_ready(process, start)
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(timeout=90)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def wait_ready(process: subprocess.Popen[str], start: float) -> float:
-    assert process.stdout is not None
-    for line in process.stdout:
-        print(f"  {line}", end="")
-        if re.match(r"Ready: http", line):
-            ready_s = time.monotonic() - start
-            threading.Thread(target=process.stdout.read, daemon=True).start()  # so that it never blocks
-            return ready_s
-    raise RuntimeError("the server ended before it was ready")
+def server(model: str, port: int) -> AbstractContextManager[Started]:
+    """`ellm serve` with one worker."""
+    words = ("serve", model, "--port", str(port), "--workers", "1")
+    return started(SERVE, (*words, "--set", f"router.tokenizer={TOKENIZER}"))
 
 
 async def run_streams(port: int, streams: int, prompt: int, tokens: int) -> list[StreamResult]:
@@ -156,7 +128,7 @@ def main() -> int:
     spawn = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(1, mp_context=spawn) as pool,
-        server(model, arguments.port) as (process, ready_s),
+        server(model, arguments.port) as process,
     ):
         time.sleep(5.0)
         idle = idle_cpu(process.pid, 10.0)
@@ -181,11 +153,17 @@ def main() -> int:
         rows=rows,
         notes=[
             f"chunks per token {chunks:.3f}; median time to first token {ttft * 1e3:.1f} ms",
-            f"ready {ready_s:.1f} s after the command",
+            f"ready {process.ready_s:.1f} s after the command",
             "peak memory, MiB: "
             + ", ".join(f"{name} {'+'.join(map(str, sizes))}" for name, sizes in sorted(memory.items())),
         ],
-        raw={"rounds": rounds, "idle": idle, "ready_s": ready_s, "peak_mib": memory, "pid": os.getpid()},
+        raw={
+            "rounds": rounds,
+            "idle": idle,
+            "ready_s": process.ready_s,
+            "peak_mib": memory,
+            "pid": os.getpid(),
+        },
     )
     print(f"wrote {result.write()}")
     return 0

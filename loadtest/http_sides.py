@@ -9,14 +9,10 @@ serve 2 haproxy  `serve 2` behind Serve's HAProxy, with Serve's settings for thr
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
-from ellm.loadtest.http_cost import TOKENIZER, wait_ready
+from ellm.loadtest.http_cost import TOKENIZER
+from ellm.loadtest.served import SERVE, Started, started
 
 BLOCKS = 16_384
 OURS = "ellm"
@@ -30,31 +26,16 @@ HAPROXY = {
 }
 
 
-@contextmanager
-def server(side: str, model: str, port: int, streams: int) -> Iterator[int]:
-    """The side's server, ready; yields its first process. `model`: a simulated one."""
+def server(side: str, model: str, port: int, streams: int) -> AbstractContextManager[Started]:
+    """The side's server. `model`: a simulated one."""
     seqs = max(64, streams + 24)
     if side == OURS:
-        command = ["ellm.deploy.cli", "serve", model, "--port", str(port), "--workers", "1"]
+        words = ["serve", model, "--port", str(port), "--workers", "1"]
         for setting in (f"router.tokenizer={TOKENIZER}", f"worker.scheduler.max_num_seqs={seqs}"):
-            command += ["--set", setting]
-        command += ["--set", f"worker.cache.num_blocks={BLOCKS}"]
-        environment = dict(os.environ)
-    else:
-        stages = side.split()[1]
-        command = ["ellm.loadtest.plain_ingress", "--stages", stages, "--port", str(port), "--model", model]
-        command += ["--max-num-seqs", str(seqs), "--num-blocks", str(BLOCKS)]
-        environment = {**os.environ, **QUIET, **(HAPROXY if side.endswith("haproxy") else {})}
-    begun = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, env=environment
-    )
-    try:
-        wait_ready(process, begun)
-        yield process.pid
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(timeout=90)
-        except subprocess.TimeoutExpired:
-            process.kill()
+            words += ["--set", setting]
+        words += ["--set", f"worker.cache.num_blocks={BLOCKS}"]
+        return started(SERVE, words)
+    words = ["--stages", side.split()[1], "--port", str(port), "--model", model]
+    words += ["--max-num-seqs", str(seqs), "--num-blocks", str(BLOCKS)]
+    environment = {**os.environ, **QUIET, **(HAPROXY if side.endswith("haproxy") else {})}
+    return started("ellm.loadtest.plain_ingress", words, environment)

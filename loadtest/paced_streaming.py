@@ -13,20 +13,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import re
-import signal
 import statistics
-import subprocess
-import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from ellm.loadtest.http_cost import wait_ready
 from ellm.loadtest.result import Result, Row, command_line
+from ellm.loadtest.served import SERVE, Started, started
 from ellm.loadtest.sse_client import StreamResult, stream
 
 GRACE_TOKENS = 4  # token i is due at t_first + SLO * (i + 4)
@@ -71,8 +68,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@contextmanager
-def server(arguments: argparse.Namespace) -> Iterator[None]:
+def server(arguments: argparse.Namespace) -> AbstractContextManager[Started]:
     """`ellm serve`, ready."""
     flags = {
         "--port": arguments.port,
@@ -88,19 +84,7 @@ def server(arguments: argparse.Namespace) -> Iterator[None]:
     )
     words = [str(word) for pair in flags.items() for word in pair]
     words += [word for setting in settings for word in ("--set", setting)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ellm.deploy.cli", "serve", *words], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        wait_ready(process, time.monotonic())
-        yield
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(timeout=90)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    return started(SERVE, ("serve", *words))
 
 
 def total(port: int, name: str) -> float:

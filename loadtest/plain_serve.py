@@ -92,13 +92,17 @@ def main() -> int:
     )
     import ray
     from ray import serve
+    from ray.serve.schema import LoggingConfig
 
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": arguments.port})
+        serve.start(
+            http_options={"host": "127.0.0.1", "port": arguments.port},
+            logging_config=LoggingConfig(log_level="ERROR", enable_access_log=False),  # as ours
+        )
         serve.run(application(arguments.step_ms / 1e3), name="plain", route_prefix="/")
         print(f"Ready: http://127.0.0.1:{arguments.port}", flush=True)
         stop.wait()

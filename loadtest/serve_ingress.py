@@ -10,13 +10,8 @@ there a FastAPI ingress that reads a handle's stream for each request, behind Se
 from __future__ import annotations
 
 import argparse
-import signal
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 from ellm.loadtest.generator.check import checked_target
@@ -24,9 +19,9 @@ from ellm.loadtest.generator.options import Options
 from ellm.loadtest.generator.report_json import result_of
 from ellm.loadtest.generator.run import run_once
 from ellm.loadtest.generator_limits import how_busy
-from ellm.loadtest.http_cost import wait_ready
 from ellm.loadtest.processes import tree_use
 from ellm.loadtest.result import Result, Row, command_line
+from ellm.loadtest.served import SERVE, started
 
 STEP_MS = 10.0
 RATIOS = {
@@ -54,22 +49,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8177, help="and the next one")
     parser.add_argument("--name", default="serve-ingress", help="slug of the result file")
     return parser.parse_args()
-
-
-@contextmanager
-def side(words: list[str]) -> Iterator[int]:
-    """A server that is ready; its process id."""
-    process = subprocess.Popen([sys.executable, "-m", *words], stdout=subprocess.PIPE, text=True)
-    try:
-        wait_ready(process, time.monotonic())
-        yield process.pid
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(timeout=90)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def measure(url: str, pid: int, rate: float, arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -118,18 +97,18 @@ def main() -> int:
     rates = [float(word) for word in arguments.rates.split(",")]
     model = f"simulated:overhead_s={STEP_MS / 1e3},vocab_size=4096"
     programs = {
-        "ellm serve": ["ellm.deploy.cli", "serve", model, "--workers", "1"],
-        "plain Serve": ["ellm.loadtest.plain_serve", "--step-ms", str(STEP_MS)],
+        "ellm serve": (SERVE, ["serve", model, "--workers", "1"]),
+        "plain Serve": ("ellm.loadtest.plain_serve", ["--step-ms", str(STEP_MS)]),
     }
     measured: dict[str, dict[float, list[dict[str, Any]]]] = {
         name: {rate: [] for rate in rates} for name in programs
     }
     with ExitStack() as stack:
         sides = []
-        for number, (name, words) in enumerate(programs.items()):
-            port = arguments.port + number
-            pid = stack.enter_context(side([*words, "--port", str(port)]))
-            sides.append((name, f"http://127.0.0.1:{port}", pid))
+        for number, (name, (module, words)) in enumerate(programs.items()):
+            port = str(arguments.port + number)
+            server = stack.enter_context(started(module, [*words, "--port", port]))
+            sides.append((name, server.url, server.pid))
         for number in range(arguments.rounds):
             for rate in rates:
                 for name, url, pid in sides[:: 1 if number % 2 == 0 else -1]:

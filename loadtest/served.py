@@ -1,4 +1,4 @@
-"""`ellm serve` for as long as a measurement takes, and whether requests have left anything behind in it."""
+"""A server for as long as a measurement takes, and whether requests have left anything behind in it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -17,20 +18,43 @@ import httpx
 QUIET_S = 60.0  # for what is still running when the last answer has come
 
 
+SERVE = "ellm.deploy.cli"
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A server that is ready."""
+
+    pid: int
+    url: str
+    ready_s: float  # since it was started
+
+
 @contextmanager
-def served(*words: str) -> Iterator[str]:
-    """`ellm serve` with these words; yields its URL when it is ready, and stops it."""
+def started(module: str, words: Iterable[str], env: Mapping[str, str] | None = None) -> Iterator[Started]:
+    """`python -m MODULE WORDS`, once it has printed `Ready: URL`; stopped as by Ctrl-C. `env`: in place of our
+    own environment."""
+    begun = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", "ellm.deploy.cli", "serve", *words], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", module, *words], stdout=subprocess.PIPE, text=True, env=env
     )
     try:
-        yield _ready(process)
+        url = _ready(process)
+        yield Started(process.pid, url, time.monotonic() - begun)
     finally:
         process.send_signal(signal.SIGINT)
         try:
             process.wait(timeout=90)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
+
+
+@contextmanager
+def served(*words: str) -> Iterator[str]:
+    """`ellm serve` with these words; yields its URL when it is ready, and stops it."""
+    with started(SERVE, ("serve", *words)) as server:
+        yield server.url
 
 
 def _ready(process: subprocess.Popen[str]) -> str:

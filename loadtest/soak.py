@@ -12,13 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,9 +26,9 @@ from ellm.loadtest.generator.report_html import page_of
 from ellm.loadtest.generator.report_json import result_of
 from ellm.loadtest.generator.run import run_once
 from ellm.loadtest.generator.svg import Series, plot
-from ellm.loadtest.http_cost import wait_ready
 from ellm.loadtest.processes import label, process_tree, process_use, unique_bytes
 from ellm.loadtest.result import RESULTS, Result, Row, command_line
+from ellm.loadtest.served import SERVE, Started, started
 from ellm.loadtest.soak_verdict import Sample, Trend, trends
 
 PERIOD_S = 5.0
@@ -55,9 +51,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@contextmanager
-def server(arguments: argparse.Namespace) -> Iterator[int]:
-    """`ellm serve`, ready; its process id."""
+def server(arguments: argparse.Namespace) -> AbstractContextManager[Started]:
+    """`ellm serve` as the soak wants it."""
     words = ["--port", arguments.port, "--workers", arguments.workers, "--kv-blocks", arguments.kv_blocks]
     words += [
         "--device",
@@ -69,19 +64,8 @@ def server(arguments: argparse.Namespace) -> Iterator[int]:
         "--set",
         "worker.cache.host_bytes=33554432",
     ]
-    command = [sys.executable, "-m", "ellm.deploy.cli", "serve", *map(str, words)]
     environment = os.environ | dict(text.split("=", 1) for text in arguments.env)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    try:
-        wait_ready(process, time.monotonic())
-        yield process.pid
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(timeout=90)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    return started(SERVE, ("serve", *map(str, words)), environment)
 
 
 class Sampler:
@@ -209,7 +193,8 @@ def rows_of(found: list[Trend]) -> list[Row]:
 def main() -> int:
     arguments = parse()
     options = load(arguments)
-    with server(arguments) as pid:
+    with server(arguments) as process:
+        pid = process.pid
         sampler = Sampler(pid, options.url)
         line = LiveLine(options.num_requests)
         run = run_once(options, checked_target(options), line.show, sampler)

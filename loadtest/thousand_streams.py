@@ -140,7 +140,8 @@ def peaks(root: int) -> dict[str, int]:
 
 def one_round(side: str, model: str, arguments: argparse.Namespace, pool: ProcessPoolExecutor) -> Round:
     port, streams, tokens = arguments.port, arguments.streams, arguments.tokens
-    with server(side, model, port, streams) as root:
+    with server(side, model, port, streams) as one:
+        root = one.pid
         pool.submit(all_at_once, port, 32, 8).result()  # warm
         time.sleep(2.0)
         memory, before, begun = peaks(root), tree_use(root), time.monotonic()
