@@ -32,8 +32,8 @@ class Started:
 
 @contextmanager
 def started(module: str, words: Iterable[str], env: Mapping[str, str] | None = None) -> Iterator[Started]:
-    """`python -m MODULE WORDS`, once it has printed `Ready: URL`; stopped as by Ctrl-C. `env`: in place of our
-    own environment."""
+    """`python -m MODULE WORDS`, once it has printed `Ready: URL`; stopped as by Ctrl-C. `env` takes the place
+    of our own environment."""
     begun = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", module, *words], stdout=subprocess.PIPE, text=True, env=env

@@ -45,10 +45,13 @@ class CounterBook:
         """Take what a source has counted; what is known already, or more than that, stays."""
         if source in self._names:
             return
-        known = self._sources.setdefault(source, {})
+        known, grown = self._sources.setdefault(source, {}), False
         for key, value in counts:
             if value > known.get(key, 0.0):
                 known[key] = value
+                grown = True
+        if grown:  # what is silent longest comes first
+            self._sources[source] = self._sources.pop(source)
 
     def totals(self) -> dict[Key, float]:
         """Over all sources."""
@@ -59,7 +62,8 @@ class CounterBook:
         return found
 
     def fold(self, alive: Collection[str], keep: int = MAX_GONE) -> None:
-        """Of the sources that are not `alive`, fold all but the last `keep`."""
+        """Of the sources that are not `alive`, fold all but the `keep` that counted last: what fell silent
+        for a moment is among these."""
         gone = [source for source in self._sources if source not in alive]
         for source in gone[: max(0, len(gone) - keep)]:
             for key, value in self._sources.pop(source).items():

@@ -61,6 +61,16 @@ def test_what_is_folded_is_counted_once(
     assert elsewhere.totals() == before
 
 
+def test_who_counts_on_is_not_folded_for_a_moment_of_silence() -> None:
+    """However old it is: what was silent longest goes first."""
+    kept = book([("old", A, 1), ("gone", A, 1), ("later", A, 1)])
+    kept.merge("old", [(A, 2.0)])
+    kept.fold((), keep=1)
+    kept.merge("old", [(A, 5.0)])
+    kept.merge("later", [(A, 9.0)])  # folded: a late word
+    assert kept.totals() == {A: 5.0 + 1.0 + 1.0}
+
+
 def push(router: str, value: float, *, wants: bool = True, whole: Message | None = None) -> Message:
     gauges = ((("g", router), value),)
     return counters.pack(Push(router, wants, whole, ((f"r-{router}", ((A, value),)),), gauges))

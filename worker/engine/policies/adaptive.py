@@ -163,8 +163,8 @@ class Adaptive(Policy):
         newcomer = self._admissible(now)
         if newcomer is not None:
             everybody.append(newcomer)
-        num_running = len(state.running)
-        order = in_order(self._standing(i, seq, i < num_running, now) for i, seq in enumerate(everybody))
+        num_running, more = len(state.running), self.foresight.growth(_REPLAN_S, now)
+        order = in_order(self._standing(i, s, i < num_running, now, more) for i, s in enumerate(everybody))
         room = state.pool.num_blocks - self._reserve()
         chosen = {s.index for s in residents(order, room, state.max_num_seqs)}
         self._newcomer = newcomer if len(everybody) - 1 in chosen else None
@@ -182,9 +182,10 @@ class Adaptive(Policy):
             if i not in chosen and len(state.running) > 1 and _can_pause(everybody[i]):
                 self.residency.park(everybody[i], now)
 
-    def _standing(self, index: int, seq: Sequence, resident: bool, now: float) -> Standing:
+    def _standing(self, index: int, seq: Sequence, resident: bool, now: float, more: int) -> Standing:
+        """`more`: tokens that it is left room for."""
         state = self.state
-        blocks = num_blocks_for(len(seq.tokens) + self.foresight.growth(_REPLAN_S, now), state.block_size)
+        blocks = num_blocks_for(len(seq.tokens) + more, state.block_size)
         held = max(blocks, len(seq.table)) - shared_tokens(state.pool, seq) // state.block_size
         if not resident and seq.state is not SequenceState.PARKED:
             held -= found_tokens(state, self.residency, seq) // state.block_size
