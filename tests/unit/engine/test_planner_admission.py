@@ -12,6 +12,7 @@ from ellm.worker.engine.planner.admission import (
     Admission,
     Room,
     is_cheap,
+    is_dear,
     restorable_tokens,
     timely_tokens,
 )
@@ -194,3 +195,9 @@ def test_memory_is_cheap_where_all_of_it_can_be_computed_again_for_nothing() -> 
     assert is_cheap(10_000.0, 10_000)
     assert not is_cheap(10_000.0, 10_001)
     assert not is_cheap(0.0, 256)  # no row is spare
+
+
+def test_pauses_are_dear_where_fewer_rows_are_spare_than_are_put_out() -> None:
+    assert is_dear(0.0, 80.0)
+    assert is_dear(79.0, 80.0)
+    assert not is_dear(80.0, 80.0)

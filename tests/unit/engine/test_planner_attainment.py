@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ellm.worker.engine.planner.attainment import SafetyFactor
+from ellm.worker.engine.planner.attainment import Daring, SafetyFactor
 
 
 def test_z_rises_fast_and_falls_slowly() -> None:
@@ -35,3 +35,42 @@ def test_the_last_64_are_judged() -> None:
     for _ in range(48):
         factor.finished(True)
     assert factor.attainment == 1.0
+
+
+def finish(daring: Daring, attained: bool, count: int, num_admitted: int = 10) -> None:
+    for _ in range(count):
+        daring.finished(attained, num_admitted)
+
+
+def test_few_who_are_late_change_nothing_and_one_more_brings_care() -> None:
+    daring = Daring()
+    finish(daring, False, 4)
+    finish(daring, True, 59)
+    assert not daring.careful
+    finish(daring, False, 1)  # the last 64 hold five of them
+    assert daring.careful
+
+
+def test_who_was_late_long_ago_is_forgotten() -> None:
+    daring = Daring()
+    for _ in range(8):
+        finish(daring, False, 4)
+        finish(daring, True, 64)
+    assert not daring.careful
+
+
+def test_each_time_of_care_is_longer_and_says_when_it_shows() -> None:
+    """Those who were let in before it end first."""
+    daring = Daring()
+    for length in (64, 128, 256, 512, 1024, 1024):
+        finish(daring, False, 5)
+        assert daring.careful
+        finish(daring, False, 9)
+        assert not daring.settled
+        finish(daring, True, 1)
+        assert daring.settled
+        finish(daring, True, length - 1)
+        assert daring.careful
+        finish(daring, True, 1)
+        assert not daring.careful
+        assert not daring.settled

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ellm.worker.engine.planner.link import LinkCost
-from ellm.worker.engine.planner.ranking import Rank, Standing, in_order, rank, residents
+from ellm.worker.engine.planner.ranking import Rank, Standing, by_arrival, in_order, rank, residents
 from ellm.worker.engine.planner.slack import GUARD_S
 from ellm.worker.engine.planner.spare_rows import WITHIN, spare_rows
 
@@ -66,6 +66,16 @@ def test_of_two_who_are_ahead_the_one_the_host_holds_gives_way() -> None:
 
 def test_priorities_go_first_within_a_rank() -> None:
     assert order_of(standing(0, priority=2, slack_s=2.0), standing(1, priority=1, slack_s=9.0)) == [1, 0]
+
+
+def test_by_arrival_nobody_takes_the_place_of_one_who_came_before() -> None:
+    """Whatever their slack, and be one the first to come paused."""
+    standings = [
+        standing(0, slack_s=9.0, resident=False),
+        standing(1, slack_s=-1.0),
+        standing(2, priority=-1),
+    ]
+    assert [s.index for _, s in by_arrival(standings)] == [2, 0, 1]
 
 
 def test_one_that_does_not_fit_is_passed_over() -> None:

@@ -73,6 +73,12 @@ def is_cheap(spare_rate: float, num_tokens: int) -> bool:
     return spare_rate * GUARD_S >= num_tokens
 
 
+def is_dear(spare_rate: float, output_rate: float) -> bool:
+    """Whether to compute again what a pause drops takes the place of tokens that could be put out: fewer rows
+    are spare than those, both per second. Then taking turns only burns time."""
+    return spare_rate < output_rate
+
+
 class Admission:
     """The admitted set as sums by horizon: built by `add_all` and `add`, O(horizons) per request, as
     `admits` is.

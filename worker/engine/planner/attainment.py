@@ -11,6 +11,8 @@ from collections import deque
 _WINDOW = 64  # finishes
 _EVERY = 16  # finishes between two changes
 _TARGET = 0.965
+_FEW = 4  # late of the last 64
+_LONGEST = 1024  # finishes
 _UP, _DOWN = 0.5, 0.1
 _LEAST, _START, _MOST = 0.0, 1.0, 3.0
 
@@ -43,3 +45,36 @@ class SafetyFactor:
             self.z = min(_MOST, self.z + _UP)
         else:
             self.z = max(_LEAST, self.z - _DOWN)
+
+
+class Daring:
+    """Whether to let requests in as long as they fit now, so that some must give way later: as long as few of
+    them are late for it. Once more are, a time of care, each longer than the last."""
+
+    def __init__(self) -> None:
+        self.careful = False
+        self._recent: deque[bool] = deque(maxlen=_WINDOW)
+        self._left = 0  # finishes until it dares again
+        self._unsettled = 0  # of them, of requests that were let in before
+        self._length = _WINDOW
+
+    @property
+    def settled(self) -> bool:
+        """Who ends now was let in with care."""
+        return self.careful and self._unsettled <= 0
+
+    def finished(self, attained: bool, num_admitted: int) -> None:
+        """A request with an SLO ended by itself, and `num_admitted` are left."""
+        if self.careful:
+            self._unsettled -= 1
+            self._left -= 1
+            if self._left <= 0:
+                self.careful = False
+                self._recent.clear()
+            return
+        self._recent.append(attained)
+        if len(self._recent) - sum(self._recent) > _FEW:
+            self.careful = True
+            self._unsettled = num_admitted
+            self._left = self._length + num_admitted
+            self._length = min(_LONGEST, 2 * self._length)

@@ -53,6 +53,11 @@ def rank(standing: Standing) -> Rank:
     return Rank.RESIDENT if standing.resident or standing.slack_s is None else Rank.AHEAD
 
 
+def by_arrival(standings: Iterable[Standing]) -> list[tuple[Rank, Standing]]:
+    """First who came first: who must give way has the least to compute again, and nobody takes turns."""
+    return sorted(((rank(s), s) for s in standings), key=lambda pair: (pair[1].priority, pair[1].order))
+
+
 def in_order(standings: Iterable[Standing]) -> list[tuple[Rank, Standing]]:
     """First who should be resident first."""
 

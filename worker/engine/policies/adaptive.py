@@ -4,8 +4,8 @@ Admission looks ahead, as in `full-predictive`, but a request that can afford to
 steps that it needs. Who is resident is decided by slack (`planner.ranking`), anew every 0.1 s, when blocks
 run short and when somebody new may start. Whoever must give way is parked: its blocks stay until somebody
 takes them, from its end on, at no cost where the host has a copy. Without pressure it does what
-`full-chunked` does; nor does it look ahead where the memory is so small that computing all of it again costs
-nothing.
+`full-chunked` does. Where pauses are dear (no host tier, no spare rows) nobody takes turns: the last to come
+gives way. `Foresight` says where looking ahead pays.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from ellm.worker.api.cost_model import CostModel, StepFeatures
 from ellm.worker.cache.block_table import num_blocks_for
 from ellm.worker.engine.plan import BatchPlan, StepResult
-from ellm.worker.engine.planner.ranking import Rank, Standing, in_order, residents
+from ellm.worker.engine.planner.ranking import Rank, Standing, by_arrival, in_order, residents
 from ellm.worker.engine.planner.spare_rows import spare_rows
 from ellm.worker.engine.policies.base import Policy
 from ellm.worker.engine.policies.forecast import Forecast
@@ -95,9 +95,9 @@ class Adaptive(Policy):
             return True
         if num_blocks + self._reserve() > state.pool.num_available:
             return False
-        cheap = self.foresight.memory_is_cheap(now)
-        self._blocked = not cheap and not self.foresight.admits(seq, now)
-        return not self._blocked and not (cheap and state.parked)
+        ahead = self.foresight.looks_ahead(now)
+        self._blocked = ahead and not self.foresight.admits(seq, now)
+        return not self._blocked and (ahead or not state.parked)
 
     def blocks_coming(self) -> bool:
         return any(seq.num_outstanding for seq in self.state.parked)
@@ -123,8 +123,7 @@ class Adaptive(Policy):
         self.forecast.emitted(seq)
 
     def finished(self, seq: Sequence, now: float) -> None:
-        self.forecast.finished(seq)
-        self.foresight.forget()
+        self.foresight.finished(seq)
 
     def aborted(self, seq: Sequence, now: float) -> None:
         self.forecast.aborted(seq)
@@ -164,7 +163,8 @@ class Adaptive(Policy):
         if newcomer is not None:
             everybody.append(newcomer)
         num_running, more = len(state.running), self.foresight.growth(_REPLAN_S, now)
-        order = in_order(self._standing(i, s, i < num_running, now, more) for i, s in enumerate(everybody))
+        ranked = by_arrival if self.foresight.pauses_are_dear(now) else in_order
+        order = ranked(self._standing(i, s, i < num_running, now, more) for i, s in enumerate(everybody))
         room = state.pool.num_blocks - self._reserve()
         chosen = {s.index for s in residents(order, room, state.max_num_seqs)}
         self._newcomer = newcomer if len(everybody) - 1 in chosen else None

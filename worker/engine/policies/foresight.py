@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ellm.worker.engine.planner.admission import Admission, Room, is_cheap, restorable_tokens
+from ellm.worker.engine.planner.admission import Admission, Room, is_cheap, is_dear, restorable_tokens
+from ellm.worker.engine.planner.attainment import Daring
 from ellm.worker.engine.planner.slack import (
     PAUSING,
     FullSpeed,
@@ -36,7 +37,9 @@ class Foresight:
         self._seats = 0.0  # sum of duties
         self._refused: Sequence | None = None
         self._cheap = False
-        self._cheap_until = 0.0
+        self._dear = False
+        self._daring = Daring()
+        self._weighed_until = 0.0
 
     @property
     def step_s(self) -> float:
@@ -51,6 +54,14 @@ class Foresight:
     def is_refused(self, seq: Sequence) -> bool:
         """By the sums as they stand: asking again is no use yet."""
         return self._refused is seq
+
+    def finished(self, seq: Sequence) -> None:
+        """`seq` has ended by itself."""
+        state = self._state
+        self._forecast.finished(seq, settled=not self._dear or self._daring.settled)
+        if self._dear and seq.tpot_slo_s is not None:
+            self._daring.finished(not seq.late, len(state.running) + len(state.parked))
+        self.forget()
 
     def forget(self) -> None:
         """Somebody has ended."""
@@ -99,18 +110,33 @@ class Foresight:
         """Everybody at full length, `seq` too, would be in the pool, blocks rounded up, and in time."""
         return not self._state.parked and fits_at_full_length(self._state, seq, self._forecast)
 
-    def memory_is_cheap(self, now: float) -> bool:
-        """All of it can be computed again at once, in rows that cost nothing."""
-        if now >= self._cheap_until and self._speed.step_s > 0.0:
-            self._cheap_until = now + _RENEW_S
-            num_admitted = len(self._state.running) + len(self._state.parked)
-            self._cheap = is_cheap(self._spare_rate(num_admitted), self._pool_tokens)
-        return self._cheap
+    def looks_ahead(self, now: float) -> bool:
+        """Whether room is kept for what is to come, which leaves memory empty. Not where all of it can be
+        computed again at once, in rows that cost nothing; nor where pauses are dear, as long as few are late
+        for it: who came last and gives way has little to compute again."""
+        self._weigh(now)
+        return not self._cheap and (not self._dear or self._daring.careful)
+
+    def pauses_are_dear(self, now: float) -> bool:
+        """There is no host tier, and every row costs, even in the smallest step: computing again takes the
+        place of decoding."""
+        self._weigh(now)
+        return self._dear
+
+    def _weigh(self, now: float) -> None:
+        if now < self._weighed_until or self._speed.step_s <= 0.0:
+            return
+        self._weighed_until = now + _RENEW_S
+        state = self._state
+        num_admitted = len(state.running) + len(state.parked)
+        self._cheap = is_cheap(self._spare_rate(num_admitted), self._pool_tokens)
+        step_s = self._forecast.step_cost(1.0, self._pool_tokens)
+        self._dear = state.host is None and step_s > 0.0 and is_dear(self._spare_rate(1), 1.0 / step_s)
 
     def growth(self, period_s: float, now: float) -> int:
         """Tokens to leave room for: a block, or those of `period_s` where a block is much of the memory."""
         size, step_s = self._state.block_size, self._speed.step_s
-        if step_s <= 0.0 or not self.memory_is_cheap(now):
+        if step_s <= 0.0 or self.looks_ahead(now):
             return size
         return min(size, int(period_s / step_s) + 2)
 
@@ -135,12 +161,12 @@ class Foresight:
         host = state.host.num_blocks * size if state.host is not None else 0
         shared = [shared_tokens(state.pool, seq) for seq in admitted]
         twice = sum(shared)  # read by each, held once
-        cost = self._forecast.step_cost
+        cost, dear = self._forecast.step_cost, self.pauses_are_dear(now)
         room = Room(
             state.pool.num_blocks * size,
             host,
             lambda rows, tokens: cost(rows, tokens + twice),
-            self._restorable(admitted, now),
+            0 if dear else self._restorable(admitted, now),
         )
         per_token_s = tightest(admitted, self._forecast)
         admission = Admission(room, z=self._forecast.safety.z, per_token_s=per_token_s)
@@ -180,7 +206,7 @@ class Foresight:
 
     def _duty(self, seq: Sequence, now: float) -> float:
         per_token_s, slack_s = seconds_per_token(seq.tpot_slo_s), self.slack(seq, now)
-        if slack_s is None or per_token_s is None:
+        if slack_s is None or per_token_s is None or self._dear:
             return self._new_duty(seq)
         # The hopeless count in full: were they left out, newcomers would take their places till all are late.
         remaining = self._forecast.remaining(seq)
@@ -188,4 +214,6 @@ class Foresight:
 
     def _new_duty(self, seq: Sequence) -> float:
         per_token_s = seconds_per_token(seq.tpot_slo_s)
-        return 1.0 if per_token_s is None else min(1.0, PAUSING * self._full_step_s / per_token_s)
+        if per_token_s is None or self._dear:
+            return 1.0
+        return min(1.0, PAUSING * self._full_step_s / per_token_s)
