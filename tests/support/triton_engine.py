@@ -37,6 +37,13 @@ WHOLE, HOLED = 2, 3  # tokens decoded before and after the hole is made
 class CallAgain:
     """What a graph does, without one: each replay computes anew, into the memory of the first time."""
 
+    def warm(self, call: Callable[[], object]) -> None:
+        call()
+
+    def capture(self, call: Callable[[], object]) -> Replay:
+        call()
+        return lambda: _ignore(call())
+
     def record(self, call: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         out = call().clone()
 
