@@ -50,6 +50,18 @@ POLICIES = (BASELINE, "full-swap", "full-chunked", "full-offload", "full-predict
 BLOCK = 16
 CALIBRATION = 120  # requests at once, before the runs
 
+# What another device sets otherwise.
+CPU: dict[str, Any] = {
+    "device": "cpu",
+    "deterministic": None,
+    "transient_blocks": 0,
+    "max_num_seqs": 64,
+    "max_step_tokens": 256,
+    "vocab": SHAPE["vocab_size"],
+    "hosts": ("off", "on"),
+    "temperature": 0.0,
+}
+
 ABOUT = """\
 {model} in {dtype} on {threads} threads; {requests} requests at {rate:.2f}/s (gamma gaps, cv {cv:g}), mean
 {prompt:.0f} prompt and {output:.0f} output tokens, ended by a stop token that the engine cannot foresee under
@@ -77,14 +89,29 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=POLICIES, metavar="POLICY")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="starved-pool", help="slug of the result file")
+    parser.set_defaults(**CPU)
     return parser.parse_args()
 
 
 def config_of(arguments: argparse.Namespace, policy: str, blocks: int, host_mib: int) -> WorkerConfig:
     return WorkerConfig(
-        model=ModelConfig(path=str(arguments.model), device="cpu", dtype=arguments.dtype),
-        cache=CacheConfig(num_blocks=blocks, block_size=BLOCK, host_bytes=host_mib << 20),
-        scheduler=SchedulerConfig(policy=policy, max_num_seqs=64, max_step_tokens=256),
+        model=ModelConfig(
+            path=str(arguments.model),
+            device=arguments.device,
+            dtype=arguments.dtype,
+            deterministic=arguments.deterministic,
+        ),
+        cache=CacheConfig(
+            num_blocks=blocks,
+            block_size=BLOCK,
+            host_bytes=host_mib << 20,
+            transient_blocks=arguments.transient_blocks,
+        ),
+        scheduler=SchedulerConfig(
+            policy=policy,
+            max_num_seqs=arguments.max_num_seqs,
+            max_step_tokens=arguments.max_step_tokens,
+        ),
         num_threads=arguments.threads,
     )
 
@@ -97,10 +124,12 @@ def continuations(
     arguments: argparse.Namespace, prompts: list[tuple[int, ...]], wanted: list[int]
 ) -> list[list[int]]:
     """What each prompt continues with, cut after a token of its own near the wanted length."""
-    sampling = SamplingParams(temperature=0.0, max_tokens=arguments.cap, ignore_eos=True)
-    room = 64 * -(-(max(map(len, prompts)) + arguments.cap) // BLOCK)
+    sampling = SamplingParams(temperature=arguments.temperature, max_tokens=arguments.cap, ignore_eos=True)
+    room = arguments.max_num_seqs * -(-(max(map(len, prompts)) + arguments.cap) // BLOCK)
     requests = [
-        EngineRequest(str(i), prompt, replace(sampling, max_tokens=min(arguments.cap, wanted[i] + 64)))
+        EngineRequest(
+            str(i), prompt, replace(sampling, seed=i, max_tokens=min(arguments.cap, wanted[i] + 64))
+        )
         for i, prompt in enumerate(prompts)
     ]
     run = run_open_loop(
@@ -169,11 +198,11 @@ def offer(arguments: argparse.Namespace) -> tuple[Offered, float, float, float]:
     rng = random.Random(arguments.seed)
     count = arguments.requests
     sizes = lengths(rng, arguments.prompt, 4 * arguments.prompt, count)
-    prompts = [tuple(rng.randrange(3, SHAPE["vocab_size"]) for _ in range(size)) for size in sizes]
+    prompts = [tuple(rng.randrange(3, arguments.vocab) for _ in range(size)) for size in sizes]
     wanted = lengths(rng, arguments.output, arguments.cap - 64, count)
     expected = continuations(arguments, prompts, wanted)
     engine = load(config_of(arguments, "full-chunked", arguments.pool_blocks, 0))
-    offered = Offered([0.0] * count, prompts, expected, arguments.cap)
+    offered = Offered([0.0] * count, prompts, expected, arguments.cap, arguments.temperature)
     capacity = measure_saturated(engine, offered, min(count, CALIBRATION))
     rate = arguments.load * capacity.output_tok_s / fmean(map(len, expected))
     arrivals = with_arrivals([SimRequest(0.0, 1, 1, 1)] * count, rate, arguments.cv, arguments.seed)
@@ -189,7 +218,8 @@ def run_all(
     rows: list[Row] = []
     raw: dict[str, Any] = {"runs": [], "load_average": []}
     fitted: tuple[CostModel, CostModel] | None = None
-    for host, mib in (("off", 0), ("on", arguments.host_mib)):
+    for host in arguments.hosts:
+        mib = arguments.host_mib if host == "on" else 0
         for policy in arguments.policies:
             config = config_of(arguments, policy, arguments.pool_blocks, mib)
             engine = load(config)

@@ -181,6 +181,13 @@ class EngineCore:
             *(request.request_id, request.attempt, index, (), "error"), error=error, events=seq.take_events()
         )
 
+    def take_released(self) -> tuple[int, ...]:
+        """Sequences that no later plan names and no plan has let go yet: for a caller that plans no more, and
+        goes on with the same executor."""
+        released = tuple(self._state.released)
+        self._state.released.clear()
+        return released
+
     def report(self, now: float) -> WorkerReport:
         """Load and totals; `state`, memory and submit numbers are the caller's to fill in."""
         return self._load.report(self.cost_model, self.has_work, now)

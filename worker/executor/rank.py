@@ -8,6 +8,8 @@ least over all of them, and what they compute here they compute together.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,13 +92,16 @@ def load_rank(config: WorkerConfig, progress: Progress, peers: Peers) -> LoadedR
     ops = select_ops(config, device)
     available, host_available = available_bytes(device), available_bytes(torch.device("cpu"))
     communicator = peers.communicator(device, ordered=ops.deterministic)
-    loaded = load_model(config, ops, device, progress, communicator)
+    share = available // peers.size if device.type == "cpu" else available
+    with room_for("the weights are loaded", device, "a smaller dtype or more ranks make them fit"):
+        loaded = load_model(config, ops, device, progress, communicator, share)
     ways = hole_ways(config, ops, peers.size)
     parts = _Parts(config, ops, loaded, communicator, ways)
     cache_config = share_of_rank(config.cache, peers.size)
     budget = _budget(cache_config, loaded, available, host_available, peers.size)
     check_transient(cache_config, budget)
-    activations = _warm_up(parts, progress)
+    with room_for("the largest step runs", device, "lower scheduler.max_step_tokens or max_num_seqs"):
+        activations = _warm_up(parts, progress)
     # Graphs keep memory of their own, no more than the largest step's.
     recorded = config.cuda_graphs and device.type == "cuda"
     budget = replace(budget, activations=2 * activations if recorded else activations)
@@ -109,7 +114,8 @@ def load_rank(config: WorkerConfig, progress: Progress, peers: Peers) -> LoadedR
     grammars = Grammars(loaded.folder, loaded.arch.vocab_size, loaded.arch.eos_token_ids)
     runner.obey(grammars)
     if config.cuda_graphs:
-        _record(parts, runner, limits, progress)
+        with room_for("steps are recorded", device, "lower cache.memory_fraction or cuda_graph_rows"):
+            _record(parts, runner, limits, progress)
     return LoadedRank(runner, limits, ops, loaded, tier, copier, grammars)
 
 
@@ -117,6 +123,16 @@ def adopt_threads(num_threads: int | None) -> None:
     """Let the calling thread compute on `num_threads` CPU threads; None leaves the default."""
     if num_threads is not None:
         torch.set_num_threads(num_threads)
+
+
+@contextmanager
+def room_for(what: str, device: torch.device, remedy: str) -> Iterator[None]:
+    """A device that is full at start is an error of the configuration, in words."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{device} has too little memory while {what}: {remedy} ({reason})") from None
 
 
 def _agreed_size(

@@ -90,6 +90,20 @@ class ModelRunner:
         return self._cache
 
     @property
+    def ops(self) -> Ops:
+        return self._ops
+
+    @property
+    def model(self) -> CausalModel:
+        return self._model
+
+    @property
+    def num_replays(self) -> tuple[int, int]:
+        """Steps so far that were replayed whole, and in pieces."""
+        graphs, pieces = self._graphs, self._pieces
+        return (0 if graphs is None else graphs.num_replays, 0 if pieces is None else pieces.num_replays)
+
+    @property
     def num_resident(self) -> int:
         return len(self._sequences)
 
