@@ -4,8 +4,9 @@
 
 Every mix has another number of sequences at once, another size of steps (and so other chunks), a scheduling
 policy that preempts, swaps, parks or keeps holes, and requests that come while others run; in many of them
-all prompts begin alike, so that they share blocks. Tokens and their scores must be those of the request alone.
-Then KV: what a prompt of all the tokens writes at once must be what decoding them one by one has written.
+all prompts begin alike, so that they share blocks. Tokens and their scores must be those of the request
+alone. Then KV: what a prompt of all the tokens writes at once must be what decoding them one by one has
+written.
 
     python -m ellm.loadtest.gpu.strict --device cpu --tiny
 """

@@ -49,8 +49,9 @@ def load_model(
     communicator: Communicator,
     available: int,
 ) -> LoadedModel:
-    """Find, check and read the checkpoint, or a rank's part of it. `available`: bytes that it may take. Raises
-    ConfigError naming what cannot work."""
+    """Find, check and read the checkpoint, or a rank's part of it. `available`: bytes that it may take.
+
+    Raises ConfigError naming what cannot work."""
     folder = local_folder(config.model.path, config.model.revision)
     arch, shard = read_architecture(folder), communicator.shard
     check_sharding(arch, shard.size)
