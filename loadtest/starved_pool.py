@@ -29,7 +29,7 @@ from typing import Any
 from ellm.loadtest.bench_checkpoint import SHAPE, make_checkpoint
 from ellm.loadtest.open_loop import OpenLoopRun, run_open_loop
 from ellm.loadtest.result import Result, Row, command_line
-from ellm.loadtest.saturated import measure_saturated
+from ellm.loadtest.saturated import FULL, measure_saturated
 from ellm.loadtest.sim.device import EOS, VOCAB_SIZE
 from ellm.loadtest.sim.executor import TimedExecutor
 from ellm.loadtest.sim.metrics import Metrics, measure
@@ -60,6 +60,7 @@ CPU: dict[str, Any] = {
     "vocab": SHAPE["vocab_size"],
     "hosts": ("off", "on"),
     "temperature": 0.0,
+    "full": FULL,
 }
 
 ABOUT = """\
@@ -203,7 +204,7 @@ def offer(arguments: argparse.Namespace) -> tuple[Offered, float, float, float]:
     expected = continuations(arguments, prompts, wanted)
     engine = load(config_of(arguments, "full-chunked", arguments.pool_blocks, 0))
     offered = Offered([0.0] * count, prompts, expected, arguments.cap, arguments.temperature)
-    capacity = measure_saturated(engine, offered, min(count, CALIBRATION))
+    capacity = measure_saturated(engine, offered, min(count, CALIBRATION), arguments.full)
     rate = arguments.load * capacity.output_tok_s / fmean(map(len, expected))
     arrivals = with_arrivals([SimRequest(0.0, 1, 1, 1)] * count, rate, arguments.cv, arguments.seed)
     first = arrivals[0].arrival_s

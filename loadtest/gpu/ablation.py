@@ -16,9 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -26,10 +23,10 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ellm.kernels import dispatch
 from ellm.loadtest.gpu.models import SHAPES, make_model
+from ellm.loadtest.gpu.observed import CallAgain, count_calls, counted
 from ellm.loadtest.gpu.timing import write
 from ellm.worker.api.config import CacheConfig, ModelConfig, SchedulerConfig, WorkerConfig
 from ellm.worker.api.request import SamplingParams
@@ -37,7 +34,7 @@ from ellm.worker.engine.plan import BatchPlan, BlockCopy, NewSequence, PlanEntry
 from ellm.worker.executor import resolve
 from ellm.worker.executor.local import LocalExecutor
 from ellm.worker.model.computation import Alone
-from ellm.worker.model.graphs import DecodeGraphs, DecodeSizes, Replay
+from ellm.worker.model.graphs import DecodeGraphs, DecodeSizes
 from ellm.worker.model.pieces import PieceGraphs, piece_rows
 
 BLOCK = 16
@@ -49,73 +46,6 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "decode graphs": {"cuda_graphs": True, "cuda_graph_rows": 0},
     "all graphs": {"cuda_graphs": True},
 }
-Launches = Counter[str]
-
-
-class CallAgain:
-    """In the place of graphs where there is no GPU: each replay computes anew."""
-
-    def record(self, call: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        out = call().clone()
-
-        def replay() -> None:
-            out.copy_(call())
-
-        return replay, out
-
-    def warm(self, call: Callable[[], object]) -> None:
-        call()
-
-    def capture(self, call: Callable[[], object]) -> Replay:
-        call()
-
-        def replay() -> None:
-            call()
-
-        return replay
-
-
-class _Noted:
-    """A kernel that counts its launches."""
-
-    def __init__(self, name: str, kernel: Any, launches: Launches) -> None:
-        self._name, self._kernel, self._launches = name, kernel, launches
-
-    def __getitem__(self, grid: Any) -> Any:
-        self._launches[self._name] += 1
-        return self._kernel[grid]
-
-
-@contextmanager
-def counted() -> Iterator[Launches]:
-    """Launches of attention by name, wherever they are made; none where Triton is not there."""
-    launches: Launches = Counter()
-    if dispatch.triton_problem("cuda"):
-        yield launches
-        return
-    from ellm.kernels import triton_tiles
-
-    names = ("attend_kernel", "attend_both_kernel")
-    kernels = {name: getattr(triton_tiles, name) for name in names}
-    for name, kernel in kernels.items():
-        setattr(triton_tiles, name, _Noted(name, kernel, launches))
-    try:
-        yield launches
-    finally:
-        for name, kernel in kernels.items():
-            setattr(triton_tiles, name, kernel)
-
-
-def count_calls(executor: LocalExecutor, launches: Launches) -> None:
-    """The runner's own calls of attention, whatever its body makes of them."""
-    ops = executor.runner.ops
-    attend = ops.paged_attention
-
-    def noted(*args: Any) -> Tensor:
-        launches["calls"] += 1
-        return attend(*args)
-
-    ops.paged_attention = noted  # type: ignore[method-assign, assignment]
 
 
 class Scene:

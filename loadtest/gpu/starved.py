@@ -34,7 +34,8 @@ SHARE = 3  # of the context that is offered the pool holds one part in so many
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Raises AssertionError where a policy says something else than a roomy pool."""
     mean = args.prompt + args.output / 2
-    args.pool_blocks = max(-(-args.cap // BLOCK) + 2, int(args.max_num_seqs * mean / SHARE) // BLOCK)
+    alone = -(-(4 * args.prompt + args.cap) // BLOCK) + 1  # the longest request must fit alone
+    args.pool_blocks = max(alone, int(args.max_num_seqs * mean / SHARE) // BLOCK)
     offered, rate, slo_s, step_s = offer(args)
     roomy_blocks = args.max_num_seqs * -(-(4 * args.prompt + args.cap) // BLOCK)
     roomy = run_open_loop(
@@ -93,7 +94,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.tiny:
         vars(args).update(checkpoint="tiny", dtype="float32", threads=1, requests=12, prompt=20, output=24)
         vars(args).update(cap=100, max_num_seqs=8, max_step_tokens=64, host_mib=4, literal=[0.5])
-        vars(args).update(policies=[POLICIES[0], POLICIES[-1]])
+        # Blocks that are half empty are most of so small a pool.
+        vars(args).update(policies=[POLICIES[0], POLICIES[-1]], full=0.4)
     args.vocab = SHAPES[args.checkpoint]["vocab_size"]
     args.model = make_model(args.checkpoint, args.models, args.device)
     return args

@@ -35,8 +35,17 @@ from ellm.worker.engine.plan import BatchPlan, NewSequence, PlanEntry
 from ellm.worker.executor.local import LocalExecutor
 
 BLOCK = 16
+MOST_TURNS = 100_000
 SHARED = 3 * BLOCK  # tokens that prompts of one family begin with
-POLICIES = ("full-chunked", "full-recompute", "full-swap", "full-offload", "adaptive", "literal(0.5)")
+POLICIES = (
+    "full-chunked",
+    "full-recompute",
+    "full-swap",
+    "full-offload",
+    "adaptive",
+    "literal(0.5)",
+    "literal(0.5, stream=0.5)",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +83,10 @@ def play(
     waiting, outstanding = list(requests), []
     tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
     scores: dict[str, list[TokenLogprobs | None]] = {request.request_id: [] for request in requests}
-    now = 0.0
+    now, turns = 0.0, 0
     while waiting or core.has_work:
+        turns += 1
+        assert turns < MOST_TURNS, f"{config.scheduler}: the engine does not come to an end"
         while waiting and (not core.has_work or rng.random() < 0.5):
             core.add_request(replace(waiting.pop(), tpot_slo_s=rng.choice((None, 0.02, 10.0))), now)
         plan = core.begin_step(now)
