@@ -26,12 +26,11 @@ import torch
 
 from ellm.kernels import dispatch
 from ellm.loadtest.gpu.models import SHAPES, make_model
-from ellm.loadtest.gpu.observed import CallAgain, count_calls, counted
+from ellm.loadtest.gpu.observed import CallAgain, count_calls, counted, taken
 from ellm.loadtest.gpu.timing import write
 from ellm.worker.api.config import CacheConfig, ModelConfig, SchedulerConfig, WorkerConfig
 from ellm.worker.api.request import SamplingParams
 from ellm.worker.engine.plan import BatchPlan, BlockCopy, NewSequence, PlanEntry, StreamedBlock
-from ellm.worker.executor import resolve
 from ellm.worker.executor.local import LocalExecutor
 from ellm.worker.model.computation import Alone
 from ellm.worker.model.graphs import DecodeGraphs, DecodeSizes
@@ -81,7 +80,7 @@ class Scene:
 
     def begin(self) -> list[int]:
         """Prompts one by one, and copies of what is to be streamed; the first tokens."""
-        first = []
+        first: list[int] = []
         for i, prompt in enumerate(self._prompts):
             entry = PlanEntry(i, 0, len(prompt), prompt, self._tables[i], samples=True)
             first += self._run([entry], new=(NewSequence(i, prompt, (), GREEDY, 0),))
@@ -133,14 +132,11 @@ def load(args: argparse.Namespace, switches: dict[str, Any]) -> LocalExecutor:
     config = replace(config, **switches)
     if args.device == "cuda":
         return LocalExecutor.load(config)
-    chosen = resolve.dispatch.select
+    body = None
     if interpreted():
         body = dispatch.triton_body("cpu", deterministic=True, fused=config.fused_attention != "off")
-        resolve.dispatch.select = lambda *_, **__: body
-    try:
+    with taken(body):
         executor = LocalExecutor.load(replace(config, cuda_graphs=False))
-    finally:
-        resolve.dispatch.select = chosen
     if config.cuda_graphs:
         _replay_by_calling(config, executor)
     return executor

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ellm.kernels import dispatch
+from ellm.kernels.ops import Ops
 from ellm.worker.executor.local import LocalExecutor
 from ellm.worker.model.graphs import Replay
 
@@ -80,3 +81,15 @@ def count_calls(executor: LocalExecutor, launches: Launches) -> None:
         return attend(*args)
 
     ops.paged_attention = noted  # type: ignore[method-assign, assignment]
+
+
+@contextmanager
+def taken(body: Ops | None) -> Iterator[None]:
+    """Executors that are loaded within compute with `body`; None: as they choose."""
+    chosen = dispatch.select
+    if body is not None:
+        dispatch.select = lambda *_, **__: body  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        dispatch.select = chosen

@@ -74,7 +74,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--models", type=Path, default=Path(".cache/gpu-models"), help="where checkpoints are, or are made")
     add("--dtype", default="bfloat16")
     add("--threads", type=int, default=4)
-    add("--requests", type=int, default=150)
+    add("--requests", type=int, default=80)
     add("--prompt", type=int, default=222, help="mean prompt tokens")
     add("--output", type=int, default=1346, help="mean output tokens")
     add("--cap", type=int, default=4096, help="max_tokens of every request")
@@ -95,7 +95,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         vars(args).update(checkpoint="tiny", dtype="float32", threads=1, requests=12, prompt=20, output=24)
         vars(args).update(cap=100, max_num_seqs=8, max_step_tokens=64, host_mib=4, literal=[0.5])
         # Blocks that are half empty are most of so small a pool.
-        vars(args).update(policies=[POLICIES[0], POLICIES[-1]], full=0.4)
+        vars(args).update(policies=[POLICIES[0], POLICIES[-1]], full=0.4, load=3.0)
     args.vocab = SHAPES[args.checkpoint]["vocab_size"]
     args.model = make_model(args.checkpoint, args.models, args.device)
     return args

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ellm.loadtest.gpu.models import SHAPES, make_model
 from ellm.loadtest.gpu.timing import write
-from ellm.worker.api.config import CacheConfig, ModelConfig, SchedulerConfig, WorkerConfig
+from ellm.worker.api.config import CacheConfig, DType, ModelConfig, SchedulerConfig, WorkerConfig
 from ellm.worker.api.output import TokenLogprobs
 from ellm.worker.api.request import EngineRequest, SamplingParams
 from ellm.worker.engine.core import EngineCore
@@ -190,17 +190,18 @@ def compare_kv(args: argparse.Namespace, executor: LocalExecutor, vocab: int) ->
     return {"kv_cases": args.kv_cases, "kv_tokens_compared": compared}
 
 
-def measure(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
+def measure(args: argparse.Namespace, dtype: DType) -> dict[str, Any]:
     folder = make_model(args.model, args.models, args.device)
     longest = SHARED + args.prompt + args.output + 1
-    room = 3 * -(-longest // BLOCK)
+    # A quarter of what runs at most; three sequences of those whose KV is compared.
+    room = max(args.batch * -(-longest // BLOCK) // 4, 3 * -(-(args.prompt + args.output) // BLOCK))
     config = WorkerConfig(
         model=ModelConfig(
             path=str(folder),
             device=args.device,
             dtype=dtype,
             deterministic=True,
-            max_model_len=longest,  # type: ignore[arg-type]
+            max_model_len=longest,
         ),
         cache=CacheConfig(num_blocks=room, transient_blocks=room, host_bytes=args.host_mib << 20),
         scheduler=SchedulerConfig(max_num_seqs=args.batch, max_step_tokens=args.step_tokens),
@@ -239,7 +240,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", default="strict.json")
     args = parser.parse_args(argv)
     if args.tiny:
-        vars(args).update(mixes=12, requests=6, prompt=40, output=10, batch=4, step_tokens=200, kv_cases=2)
+        vars(args).update(mixes=12, requests=8, prompt=40, output=24, batch=6, step_tokens=200, kv_cases=2)
         vars(args).update(dtype=["float32"], host_mib=4)
     return args
 

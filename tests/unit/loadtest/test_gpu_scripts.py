@@ -129,6 +129,8 @@ def test_strict_mixes(tmp_path: Path) -> None:
 def test_policies_on_a_starved_pool(tmp_path: Path) -> None:
     found = result(starved, tmp_path)
     assert [row["policy"] for row in found["rows"]] == ["full-recompute", "adaptive", "literal(0.5)"]
-    assert found["pool_tokens"] < found["offered_peak_tokens"]
+    third = int(found["offered_peak_tokens"] / 3) // 16 * 16
+    longest = 4 * 20 + 100 + 2 * 16  # of which the pool holds one at least
+    assert third <= found["pool_tokens"] <= max(third, longest)
     assert all(row["same tokens"] == "yes" for row in found["rows"])
     assert set(found["step_errors"]) == {"full-recompute", "adaptive", "literal(0.5)"}
