@@ -27,7 +27,7 @@ from statistics import fmean
 from typing import Any
 
 from ellm.loadtest.bench_checkpoint import SHAPE, make_checkpoint
-from ellm.loadtest.open_loop import OpenLoopRun, run_open_loop
+from ellm.loadtest.open_loop import run_open_loop
 from ellm.loadtest.result import Result, Row, command_line
 from ellm.loadtest.saturated import FULL, measure_saturated
 from ellm.loadtest.sim.device import EOS, VOCAB_SIZE
@@ -35,6 +35,7 @@ from ellm.loadtest.sim.executor import TimedExecutor
 from ellm.loadtest.sim.metrics import Metrics, measure
 from ellm.loadtest.sim.replica import Replica
 from ellm.loadtest.sim.workload import SimRequest, with_arrivals
+from ellm.loadtest.starved_rows import BASELINE, OURS, row_of, with_ratios
 from ellm.loadtest.step_fit import fit_periods, fit_steps, link_speed, notes_of, step_errors
 from ellm.loadtest.unforeseen import Offered, check_tokens, lengths, peak_context, stop_index
 from ellm.worker.api.config import CacheConfig, ModelConfig, SchedulerConfig, WorkerConfig
@@ -45,7 +46,6 @@ from ellm.worker.engine.core import EngineCore
 from ellm.worker.engine.plan import ModelLimits
 from ellm.worker.executor.simulated_link import LinkSpeed
 
-BASELINE, OURS = "full-recompute", "adaptive"
 POLICIES = (BASELINE, "full-swap", "full-chunked", "full-offload", "full-predictive", OURS)
 BLOCK = 16
 CALIBRATION = 120  # requests at once, before the runs
@@ -156,42 +156,6 @@ def simulated(
     replica = Replica(EngineCore(limits, config, cost_model=own), executor, requests, tpot_slo_s=slo_s)
     trajectory = replica.run()
     return measure(offered.arrivals, trajectory.token_times, slo_s)
-
-
-def row_of(name: str, host: str, real: Metrics, run: OpenLoopRun, sim: Metrics) -> Row:
-    report, tokens = run.report, sum(map(len, run.tokens))
-    return {
-        "policy": name,
-        "host tier": host,
-        "tok/s": real.throughput_tok_s,
-        "goodput": real.goodput_tok_s,
-        "attainment": real.slo_attainment,
-        "goodput strict": real.goodput_strict_tok_s,
-        "attainment strict": real.slo_attainment_strict,
-        "TTFT mean, s": real.ttft_mean_s,
-        "TTFT p50, s": real.ttft_p50_s,
-        "TTFT p99, s": real.ttft_p99_s,
-        "TPOT mean, s": real.tpot_mean_s,
-        "TPOT p99, s": real.tpot_p99_s,
-        "preempted": float(report.num_preemptions),
-        "parked": float(report.num_parks),
-        "recomputed per output": report.recomputed_tokens / tokens,
-        "same tokens": "yes",  # check_tokens raised otherwise
-        "sim goodput error": sim.goodput_tok_s / max(real.goodput_tok_s, 1e-9) - 1.0,
-        "sim TTFT error": sim.ttft_mean_s / real.ttft_mean_s - 1.0,
-    }
-
-
-def with_ratios(rows: list[Row]) -> list[Row]:
-    """Ours beside the baseline of the same host setting."""
-    for host in dict.fromkeys(row["host tier"] for row in rows):
-        of_host = {row["policy"]: row for row in rows if row["host tier"] == host}
-        if BASELINE in of_host and OURS in of_host:
-            base, ours = of_host[BASELINE], of_host[OURS]
-            ours["ratio"] = ours["goodput"] / max(base["goodput"], 1e-9)
-            ours["ratio TTFT"] = base["TTFT mean, s"] / ours["TTFT mean, s"]
-            ours["against"] = BASELINE
-    return rows
 
 
 def offer(arguments: argparse.Namespace) -> tuple[Offered, float, float, float]:

@@ -1,7 +1,7 @@
 """The engine on random weights in known shapes: decode and prefill tokens per second, their share of what the
 device allows, and vLLM beside it.
 
-    python -m ellm.loadtest.gpu.engine --out engine.json [--vllm-python /opt/vllm/bin/python]
+    python -m ellm.loadtest.gpu.engine --out engine.json [--vllm-python PYTHON]
 
 A point is two runs of the same prompts, as in `ellm.loadtest.engine_bench`: one that emits a single token
 (prefill) and one that emits `--output`; decode speed is the tokens between the two by the difference of their
