@@ -88,7 +88,7 @@ def taken(body: Ops | None) -> Iterator[None]:
     """Executors that are loaded within compute with `body`; None: as they choose."""
     chosen = dispatch.select
     if body is not None:
-        dispatch.select = lambda *_, **__: body  # type: ignore[assignment]
+        dispatch.select = lambda *_, **__: body
     try:
         yield
     finally:

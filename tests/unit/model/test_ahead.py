@@ -10,13 +10,16 @@ import pytest
 import torch
 from support import golden
 from support.checkpoints import write_checkpoint
+from support.engine_driver import EngineDriver, plain
 from support.holes import Hole, HoleDriver
 from support.plans import GREEDY
+from support.random_residency import RandomResidency
 from torch import Tensor
 
 from ellm.kernels.ops import AttentionMeta
 from ellm.kernels.reference import TorchOps
 from ellm.worker.api.config import WorkerConfig
+from ellm.worker.api.request import EngineRequest, SamplingParams
 from ellm.worker.engine.plan import PlanEntry
 from ellm.worker.executor.resolve import hole_ways
 from ellm.worker.model.ahead import sides
@@ -128,6 +131,29 @@ def test_several_ranks_do_without(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert hole_ways(config, TorchOps(), 2) == ("apart",)
     assert "several ranks" in caplog.text
+
+
+def test_an_engine_that_chooses_says_the_same(tmp_path: Path) -> None:
+    """With holes, streams and copies at random, step by step in either way."""
+    write_checkpoint(tmp_path, "llama", num_hidden_layers=3)
+    streams, ways = [], []
+    for switch in ("off", "auto"):
+        room = {"num_blocks": 10, "transient_blocks": 20, "host_bytes": 1 << 20}
+        executor = golden.executor(tmp_path, jit=False, recompute_ahead=switch, **room)
+        driver = EngineDriver(
+            executor.limits, scheduler=plain(max_num_seqs=8, max_step_tokens=96), policy=RandomResidency(3)
+        )
+        driver.executor = executor  # type: ignore[assignment]
+        for i in range(5):
+            sampling = SamplingParams(temperature=(0.0, 0.8)[i % 2], seed=i, max_tokens=25, ignore_eos=True)
+            driver.add(EngineRequest(f"r{i}", tuple(golden.prompt(10 + 11 * i, i)), sampling))
+            driver.turn()
+        driver.run(max_turns=20_000)
+        executor.close()
+        streams.append(driver.streams)
+        ways.append({plan.way for plan in driver.plans if plan.entries and plan.entries[-1].recompute})
+    assert streams[0] == streams[1]
+    assert ways == [{None}, {"apart", "ahead"}]
 
 
 def test_no_hole_no_difference(tmp_path: Path) -> None:
