@@ -59,6 +59,8 @@ def leaf(hint: Any, path: str) -> dict[str, Any]:
     """The JSON schema of a setting, with its bounds."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     choices = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
+    if {"on", "off"} <= set(choices):
+        choices += [True, False]  # what YAML 1.1 makes of them
     if choices:
         return {"enum": choices + [None] * (type(None) in options)}
     if any(get_origin(option) is tuple for option in options):

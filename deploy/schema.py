@@ -117,6 +117,7 @@ def from_text(hint: Any, text: str, path: str) -> Any:
 
 def coerce(hint: Any, value: Any, path: str) -> Any:
     """`value` as the annotation wants it (lists become tuples, 1 becomes 1.0, "1e3" becomes 1000.0)."""
+    value = _as_switch(hint, value)
     if not _accepts(hint, value):
         raise ConfigError(f"{path}: expected {describe(hint)}, got {_show(value)}", param=path)
     return _convert(hint, value)
@@ -157,6 +158,13 @@ def _is_number(value: Any) -> bool:
             return False
         return True
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _as_switch(hint: Any, value: Any) -> Any:
+    """YAML 1.1 reads on and off as true and false."""
+    if isinstance(value, bool) and get_origin(hint) is Literal and {"on", "off"} <= set(get_args(hint)):
+        return "on" if value else "off"
+    return value
 
 
 def _convert(hint: Any, value: Any) -> Any:

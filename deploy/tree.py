@@ -154,6 +154,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "worker.tensor_parallel_size": (1, 64),
     "worker.num_threads": (1, 1024),
     "worker.tp_overlap_rows": (2, 1 << 20),
+    "worker.cuda_graph_rows": (0, 1 << 13),
     "worker.model.max_model_len": (1, 1 << 24),
     "worker.cache.block_size": (1, 1024),
     "worker.cache.num_blocks": (2, 1 << 31),

@@ -35,6 +35,7 @@ class AttentionMeta:
     max_kv_len: int
     row_entry: Tensor  # [R] int32: the entry each row belongs to
     num_recompute: int = 0  # the last num_recompute entries are rows of a hole, computed again for this step
+    may_fuse: bool = True  # these and decode rows may share a launch, where the body has such a one
 
 
 @dataclass(frozen=True, slots=True)

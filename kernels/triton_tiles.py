@@ -88,7 +88,7 @@ def apart(choice: TileChoice) -> TileChoice:
 
 def fuses(meta: AttentionMeta, choice: TileChoice) -> bool:
     """Whether these rows take one launch: where none are computed again, nothing changes."""
-    return choice.fused and meta.num_recompute > 0 and meta.num_decode > 0
+    return choice.fused and meta.may_fuse and meta.num_recompute > 0 and meta.num_decode > 0
 
 
 def paged_attention(

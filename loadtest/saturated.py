@@ -9,7 +9,7 @@ from ellm.loadtest.open_loop import OpenLoopRun, run_open_loop
 from ellm.loadtest.unforeseen import Offered
 from ellm.worker.build import LoadedEngine
 
-_FULL = 0.85  # of the pool: from here on it counts as full
+FULL = 0.85  # of the pool: from here on it counts as full
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,9 @@ class Saturated:
     full_step_s: float
 
 
-def measure_saturated(engine: LoadedEngine, offered: Offered, num_requests: int) -> Saturated:
+def measure_saturated(
+    engine: LoadedEngine, offered: Offered, num_requests: int, full: float = FULL
+) -> Saturated:
     """The first `num_requests` at once; closes the engine. Raises RuntimeError if the pool never fills."""
     some = replace(
         offered,
@@ -30,7 +32,7 @@ def measure_saturated(engine: LoadedEngine, offered: Offered, num_requests: int)
     )
     limits = engine.executor.limits
     run = run_open_loop(engine, some.requests(None), some.arrivals)
-    return Saturated(middle_rate(run), full_step(run, limits.num_blocks * limits.block_size))
+    return Saturated(middle_rate(run), full_step(run, limits.num_blocks * limits.block_size, full))
 
 
 def middle_rate(run: OpenLoopRun) -> float:
@@ -40,11 +42,11 @@ def middle_rate(run: OpenLoopRun) -> float:
     return (len(times) - 2 * tenth - 1) / (times[-tenth - 1] - times[tenth])
 
 
-def full_step(run: OpenLoopRun, pool_tokens: int) -> float:
+def full_step(run: OpenLoopRun, pool_tokens: int, full: float = FULL) -> float:
     steps = [
         step.elapsed_s
         for step in run.steps
-        if step.kind == "decode only" and step.features.kv_tokens >= _FULL * pool_tokens
+        if step.kind == "decode only" and step.features.kv_tokens >= full * pool_tokens
     ]
     if not steps:
         raise RuntimeError("the pool never fills: more requests, or a smaller pool")

@@ -27,14 +27,15 @@ from statistics import fmean
 from typing import Any
 
 from ellm.loadtest.bench_checkpoint import SHAPE, make_checkpoint
-from ellm.loadtest.open_loop import OpenLoopRun, run_open_loop
+from ellm.loadtest.open_loop import run_open_loop
 from ellm.loadtest.result import Result, Row, command_line
-from ellm.loadtest.saturated import measure_saturated
+from ellm.loadtest.saturated import FULL, measure_saturated
 from ellm.loadtest.sim.device import EOS, VOCAB_SIZE
 from ellm.loadtest.sim.executor import TimedExecutor
 from ellm.loadtest.sim.metrics import Metrics, measure
 from ellm.loadtest.sim.replica import Replica
 from ellm.loadtest.sim.workload import SimRequest, with_arrivals
+from ellm.loadtest.starved_rows import BASELINE, OURS, row_of, with_ratios
 from ellm.loadtest.step_fit import fit_periods, fit_steps, link_speed, notes_of, step_errors
 from ellm.loadtest.unforeseen import Offered, check_tokens, lengths, peak_context, stop_index
 from ellm.worker.api.config import CacheConfig, ModelConfig, SchedulerConfig, WorkerConfig
@@ -45,10 +46,22 @@ from ellm.worker.engine.core import EngineCore
 from ellm.worker.engine.plan import ModelLimits
 from ellm.worker.executor.simulated_link import LinkSpeed
 
-BASELINE, OURS = "full-recompute", "adaptive"
 POLICIES = (BASELINE, "full-swap", "full-chunked", "full-offload", "full-predictive", OURS)
 BLOCK = 16
 CALIBRATION = 120  # requests at once, before the runs
+
+# What another device sets otherwise.
+CPU: dict[str, Any] = {
+    "device": "cpu",
+    "deterministic": None,
+    "transient_blocks": 0,
+    "max_num_seqs": 64,
+    "max_step_tokens": 256,
+    "vocab": SHAPE["vocab_size"],
+    "hosts": ("off", "on"),
+    "temperature": 0.0,
+    "full": FULL,
+}
 
 ABOUT = """\
 {model} in {dtype} on {threads} threads; {requests} requests at {rate:.2f}/s (gamma gaps, cv {cv:g}), mean
@@ -77,14 +90,29 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=POLICIES, metavar="POLICY")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="starved-pool", help="slug of the result file")
+    parser.set_defaults(**CPU)
     return parser.parse_args()
 
 
 def config_of(arguments: argparse.Namespace, policy: str, blocks: int, host_mib: int) -> WorkerConfig:
     return WorkerConfig(
-        model=ModelConfig(path=str(arguments.model), device="cpu", dtype=arguments.dtype),
-        cache=CacheConfig(num_blocks=blocks, block_size=BLOCK, host_bytes=host_mib << 20),
-        scheduler=SchedulerConfig(policy=policy, max_num_seqs=64, max_step_tokens=256),
+        model=ModelConfig(
+            path=str(arguments.model),
+            device=arguments.device,
+            dtype=arguments.dtype,
+            deterministic=arguments.deterministic,
+        ),
+        cache=CacheConfig(
+            num_blocks=blocks,
+            block_size=BLOCK,
+            host_bytes=host_mib << 20,
+            transient_blocks=arguments.transient_blocks,
+        ),
+        scheduler=SchedulerConfig(
+            policy=policy,
+            max_num_seqs=arguments.max_num_seqs,
+            max_step_tokens=arguments.max_step_tokens,
+        ),
         num_threads=arguments.threads,
     )
 
@@ -97,10 +125,12 @@ def continuations(
     arguments: argparse.Namespace, prompts: list[tuple[int, ...]], wanted: list[int]
 ) -> list[list[int]]:
     """What each prompt continues with, cut after a token of its own near the wanted length."""
-    sampling = SamplingParams(temperature=0.0, max_tokens=arguments.cap, ignore_eos=True)
-    room = 64 * -(-(max(map(len, prompts)) + arguments.cap) // BLOCK)
+    sampling = SamplingParams(temperature=arguments.temperature, max_tokens=arguments.cap, ignore_eos=True)
+    room = arguments.max_num_seqs * -(-(max(map(len, prompts)) + arguments.cap) // BLOCK)
     requests = [
-        EngineRequest(str(i), prompt, replace(sampling, max_tokens=min(arguments.cap, wanted[i] + 64)))
+        EngineRequest(
+            str(i), prompt, replace(sampling, seed=i, max_tokens=min(arguments.cap, wanted[i] + 64))
+        )
         for i, prompt in enumerate(prompts)
     ]
     run = run_open_loop(
@@ -128,53 +158,17 @@ def simulated(
     return measure(offered.arrivals, trajectory.token_times, slo_s)
 
 
-def row_of(name: str, host: str, real: Metrics, run: OpenLoopRun, sim: Metrics) -> Row:
-    report, tokens = run.report, sum(map(len, run.tokens))
-    return {
-        "policy": name,
-        "host tier": host,
-        "tok/s": real.throughput_tok_s,
-        "goodput": real.goodput_tok_s,
-        "attainment": real.slo_attainment,
-        "goodput strict": real.goodput_strict_tok_s,
-        "attainment strict": real.slo_attainment_strict,
-        "TTFT mean, s": real.ttft_mean_s,
-        "TTFT p50, s": real.ttft_p50_s,
-        "TTFT p99, s": real.ttft_p99_s,
-        "TPOT mean, s": real.tpot_mean_s,
-        "TPOT p99, s": real.tpot_p99_s,
-        "preempted": float(report.num_preemptions),
-        "parked": float(report.num_parks),
-        "recomputed per output": report.recomputed_tokens / tokens,
-        "same tokens": "yes",  # check_tokens raised otherwise
-        "sim goodput error": sim.goodput_tok_s / max(real.goodput_tok_s, 1e-9) - 1.0,
-        "sim TTFT error": sim.ttft_mean_s / real.ttft_mean_s - 1.0,
-    }
-
-
-def with_ratios(rows: list[Row]) -> list[Row]:
-    """Ours beside the baseline of the same host setting."""
-    for host in dict.fromkeys(row["host tier"] for row in rows):
-        of_host = {row["policy"]: row for row in rows if row["host tier"] == host}
-        if BASELINE in of_host and OURS in of_host:
-            base, ours = of_host[BASELINE], of_host[OURS]
-            ours["ratio"] = ours["goodput"] / max(base["goodput"], 1e-9)
-            ours["ratio TTFT"] = base["TTFT mean, s"] / ours["TTFT mean, s"]
-            ours["against"] = BASELINE
-    return rows
-
-
 def offer(arguments: argparse.Namespace) -> tuple[Offered, float, float, float]:
     """What comes; the rate, the SLO and a full step, both in seconds."""
     rng = random.Random(arguments.seed)
     count = arguments.requests
     sizes = lengths(rng, arguments.prompt, 4 * arguments.prompt, count)
-    prompts = [tuple(rng.randrange(3, SHAPE["vocab_size"]) for _ in range(size)) for size in sizes]
+    prompts = [tuple(rng.randrange(3, arguments.vocab) for _ in range(size)) for size in sizes]
     wanted = lengths(rng, arguments.output, arguments.cap - 64, count)
     expected = continuations(arguments, prompts, wanted)
     engine = load(config_of(arguments, "full-chunked", arguments.pool_blocks, 0))
-    offered = Offered([0.0] * count, prompts, expected, arguments.cap)
-    capacity = measure_saturated(engine, offered, min(count, CALIBRATION))
+    offered = Offered([0.0] * count, prompts, expected, arguments.cap, arguments.temperature)
+    capacity = measure_saturated(engine, offered, min(count, CALIBRATION), arguments.full)
     rate = arguments.load * capacity.output_tok_s / fmean(map(len, expected))
     arrivals = with_arrivals([SimRequest(0.0, 1, 1, 1)] * count, rate, arguments.cv, arguments.seed)
     first = arrivals[0].arrival_s
@@ -189,7 +183,8 @@ def run_all(
     rows: list[Row] = []
     raw: dict[str, Any] = {"runs": [], "load_average": []}
     fitted: tuple[CostModel, CostModel] | None = None
-    for host, mib in (("off", 0), ("on", arguments.host_mib)):
+    for host in arguments.hosts:
+        mib = arguments.host_mib if host == "on" else 0
         for policy in arguments.policies:
             config = config_of(arguments, policy, arguments.pool_blocks, mib)
             engine = load(config)

@@ -24,12 +24,17 @@ class Offered:
     prompts: list[tuple[int, ...]]
     expected: list[list[int]]  # output tokens, the stop token last
     max_tokens: int
+    temperature: float = 0.0  # drawn by a seed of each request
 
     def requests(self, slo_s: float | None) -> list[EngineRequest]:
         made = []
         for i, (prompt, tokens) in enumerate(zip(self.prompts, self.expected, strict=True)):
             sampling = SamplingParams(
-                temperature=0.0, max_tokens=self.max_tokens, ignore_eos=True, stop_token_ids=(tokens[-1],)
+                temperature=self.temperature,
+                seed=i,
+                max_tokens=self.max_tokens,
+                ignore_eos=True,
+                stop_token_ids=(tokens[-1],),
             )
             made.append(EngineRequest(str(i), prompt, sampling, tpot_slo_s=slo_s))
         return made

@@ -4,14 +4,14 @@
 
 Prints the greedy tokens of three engines, as JSON: of two sequences, one of which has a hole from the middle
 on, one block of it recomputed and one streamed within each step. One has every switch on: STRICT, fused
-attention, and decode steps that are recorded and replayed. Also what was launched, before and after the hole.
+attention, and steps that are recorded and replayed, whole or in pieces. Also what was launched, before and
+after the hole.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from support import golden
 from support.holes import Hole, HoleDriver
 from support.plans import GREEDY
-from torch import Tensor
+from support.replays import CallAgain
 
 from ellm.kernels import dispatch
 from ellm.kernels.ops import Ops
@@ -28,22 +28,11 @@ from ellm.worker.api.config import SchedulerConfig
 from ellm.worker.executor import resolve, warm_up
 from ellm.worker.executor.local import LocalExecutor
 from ellm.worker.model.computation import Alone
-from ellm.worker.model.graphs import DecodeGraphs, DecodeSizes, Replay
+from ellm.worker.model.graphs import DecodeGraphs, DecodeSizes
+from ellm.worker.model.pieces import PieceGraphs
 
 LENGTHS = {1: 37, 2: 3}  # seq_id -> prompt tokens
 WHOLE, HOLED = 2, 3  # tokens decoded before and after the hole is made
-
-
-class CallAgain:
-    """What a graph does, without one: each replay computes anew, into the memory of the first time."""
-
-    def record(self, call: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        out = call().clone()
-
-        def replay() -> None:
-            out.copy_(call())
-
-        return replay, out
 
 
 class Launches:
@@ -74,7 +63,9 @@ class _Noted:
 def tokens(folder: Path, ops: Ops, launches: Launches, *, graphs: bool = False) -> dict[str, Any]:
     """What the engine says with these operations, and what it launched."""
     resolve.dispatch.select = lambda *_, **__: ops  # type: ignore[assignment]
-    config = golden.config(folder, jit=False, num_blocks=16, transient_blocks=2, host_bytes=1 << 18)
+    config = golden.config(
+        folder, jit=False, num_blocks=16, transient_blocks=2, host_bytes=1 << 18, fused_attention="on"
+    )
     # The largest step runs once at start.
     engine = LocalExecutor.load(
         replace(config, scheduler=SchedulerConfig(max_num_seqs=2, max_step_tokens=21))
@@ -83,9 +74,14 @@ def tokens(folder: Path, ops: Ops, launches: Launches, *, graphs: bool = False) 
     runner = engine.runner
     sizes = DecodeSizes((4,), (512,))
     recorded = DecodeGraphs(runner._model, ops, runner.cache, sizes, Alone(), CallAgain())
+    pieces = PieceGraphs(
+        runner._model, runner.cache.num_layers, (24,), runner.cache.device, Alone(), CallAgain()
+    )
     if graphs:
         recorded.record_all()
         runner.replay(recorded)
+        pieces.record_all()
+        runner.replay_pieces(pieces)
     driver = HoleDriver(engine)
     tracks = [driver.add(i, golden.prompt(length, i), GREEDY) for i, length in LENGTHS.items()]
     driver.step({1: 18, 2: 3})
@@ -101,7 +97,8 @@ def tokens(folder: Path, ops: Ops, launches: Launches, *, graphs: bool = False) 
         driver.step({101: 1, 2: 1})
     engine.close()
     said = [list(holed.outputs), list(tracks[1].outputs)]
-    return {"tokens": said, "before": before, "holed": launches.take(), "replays": recorded.num_replays}
+    replays = {"replays": recorded.num_replays, "pieces": pieces.num_replays}
+    return {"tokens": said, "before": before, "holed": launches.take(), **replays}
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+Switch = Literal["auto", "on", "off"]  # auto: where it has been measured to be faster
 
 SIMULATED = "simulated:"  # a path that begins so takes the simulated executor
 
@@ -80,5 +81,7 @@ class WorkerConfig:
     min_step_s: float = 0.0  # a step takes so long at least: a CPU worker that leaves the machine to others
     tp_overlap: bool = False  # of a large step one half communicates while the other computes
     tp_overlap_rows: int = 256  # a step of fewer rows is not worth two halves: each reads all the weights
-    fused_attention: bool = False  # GPU: rows of a hole and decode rows share a launch of attention
-    cuda_graphs: bool = False  # GPU: decode steps are recorded at start and replayed
+    fused_attention: Switch = "auto"  # GPU: rows of a hole and decode rows share a launch of attention
+    recompute_ahead: Switch = "off"  # rows of a hole run one layer ahead, on a GPU on a stream of their own
+    cuda_graphs: bool = False  # GPU: steps are recorded at start and replayed
+    cuda_graph_rows: int = 512  # of steps that are not decode rows alone, up to so many rows; 0: none of them

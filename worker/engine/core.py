@@ -17,6 +17,7 @@ from ellm.worker.api.output import SequenceOutput
 from ellm.worker.api.report import WorkerReport
 from ellm.worker.api.request import EngineRequest
 from ellm.worker.engine.completion import Completion
+from ellm.worker.engine.hole_ways import HoleWays
 from ellm.worker.engine.load import Load
 from ellm.worker.engine.plan import BatchPlan, ModelLimits, StepResult, step_features
 from ellm.worker.engine.policies import Policy, make_policy, resolve_config
@@ -55,6 +56,7 @@ class EngineCore:
         self._tombstones = Tombstones()
         self._load = Load(self._state)
         self._eos = frozenset(limits.eos_token_ids)
+        self._hole_ways = HoleWays(limits.hole_ways) if len(limits.hole_ways) > 1 else None
         self._outstanding: deque[ScheduledStep] = deque()
         self._next_order = 0
 
@@ -127,6 +129,9 @@ class EngineCore:
         step = self._scheduler.schedule(now, idle=not self._outstanding)
         if step is None:
             return None
+        plan = step.plan
+        if self._hole_ways is not None and plan.entries and plan.entries[-1].recompute:
+            step.plan = replace(plan, way=self._hole_ways.choose(plan))
         self._outstanding.append(step)
         return step.plan
 
@@ -138,7 +143,10 @@ class EngineCore:
         step = self._outstanding.popleft()
         outputs = self._completion.apply(step, result, now)
         if plan.entries and not plan.waits:
-            self.cost_model.update(step_features(plan), result.elapsed_s)
+            features = step_features(plan)
+            if plan.way is not None and self._hole_ways is not None:
+                self._hole_ways.measured(plan, result.elapsed_s, self.cost_model.predict(features))
+            self.cost_model.update(features, result.elapsed_s)
         self._policy.stepped(plan, result, now)
         if plan.entries:
             self._load.step_finished(plan, result, outputs, now)
@@ -172,6 +180,13 @@ class EngineCore:
         return SequenceOutput(
             *(request.request_id, request.attempt, index, (), "error"), error=error, events=seq.take_events()
         )
+
+    def take_released(self) -> tuple[int, ...]:
+        """Sequences that no later plan names and no plan has let go yet: for a caller that plans no more, and
+        goes on with the same executor."""
+        released = tuple(self._state.released)
+        self._state.released.clear()
+        return released
 
     def report(self, now: float) -> WorkerReport:
         """Load and totals; `state`, memory and submit numbers are the caller's to fill in."""

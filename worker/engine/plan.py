@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ellm.worker.api.cost_model import StepFeatures
 from ellm.worker.api.output import TokenLogprobs
 from ellm.worker.api.request import SamplingParams
+
+# How rows of holes run beside the others of their step: in launches of attention of their own; in one launch
+# with decode rows; one layer ahead of all other rows.
+HoleWay = Literal["apart", "fused", "ahead"]
+HOLE_WAYS: tuple[HoleWay, ...] = ("apart", "fused", "ahead")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +29,7 @@ class ModelLimits:
     # Blocks that all layers share, with ids [num_blocks, num_blocks + num_transient_blocks).
     num_transient_blocks: int = 0
     block_bytes: int = 0  # one block over all layers: what a copy moves; 0 where there is no host tier
+    hole_ways: tuple[HoleWay, ...] = ()  # from which the brain chooses; fewer than two: nothing to choose
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +108,7 @@ class BatchPlan:
     loads: tuple[BlockCopy, ...] = ()  # host to device
     streams: tuple[StreamedBlock, ...] = ()
     waits: bool = False
+    way: HoleWay | None = None  # of the rows of holes; None: the executor's own
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,8 @@ import torch
 
 from ellm.kernels.ops import Ops
 from ellm.worker.api.config import WorkerConfig
+from ellm.worker.api.errors import ConfigError
+from ellm.worker.executor.pool_size import mib
 from ellm.worker.executor.resolve import resolve_dtype, resolve_max_model_len
 from ellm.worker.model.architecture import Architecture
 from ellm.worker.model.computation import Communicator
@@ -40,10 +42,16 @@ class LoadedModel:
 
 
 def load_model(
-    config: WorkerConfig, ops: Ops, device: torch.device, progress: Progress, communicator: Communicator
+    config: WorkerConfig,
+    ops: Ops,
+    device: torch.device,
+    progress: Progress,
+    communicator: Communicator,
+    available: int,
 ) -> LoadedModel:
-    """Find, check and read the checkpoint, or a rank's part of it. Raises ConfigError naming what cannot
-    work."""
+    """Find, check and read the checkpoint, or a rank's part of it. `available`: bytes that it may take.
+
+    Raises ConfigError naming what cannot work."""
     folder = local_folder(config.model.path, config.model.revision)
     arch, shard = read_architecture(folder), communicator.shard
     check_sharding(arch, shard.size)
@@ -51,6 +59,12 @@ def load_model(
     dtype = resolve_dtype(config.model.dtype, arch, device)
     max_model_len = resolve_max_model_len(config.model.max_model_len, arch)
     reader = WeightReader(entries, dtype, device, progress, partial(part_of, arch=arch, shard=shard))
+    if reader.needed_bytes > available:
+        raise ConfigError(
+            f"the weights take {mib(reader.needed_bytes)} and {mib(max(0, available))} are free on {device}; "
+            "a smaller dtype or more ranks (tensor_parallel_size) make them fit",
+            param="model.path",
+        )
     own = architecture_of_rank(arch, shard.size)
     with torch.inference_mode():
         model = _MODELS[arch.family](ops, own, reader, max_model_len, communicator)

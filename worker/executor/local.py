@@ -112,7 +112,8 @@ class LocalExecutor:
             "body": self._body,
         }
         if device.type == "cuda":
-            about |= {"fused_attention": config.fused_attention, "cuda_graphs": config.cuda_graphs}
+            rows = config.cuda_graph_rows if config.cuda_graphs else 0
+            about |= {"cuda_graphs": config.cuda_graphs, "cuda_graph_rows": rows}
         if config.tensor_parallel_size > 1:
             about |= {
                 "ranks": config.tensor_parallel_size,

@@ -75,8 +75,8 @@ def size_pool(cache: CacheConfig, budget: MemoryBudget, max_model_len: int, *, m
         free = budget.available - budget.fixed
         if num_blocks < 1 or num_blocks * budget.block > free:
             raise ConfigError(
-                f"cache.num_blocks = {num_blocks} takes {_mib(num_blocks * budget.block)} and "
-                f"{_mib(max(0, free))} are left",
+                f"cache.num_blocks = {num_blocks} takes {mib(num_blocks * budget.block)} and "
+                f"{mib(max(0, free))} are left",
                 param="cache.num_blocks",
             )
     else:
@@ -84,10 +84,10 @@ def size_pool(cache: CacheConfig, budget: MemoryBudget, max_model_len: int, *, m
     fits = num_blocks * cache.block_size
     if fits < max_model_len and (num_blocks == 0 or not may_shorten):
         raise ConfigError(
-            f"the KV pool holds {fits} tokens ({_mib(num_blocks * budget.block)}), not one sequence of "
+            f"the KV pool holds {fits} tokens ({mib(num_blocks * budget.block)}), not one sequence of "
             f"{max_model_len}; lower model.max_model_len or give more memory "
-            f"(available {_mib(budget.available)}, weights {_mib(budget.weights)}, "
-            f"activations {_mib(budget.activations)})",
+            f"(available {mib(budget.available)}, weights {mib(budget.weights)}, "
+            f"activations {mib(budget.activations)})",
             param="model.max_model_len",
         )
     num_host_blocks = _host_blocks(cache, budget, num_blocks)
@@ -110,8 +110,8 @@ def check_transient(cache: CacheConfig, budget: MemoryBudget) -> None:
     free = budget.available - budget.fixed + budget.transient
     if budget.transient > free:
         raise ConfigError(
-            f"cache.transient_blocks = {cache.transient_blocks} takes {_mib(budget.transient)} and "
-            f"{_mib(max(0, free))} are left",
+            f"cache.transient_blocks = {cache.transient_blocks} takes {mib(budget.transient)} and "
+            f"{mib(max(0, free))} are left",
             param="cache.transient_blocks",
         )
 
@@ -125,7 +125,7 @@ def _host_blocks(cache: CacheConfig, budget: MemoryBudget, num_blocks: int) -> i
         free -= budget.fixed + num_blocks * budget.block
     if cache.host_bytes > free:
         raise ConfigError(
-            f"cache.host_bytes = {_mib(cache.host_bytes)} and {_mib(max(0, free))} are left on the host",
+            f"cache.host_bytes = {mib(cache.host_bytes)} and {mib(max(0, free))} are left on the host",
             param="cache.host_bytes",
         )
     if cache.host_bytes < budget.block:
@@ -136,5 +136,5 @@ def _host_blocks(cache: CacheConfig, budget: MemoryBudget, num_blocks: int) -> i
     return cache.host_bytes // budget.block
 
 
-def _mib(num_bytes: int) -> str:
+def mib(num_bytes: int) -> str:
     return f"{num_bytes / (1 << 20):.0f} MiB"

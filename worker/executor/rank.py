@@ -8,6 +8,8 @@ least over all of them, and what they compute here they compute together.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,14 +17,14 @@ import torch
 from ellm.kernels.ops import KernelError, Ops
 from ellm.worker.api.config import CacheConfig, WorkerConfig
 from ellm.worker.api.errors import ConfigError
-from ellm.worker.engine.plan import ModelLimits
+from ellm.worker.engine.plan import HoleWay, ModelLimits
 from ellm.worker.executor.copies import Copier
 from ellm.worker.executor.host_tier import HostTier, make_host_tier
 from ellm.worker.executor.loaded_model import LoadedModel, load_model
 from ellm.worker.executor.memory import PeakMemory, available_bytes
 from ellm.worker.executor.peers import Peers
 from ellm.worker.executor.pool_size import MemoryBudget, PoolSize, check_transient, share_of_rank, size_pool
-from ellm.worker.executor.resolve import resolve_device, select_ops
+from ellm.worker.executor.resolve import hole_ways, resolve_device, select_ops
 from ellm.worker.executor.warm_up import largest_plans, step_kinds
 from ellm.worker.model.architecture import Architecture
 from ellm.worker.model.computation import Communicator, TensorParallel
@@ -31,6 +33,7 @@ from ellm.worker.model.grammar import Grammars
 from ellm.worker.model.graphs import CudaRecorder, DecodeGraphs, DecodeSizes, graph_problem
 from ellm.worker.model.kv_cache import KVCache, block_bytes, transient_bytes
 from ellm.worker.model.loader import Progress
+from ellm.worker.model.pieces import PieceGraphs, piece_rows
 from ellm.worker.model.runner import ModelRunner
 
 log = logging.getLogger(__name__)
@@ -57,6 +60,7 @@ class _Parts:
     ops: Ops
     loaded: LoadedModel
     communicator: Communicator
+    ways: tuple[HoleWay, ...]
 
     def cache(self, num_blocks: int) -> KVCache:
         cache, loaded = self.config.cache, self.loaded
@@ -67,7 +71,7 @@ class _Parts:
     def runner(self, cache: KVCache, tier: HostTier | None) -> ModelRunner:
         loaded, config = self.loaded, self.config
         overlaps = config.tp_overlap and self.communicator.shard.size > 1
-        return ModelRunner(
+        runner = ModelRunner(
             loaded.model,
             self.ops,
             loaded.arch,
@@ -76,6 +80,9 @@ class _Parts:
             None if tier is None else tier.loads,
             TensorParallel(self.communicator, config.tp_overlap_rows if overlaps else None),
         )
+        if self.ways:
+            runner.fill_holes(self.ways[0])
+        return runner
 
 
 def load_rank(config: WorkerConfig, progress: Progress, peers: Peers) -> LoadedRank:
@@ -85,12 +92,16 @@ def load_rank(config: WorkerConfig, progress: Progress, peers: Peers) -> LoadedR
     ops = select_ops(config, device)
     available, host_available = available_bytes(device), available_bytes(torch.device("cpu"))
     communicator = peers.communicator(device, ordered=ops.deterministic)
-    loaded = load_model(config, ops, device, progress, communicator)
-    parts = _Parts(config, ops, loaded, communicator)
+    share = available // peers.size if device.type == "cpu" else available
+    with room_for("the weights are loaded", device, "a smaller dtype or more ranks make them fit"):
+        loaded = load_model(config, ops, device, progress, communicator, share)
+    ways = hole_ways(config, ops, peers.size)
+    parts = _Parts(config, ops, loaded, communicator, ways)
     cache_config = share_of_rank(config.cache, peers.size)
     budget = _budget(cache_config, loaded, available, host_available, peers.size)
     check_transient(cache_config, budget)
-    activations = _warm_up(parts, progress)
+    with room_for("the largest step runs", device, "lower scheduler.max_step_tokens or max_num_seqs"):
+        activations = _warm_up(parts, progress)
     # Graphs keep memory of their own, no more than the largest step's.
     recorded = config.cuda_graphs and device.type == "cuda"
     budget = replace(budget, activations=2 * activations if recorded else activations)
@@ -98,12 +109,13 @@ def load_rank(config: WorkerConfig, progress: Progress, peers: Peers) -> LoadedR
     cache = parts.cache(size.num_blocks)
     tier = make_host_tier(cache, size.num_host_blocks, budget.block, ops) if size.num_host_blocks else None
     copier = None if tier is None else peers.copier(tier.copier, budget.block)
-    limits = _limits(config, loaded.arch, size, budget)
+    limits = replace(_limits(config, loaded.arch, size, budget), hole_ways=ways)
     runner = parts.runner(cache, tier)
     grammars = Grammars(loaded.folder, loaded.arch.vocab_size, loaded.arch.eos_token_ids)
     runner.obey(grammars)
     if config.cuda_graphs:
-        _record(parts, runner, limits, progress)
+        with room_for("steps are recorded", device, "lower cache.memory_fraction or cuda_graph_rows"):
+            _record(parts, runner, limits, progress)
     return LoadedRank(runner, limits, ops, loaded, tier, copier, grammars)
 
 
@@ -111,6 +123,16 @@ def adopt_threads(num_threads: int | None) -> None:
     """Let the calling thread compute on `num_threads` CPU threads; None leaves the default."""
     if num_threads is not None:
         torch.set_num_threads(num_threads)
+
+
+@contextmanager
+def room_for(what: str, device: torch.device, remedy: str) -> Iterator[None]:
+    """A device that is full at start is an error of the configuration, in words."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{device} has too little memory while {what}: {remedy} ({reason})") from None
 
 
 def _agreed_size(
@@ -161,7 +183,7 @@ def _budget(
 
 
 def _record(parts: _Parts, runner: ModelRunner, limits: ModelLimits, progress: Progress) -> None:
-    """Let the runner replay its decode steps, where they can be recorded."""
+    """Let the runner replay its steps, where they can be recorded."""
     device = runner.cache.device
     problem = graph_problem(parts.ops, device, parts.communicator.shard.size)
     if problem:
@@ -174,6 +196,15 @@ def _record(parts: _Parts, runner: ModelRunner, limits: ModelLimits, progress: P
     graphs.record_all()
     runner.replay(graphs)
     progress("recording decode steps", 1.0)
+    rows = piece_rows(min(parts.config.cuda_graph_rows, parts.config.scheduler.max_step_tokens))
+    if not rows:
+        return
+    progress("recording mixed steps", 0.0)
+    num_layers = parts.loaded.arch.num_layers
+    pieces = PieceGraphs(model, num_layers, rows, device, parts.communicator, recorder)
+    pieces.record_all()
+    runner.replay_pieces(pieces)
+    progress("recording mixed steps", 1.0)
 
 
 def _warm_up(parts: _Parts, progress: Progress) -> int:
@@ -183,6 +214,8 @@ def _warm_up(parts: _Parts, progress: Progress) -> int:
     """
     config, max_model_len = parts.config, parts.loaded.max_model_len
     largest, num_blocks = largest_plans(config, max_model_len)
+    whole, *holed = largest
+    largest = [whole, *(replace(plan, way=way) for plan in holed for way in parts.ways)]
     runner = parts.runner(parts.cache(num_blocks), None)
     kinds = list(step_kinds(config.scheduler, config.cache.block_size, max_model_len))
     try:

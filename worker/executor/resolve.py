@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from ellm.kernels import dispatch
 from ellm.kernels.ops import Ops
 from ellm.worker.api.config import WorkerConfig
 from ellm.worker.api.errors import ConfigError
+from ellm.worker.engine.plan import HoleWay
 from ellm.worker.model.architecture import Architecture
+
+log = logging.getLogger(__name__)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -51,7 +56,34 @@ def select_ops(config: WorkerConfig, device: torch.device) -> Ops:
     model = config.model
     try:
         return dispatch.select(
-            str(device), jit=model.jit, deterministic=model.deterministic, fused=config.fused_attention
+            str(device),
+            jit=model.jit,
+            deterministic=model.deterministic,
+            fused=config.fused_attention != "off",
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def hole_ways(config: WorkerConfig, ops: Ops, num_ranks: int) -> tuple[HoleWay, ...]:
+    """How rows of holes may run beside the others; the first where nobody chooses. Empty where there are no
+    holes.
+
+    "on" leaves no choice; "auto" adds a way, and the brain measures. With STRICT a shared launch is not
+    chosen by time: that a row has the same bits there has been shown under the interpreter alone.
+    """
+    if not config.cache.transient_blocks:
+        return ()
+    fused = config.fused_attention if ops.name == "triton" else "off"
+    ahead = config.recompute_ahead
+    if num_ranks > 1 and ahead != "off":
+        log.warning("recompute_ahead: several ranks are not supported, rows of holes run beside the others")
+        ahead = "off"
+    if ahead == "on":
+        return ("ahead",)
+    ways: list[HoleWay] = ["fused"] if fused == "on" else ["apart"]
+    if fused == "auto" and not ops.deterministic:
+        ways.append("fused")
+    if ahead == "auto":
+        ways.append("ahead")
+    return tuple(ways)

@@ -1,8 +1,10 @@
-"""A model's forward pass as something that stops wherever ranks must add up their parts.
+"""A model's forward pass as something that stops wherever ranks must add up their parts, and wherever rows
+meet the KV pool.
 
-A computation yields this rank's partial sum and is sent the sum over all ranks. So a model says once what it
-computes, and whoever runs it decides how the sums are made: not at all where there is one rank, one after the
-other, or one half of the batch's while the other half computes.
+A computation yields this rank's partial sum and is sent the sum over all ranks; it yields an AttentionCall
+and is sent the attention of its rows. So a model says once what it computes, and whoever runs it decides how
+the sums are made: not at all where there is one rank, one after the other, or one half of the batch's while
+the other half computes; and what lies between two calls can be recorded, or run ahead of other rows.
 
     half 0   attention   | sum |   mlp         | sum |   attention
     half 1               attention   | sum |   mlp         | sum |
@@ -10,15 +12,31 @@ other, or one half of the batch's while the other half computes.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
+from ellm.kernels.ops import HeadTransform
 from ellm.worker.model.shard import Shard
 
-Computation = Generator[Tensor, Tensor, Tensor]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionCall:
+    """One layer's heads, yet to be normed and rotated, stored, and attended. Layers call in their order."""
+
+    q: Tensor  # [R, H, D]; like k and v it may be a view into a wider row
+    k: Tensor  # [R, K, D]
+    v: Tensor  # [R, K, D]
+    heads: HeadTransform
+    scale: float
+    window: int | None
+
+
+Stop = Tensor | AttentionCall
+Computation = Generator[Stop, Tensor, Tensor]
+Attend = Callable[[AttentionCall], Tensor]  # stores k and v of all R rows -> [R, H, D]
 
 
 class PendingSum(Protocol):
@@ -72,25 +90,46 @@ class TensorParallel:
     overlap_rows: int | None = None
 
 
-def run(computation: Computation, communicator: Communicator) -> Tensor:
+def next_sum(computation: Computation, total: Tensor | None, attend: Attend) -> Tensor:
+    """On from `total`, the sum asked for last (None: from the start), to the next sum's part. Raises
+    StopIteration with the result."""
+    stop = next(computation) if total is None else computation.send(total)
+    while isinstance(stop, AttentionCall):
+        stop = computation.send(attend(stop))
+    return stop
+
+
+def next_call(computation: Computation, value: Tensor | None, communicator: Communicator) -> AttentionCall:
+    """On from `value`, the attention asked for last (None: from the start), to the next layer's. Raises
+    StopIteration with the result."""
+    stop = next(computation) if value is None else computation.send(value)
+    while not isinstance(stop, AttentionCall):
+        stop = computation.send(communicator.begin_sum(stop).wait())
+    return stop
+
+
+def run(computation: Computation, communicator: Communicator, attend: Attend) -> Tensor:
     """To its end, each sum when it is asked for."""
     try:
-        part = next(computation)
+        part = next_sum(computation, None, attend)
         while True:
-            part = computation.send(communicator.begin_sum(part).wait())
+            part = next_sum(computation, communicator.begin_sum(part).wait(), attend)
     except StopIteration as end:
         result: Tensor = end.value
         return result
 
 
-def run_halves(halves: tuple[Computation, Computation], communicator: Communicator) -> tuple[Tensor, Tensor]:
+def run_halves(
+    halves: tuple[Computation, Computation], communicator: Communicator, attends: tuple[Attend, Attend]
+) -> tuple[Tensor, Tensor]:
     """Two computations of equally many sums: the sums of each are made while the other computes."""
-    pending = [communicator.begin_sum(next(half)) for half in halves]
+    both = tuple(zip(halves, attends, strict=True))
+    pending = [communicator.begin_sum(next_sum(half, None, attend)) for half, attend in both]
     results: list[Tensor] = []
     while not results:
-        for i, half in enumerate(halves):
+        for i, (half, attend) in enumerate(both):
             try:
-                pending[i] = communicator.begin_sum(half.send(pending[i].wait()))
+                pending[i] = communicator.begin_sum(next_sum(half, pending[i].wait(), attend))
             except StopIteration as end:
                 results.append(end.value)
     first, second = results

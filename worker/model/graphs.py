@@ -3,7 +3,8 @@
 A graph has a number of rows and a longest context, both rounded up; a step takes the smallest that has room.
 Rows that are left over have no slot and no context: they store nothing and read nothing. Ids, positions,
 slots, lengths and tables lie at fixed addresses, so which sequences take part, and what they have parked,
-changes no graph. Steps with chunks, rows of a hole or streamed blocks, and sampling, run as they always did.
+changes no graph. Steps with chunks, rows of a hole or streamed blocks run in recorded pieces (pieces.py) or
+as they always did; so does sampling.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ellm.worker.engine.plan import BatchPlan
 from ellm.worker.model.computation import Communicator, run
 from ellm.worker.model.inputs import StepInputs
 from ellm.worker.model.kv_cache import KVCache
-from ellm.worker.model.layers import CausalModel
+from ellm.worker.model.layers import CausalModel, PoolAttention
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +31,18 @@ Replay = Callable[[], None]
 
 
 class Recorder(Protocol):
-    """Turns a call into something that can be replayed on the same memory."""
+    """Turns calls into something that can be replayed on the same memory."""
 
     def record(self, call: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         """(what runs it again, the tensor that holds the result each time); `call` may run at once, too."""
+        ...
+
+    def warm(self, call: Callable[[], object]) -> None:
+        """Run it, so that what is made on the first call of a size is not made while recording."""
+        ...
+
+    def capture(self, call: Callable[[], object]) -> Replay:
+        """Record a call that has been warmed; its results lie where it puts them."""
         ...
 
 
@@ -45,18 +54,25 @@ class CudaRecorder:
         self._pool: Any = None
 
     def record(self, call: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        # What is made on the first call of a size (kernels, workspaces) must not be made while recording.
+        self.warm(call)
+        out: list[Tensor] = []
+        replay = self.capture(lambda: out.append(call()))
+        return replay, out[0]
+
+    def warm(self, call: Callable[[], object]) -> None:
         side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(2):
                 call()
         torch.cuda.current_stream(self._device).wait_stream(side)
+
+    def capture(self, call: Callable[[], object]) -> Replay:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            out = call()
+            call()
         self._pool = self._pool or graph.pool()
-        return graph.replay, out
+        return graph.replay
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +205,8 @@ class DecodeGraphs:
             row_entry=self._entries[:rows],
         )
         steps = [(meta, kv) for kv in self._cache.layers]
-        computation = self._model.forward(self._token_ids[:rows], meta.positions, steps, None)
-        return run(computation, self._communicator)
+        computation = self._model.forward(self._token_ids[:rows], meta.positions, None)
+        return run(computation, self._communicator, PoolAttention(self._ops, steps))
 
     def _fill(self, inputs: StepInputs, rows: int) -> None:
         meta = inputs.meta

@@ -42,8 +42,10 @@ class InputBuilder:
         self._device = device
         self._last_tokens = torch.zeros(sequences.num_rows, dtype=torch.int64, device=device)
 
-    def build(self, plan: BatchPlan) -> StepInputs:
-        """Tensors of `plan`, whose sequences must be resident. Reads the entries' live tables."""
+    def build(self, plan: BatchPlan, *, may_fuse: bool = False) -> StepInputs:
+        """Tensors of `plan`, whose sequences must be resident. Reads the entries' live tables.
+
+        may_fuse: rows of holes may share a launch of attention with decode rows."""
         entries = plan.entries
         states = [self._sequences[e.seq_id] for e in entries]
         for entry, state in zip(entries, states, strict=True):
@@ -56,7 +58,7 @@ class InputBuilder:
         cu = np.zeros(len(entries) + 1, dtype=np.int32)
         np.cumsum(counts, out=cu[1:])
         num_recompute = sum(e.recompute for e in entries)
-        meta = self._meta(table_rows, starts, counts, cu, num_recompute)
+        meta = self._meta(table_rows, starts, counts, cu, num_recompute, may_fuse)
         rows, sample_rows, scored = self._select(entries, cu)
         return StepInputs(
             token_ids=self._token_ids(entries, table_rows, cu),
@@ -87,7 +89,9 @@ class InputBuilder:
             halves.append(
                 Half(
                     inputs.token_ids.index_select(0, self._tensor(rows)),
-                    self._meta(table_rows[own], starts[own], counts[own], cu, num_recompute),
+                    self._meta(
+                        table_rows[own], starts[own], counts[own], cu, num_recompute, inputs.meta.may_fuse
+                    ),
                     None if selected_rows is None else self._tensor(selected_rows),
                 )
             )
@@ -109,6 +113,7 @@ class InputBuilder:
         counts: npt.NDArray[np.int64],
         cu: npt.NDArray[np.int32],
         num_recompute: int,
+        may_fuse: bool,
     ) -> AttentionMeta:
         tables, block_size, num_entries = self._sequences.block_tables, self._block_size, len(starts)
         num_rows = int(cu[-1])
@@ -134,6 +139,7 @@ class InputBuilder:
             max_kv_len=max_kv_len,
             row_entry=self._tensor(row_entry),
             num_recompute=num_recompute,
+            may_fuse=may_fuse,
         )
 
     def _token_ids(

@@ -5,7 +5,7 @@ R rows of one flat batch; which sequence a row belongs to is in the AttentionMet
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from typing import Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ellm.kernels.ops import AttentionMeta, HeadTransform, Linear, Ops, SamplingBatch
 from ellm.worker.model.architecture import Architecture
-from ellm.worker.model.computation import Communicator, Computation
+from ellm.worker.model.computation import AttentionCall, Communicator, Computation, Stop
 from ellm.worker.model.loader import WeightReader
 from ellm.worker.model.rope import RopeConfig
 
@@ -25,15 +25,10 @@ GREEDY = SamplingBatch(None, None, None, None, None, None, None)
 class CausalModel(Protocol):
     """A model as the runner sees it."""
 
-    def forward(
-        self, token_ids: Tensor, positions: Tensor, steps: Iterable[LayerStep], rows: Tensor | None
-    ) -> Computation:
+    def forward(self, token_ids: Tensor, positions: Tensor, rows: Tensor | None) -> Computation:
         """token_ids, positions [R] int64 -> final hidden states, of `rows` [n] int64 alone where given:
-        [n or R, E]. It yields this rank's part of every sum.
-
-        Stores keys and values of all R rows in the pool. `steps`: one for each layer, asked for only when the
-        layer before has been computed.
-        """
+        [n or R, E]. It yields this rank's part of every sum, and one AttentionCall for each layer, of all R
+        rows."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -43,6 +38,26 @@ class CausalModel(Protocol):
     def likeliest(self, hidden: Tensor) -> Tensor:
         """[n, E] -> ids [n] int64 of the largest logits, the lowest id of equals."""
         ...
+
+
+class PoolAttention:
+    """Answers the calls of one computation from the pool. `steps`: one for each layer, asked for only when
+    the attention of the layer before has been asked for."""
+
+    def __init__(self, ops: Ops, steps: Iterable[LayerStep]) -> None:
+        self._ops = ops
+        self._steps = iter(steps)
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        """Keys and values of all R rows reach the pool; -> [R, H, D]."""
+        meta, kv = next(self._steps)
+        q = self._ops.rotary_store(call.q, call.k, call.v, meta, kv, call.heads)
+        return self._ops.paged_attention(q, kv[0], kv[1], meta, call.scale, call.window)
+
+    def store(self, call: AttentionCall) -> None:
+        """The same without attention."""
+        meta, kv = next(self._steps)
+        self._ops.rotary_store(call.q, call.k, call.v, meta, kv, call.heads)
 
 
 def joined_linear(ops: Ops, reader: WeightReader, *names: str) -> Linear:
@@ -112,13 +127,12 @@ class LmHead:
 
 
 class Attention:
-    """Joined projection, optional q/k norm and rotation, store, paged attention, output projection, all of a
-    rank's own heads: the result is a part of the sum over all ranks."""
+    """Joined projection, a call for store and attention with optional q/k norm and rotation, output
+    projection, all of a rank's own heads: the result is a part of the sum over all ranks."""
 
     def __init__(
         self, ops: Ops, arch: Architecture, reader: WeightReader, name: str, window: int | None
     ) -> None:
-        self._ops = ops
         self._heads = [arch.num_heads, arch.num_kv_heads, arch.num_kv_heads]
         self._all_heads = sum(self._heads)
         self._head_dim = arch.head_dim
@@ -131,15 +145,13 @@ class Attention:
         self._k_norm = reader.optional(f"{name}.k_norm.weight")
 
     def __call__(
-        self, x: Tensor, meta: AttentionMeta, kv: LayerKV, cos_sin: Tensor | None, rows: Tensor | None = None
-    ) -> Tensor:
+        self, x: Tensor, cos_sin: Tensor | None, rows: Tensor | None = None
+    ) -> Generator[Stop, Tensor, Tensor]:
         """x [R, hidden] -> [R, hidden], or [n, hidden] for `rows` [n] alone; all R rows reach the pool."""
-        ops = self._ops
         qkv = self._qkv(x).view(-1, self._all_heads, self._head_dim)
         q, k, v = qkv.split_with_sizes(self._heads, 1)  # views: [R, H, D], [R, K, D] twice
         heads = HeadTransform(self._q_norm, self._k_norm, self._eps, cos_sin)
-        q = ops.rotary_store(q, k, v, meta, kv, heads)
-        out = ops.paged_attention(q, kv[0], kv[1], meta, self._scale, self._window)
+        out = yield AttentionCall(q, k, v, heads, self._scale, self._window)
         if rows is not None:
             out = out.index_select(0, rows)
         return self._out(out.view(out.shape[0], -1))

@@ -5,22 +5,14 @@ They differ in biases, q/k norms, windows and frequencies, all of which the arch
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 
 from torch import Tensor
 
-from ellm.kernels.ops import AttentionMeta, Ops
+from ellm.kernels.ops import Ops
 from ellm.worker.model.architecture import Architecture
-from ellm.worker.model.computation import Communicator, Computation
-from ellm.worker.model.layers import (
-    Attention,
-    GatedMlp,
-    LayerKV,
-    LayerStep,
-    LmHead,
-    VocabEmbedding,
-    rotary_table,
-)
+from ellm.worker.model.computation import Communicator, Computation, Stop
+from ellm.worker.model.layers import Attention, GatedMlp, LmHead, VocabEmbedding, rotary_table
 from ellm.worker.model.loader import WeightReader
 from ellm.worker.model.weights import EMBED, LM_HEAD
 
@@ -38,17 +30,11 @@ class LlamaLayer:
         self._mlp = GatedMlp(ops, reader, f"{name}.mlp")
 
     def __call__(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        meta: AttentionMeta,
-        kv: LayerKV,
-        cos_sin: Tensor,
-        rows: Tensor | None,
-    ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, rows: Tensor | None
+    ) -> Generator[Stop, Tensor, tuple[Tensor, Tensor]]:
         """x [R, hidden] is yet to be added to `residual`; so are the two returned, of `rows` where given."""
         normed, residual = self._ops.rms_norm(x, self._input_norm, self._eps, residual)
-        x = yield self._attention(normed, meta, kv, cos_sin, rows)
+        x = yield (yield from self._attention(normed, cos_sin, rows))
         if rows is not None:
             residual = residual.index_select(0, rows)
         normed, residual = self._ops.rms_norm(x, self._post_norm, self._eps, residual)
@@ -79,16 +65,14 @@ class LlamaModel:
         head = embed if arch.tie_word_embeddings else reader.read(LM_HEAD)
         self._head = LmHead(ops, head, arch.vocab_size, communicator)
 
-    def forward(
-        self, token_ids: Tensor, positions: Tensor, steps: Iterable[LayerStep], rows: Tensor | None
-    ) -> Computation:
-        del positions  # each layer's AttentionMeta has them
+    def forward(self, token_ids: Tensor, positions: Tensor, rows: Tensor | None) -> Computation:
+        del positions  # whoever answers the layers' calls has them
         x = yield self._embed(token_ids)
         residual: Tensor | None = None
         last = len(self._layers) - 1
-        for i, (layer, (meta, kv)) in enumerate(zip(self._layers, steps, strict=True)):
+        for i, layer in enumerate(self._layers):
             # After the last layer's store only rows with logits matter.
-            x, residual = yield from layer(x, residual, meta, kv, self._cos_sin, rows if i == last else None)
+            x, residual = yield from layer(x, residual, self._cos_sin, rows if i == last else None)
         normed, _ = self._ops.rms_norm(x, self._norm, self._eps, residual)
         return normed
 

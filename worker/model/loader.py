@@ -54,6 +54,14 @@ class WeightReader:
         self.num_elements = 0  # handed over, padding included
         self._open: tuple[Path, Any] | None = None
 
+    @property
+    def needed_bytes(self) -> int:
+        """What all of it will take on the device, padding apart."""
+        size = self._dtype.itemsize
+        return sum(
+            self._part_bytes(name) // ITEM_BYTES[entry.dtype] * size for name, entry in self._entries.items()
+        )
+
     def read(self, name: str) -> Tensor:
         """This rank's part of the tensor `name`. Raises ConfigError if its file cannot be read any more."""
         entry, part = self._entries[name], self._part_of(name)

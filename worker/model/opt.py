@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
 
-from ellm.kernels.ops import AttentionMeta, Linear, Ops
+from ellm.kernels.ops import Linear, Ops
 from ellm.worker.model.architecture import Architecture
-from ellm.worker.model.computation import Communicator, Computation
-from ellm.worker.model.layers import (
-    Attention,
-    LayerKV,
-    LayerStep,
-    LmHead,
-    VocabEmbedding,
-    joined_linear,
-)
+from ellm.worker.model.computation import Communicator, Computation, Stop
+from ellm.worker.model.layers import Attention, LmHead, VocabEmbedding, joined_linear
 from ellm.worker.model.loader import WeightReader
 from ellm.worker.model.weights import LM_HEAD, OPT_EMBED, OPT_POSITION_OFFSET
 
@@ -47,12 +40,10 @@ class OptLayer:
         self._fc2 = joined_linear(ops, reader, f"{name}.fc2")
         self._mlp_norm = _LayerNorm(ops, arch, reader, f"{name}.final_layer_norm")
 
-    def __call__(
-        self, x: Tensor, meta: AttentionMeta, kv: LayerKV, rows: Tensor | None
-    ) -> Generator[Tensor, Tensor, Tensor]:
+    def __call__(self, x: Tensor, rows: Tensor | None) -> Generator[Stop, Tensor, Tensor]:
         """x [R, hidden] -> [R, hidden], or of `rows` alone where given."""
         normed = self._attention_norm(x) if self._pre_norm else x
-        attended = yield self._attention(normed, meta, kv, None, rows)
+        attended = yield (yield from self._attention(normed, None, rows))
         x = (x if rows is None else x.index_select(0, rows)) + attended
         if self._pre_norm:
             return x + (yield self._mlp(self._mlp_norm(x)))
@@ -92,16 +83,14 @@ class OptModel:
         head = embed if arch.tie_word_embeddings else reader.read(LM_HEAD)
         self._head = LmHead(ops, head, arch.vocab_size, communicator)
 
-    def forward(
-        self, token_ids: Tensor, positions: Tensor, steps: Iterable[LayerStep], rows: Tensor | None
-    ) -> Computation:
+    def forward(self, token_ids: Tensor, positions: Tensor, rows: Tensor | None) -> Computation:
         x = yield self._embed(token_ids)
         if self._project_in is not None:
             x = self._project_in(x)
         x = x + torch.nn.functional.embedding(positions, self._positions)
         last = len(self._layers) - 1
-        for i, (layer, (meta, kv)) in enumerate(zip(self._layers, steps, strict=True)):
-            x = yield from layer(x, meta, kv, rows if i == last else None)
+        for i, layer in enumerate(self._layers):
+            x = yield from layer(x, rows if i == last else None)
         if self._final_norm is not None:
             x = self._final_norm(x)
         return x if self._project_out is None else self._project_out(x)

@@ -13,15 +13,17 @@ from torch import Tensor
 
 from ellm.kernels.ops import AttentionMeta, Ops
 from ellm.worker.api.output import TokenLogprobs
-from ellm.worker.engine.plan import BatchPlan, PlanEntry
+from ellm.worker.engine.plan import BatchPlan, HoleWay, PlanEntry
+from ellm.worker.model.ahead import lanes_of, run_ahead, sides
 from ellm.worker.model.architecture import Architecture
 from ellm.worker.model.computation import Computation, TensorParallel, run, run_halves
 from ellm.worker.model.grammar import Grammars
 from ellm.worker.model.graphs import DecodeGraphs
-from ellm.worker.model.halves import Half, split
+from ellm.worker.model.halves import Half, Ints, split
 from ellm.worker.model.inputs import InputBuilder, StepInputs
 from ellm.worker.model.kv_cache import KVCache
-from ellm.worker.model.layers import CausalModel, LayerStep
+from ellm.worker.model.layers import CausalModel, LayerStep, PoolAttention
+from ellm.worker.model.pieces import PieceGraphs
 from ellm.worker.model.sampler import Sampler
 from ellm.worker.model.sequences import ResidentSequences, SequenceState
 from ellm.worker.model.transient import LayerLoads, layer_steps
@@ -52,7 +54,9 @@ class ModelRunner:
     ) -> None:
         """`loads`: what streams blocks of the host tier, where there is one. `parallel`: the other ranks."""
         self._model = model
+        self._ops = ops
         self._cache = cache
+        self._hole_way: HoleWay = "apart"
         self._loads = loads
         parallel = parallel or TensorParallel()
         self._communicator, self._overlap_rows = parallel.communicator, parallel.overlap_rows
@@ -62,18 +66,42 @@ class ModelRunner:
         self._inputs = InputBuilder(self._sequences, cache.block_size, device)
         self._sampler = Sampler(ops, arch.vocab_size, device)
         self._graphs: DecodeGraphs | None = None
+        self._pieces: PieceGraphs | None = None
+        self._lanes = lanes_of(device)
 
     def obey(self, grammars: Grammars) -> None:
         """Sequences may come with a grammar from now on."""
         self._sequences.grammars = grammars
 
+    def fill_holes(self, way: HoleWay) -> None:
+        """So run rows of holes from now on, where a plan does not say."""
+        self._hole_way = way
+
     def replay(self, graphs: DecodeGraphs) -> None:
         """Decode steps are replayed from now on, where they have been recorded."""
         self._graphs = graphs
 
+    def replay_pieces(self, pieces: PieceGraphs) -> None:
+        """Other steps are replayed between their calls of attention, where that has been recorded."""
+        self._pieces = pieces
+
     @property
     def cache(self) -> KVCache:
         return self._cache
+
+    @property
+    def ops(self) -> Ops:
+        return self._ops
+
+    @property
+    def model(self) -> CausalModel:
+        return self._model
+
+    @property
+    def num_replays(self) -> tuple[int, int]:
+        """Steps so far that were replayed whole, and in pieces."""
+        graphs, pieces = self._graphs, self._pieces
+        return (0 if graphs is None else graphs.num_replays, 0 if pieces is None else pieces.num_replays)
 
     @property
     def num_resident(self) -> int:
@@ -91,7 +119,7 @@ class ModelRunner:
             if plan.streams:
                 assert self._loads is not None
                 self._loads.begin(plan.streams)
-            inputs = self._inputs.build(plan)
+            inputs = self._inputs.build(plan, may_fuse=(plan.way or self._hole_way) == "fused")
             hidden = self._hidden(plan, inputs)
             prompt_logprobs = self._score_prompts(plan, inputs, hidden)
             return self._sample(plan, inputs, hidden, prompt_logprobs)
@@ -102,23 +130,51 @@ class ModelRunner:
             hidden = self._graphs.hidden(plan, inputs)
             if hidden is not None:
                 return hidden
-        loads = self._loads if plan.streams else None
-        sides = None
+        if plan.entries[-1].recompute and (plan.way or self._hole_way) == "ahead":
+            chosen = sides(plan, self._cache.num_blocks, self._cache.block_size)
+            if chosen is not None:
+                return self._hidden_ahead(plan, inputs, chosen)
         if self._overlap_rows is not None and plan.num_rows >= self._overlap_rows:
-            sides = split(plan.entries)
-        if sides is None:
-            steps = self._layer_steps(plan, inputs.meta, loads)
-            computation = self._model.forward(inputs.token_ids, inputs.meta.positions, steps, inputs.rows)
-            return run(computation, self._communicator)
-        (first, second), order = self._inputs.halves(plan, inputs, sides)
+            chosen = split(plan.entries)
+            if chosen is not None:
+                return self._hidden_of_halves(plan, inputs, chosen)
+        attend = self._attention(plan, inputs.meta, self._loads_of(plan))
+        if self._pieces is not None:
+            hidden = self._pieces.hidden(inputs, attend)
+            if hidden is not None:
+                return hidden
+        computation = self._model.forward(inputs.token_ids, inputs.meta.positions, inputs.rows)
+        return run(computation, self._communicator, attend)
+
+    def _hidden_of_halves(self, plan: BatchPlan, inputs: StepInputs, chosen: Ints) -> Tensor:
+        (first, second), order = self._inputs.halves(plan, inputs, chosen)
         # The first is ahead by one sum: it asks for a layer's streams when both have computed the one before.
-        computations = self._computation(plan, first, loads), self._computation(plan, second, None)
-        both = run_halves(computations, self._communicator)
+        attends = (
+            self._attention(plan, first.meta, self._loads_of(plan)),
+            self._attention(plan, second.meta, None),
+        )
+        halves = self._computation(first), self._computation(second)
+        both = run_halves(halves, self._communicator, attends)
         return torch.cat(both).index_select(0, order)
 
-    def _computation(self, plan: BatchPlan, half: Half, loads: LayerLoads | None) -> Computation:
-        steps = self._layer_steps(plan, half.meta, loads)
-        return self._model.forward(half.token_ids, half.meta.positions, steps, half.rows)
+    def _hidden_ahead(self, plan: BatchPlan, inputs: StepInputs, chosen: Ints) -> Tensor:
+        """No row of a hole keeps the LM head: the others' results are all, in their order."""
+        (others, again), _ = self._inputs.halves(plan, inputs, chosen)
+        return run_ahead(
+            (self._computation(others), self._attention(plan, others.meta, self._loads_of(plan))),
+            (self._computation(again), self._attention(plan, again.meta, None)),
+            self._cache.num_layers,
+            self._lanes,
+        )
+
+    def _loads_of(self, plan: BatchPlan) -> LayerLoads | None:
+        return self._loads if plan.streams else None
+
+    def _computation(self, half: Half) -> Computation:
+        return self._model.forward(half.token_ids, half.meta.positions, half.rows)
+
+    def _attention(self, plan: BatchPlan, meta: AttentionMeta, loads: LayerLoads | None) -> PoolAttention:
+        return PoolAttention(self._ops, self._layer_steps(plan, meta, loads))
 
     def _layer_steps(
         self, plan: BatchPlan, meta: AttentionMeta, loads: LayerLoads | None

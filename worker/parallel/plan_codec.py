@@ -12,11 +12,11 @@ from dataclasses import fields
 from typing import Any
 
 from ellm.worker.api.request import SamplingParams
-from ellm.worker.engine.plan import BatchPlan, BlockCopy, NewSequence, PlanEntry, StreamedBlock
+from ellm.worker.engine.plan import HOLE_WAYS, BatchPlan, BlockCopy, NewSequence, PlanEntry, StreamedBlock
 
 _SAMPLING = tuple(field.name for field in fields(SamplingParams))
 _SAMPLES, _PROMPT_LOGPROBS, _RECOMPUTE = 1, 2, 4
-_HEAD, _ENTRY, _NEW = 8, 8, 4  # numbers
+_HEAD, _ENTRY, _NEW = 9, 8, 4  # numbers
 
 
 class PlanPacker:
@@ -34,7 +34,8 @@ class PlanPacker:
         for new in plan.new:
             self._sent[new.seq_id] = 0
         lengths = map(len, (plan.entries, plan.new, plan.released, plan.saves, plan.loads, plan.streams))
-        numbers = array("q", (plan.step, int(plan.waits), *lengths))
+        way = -1 if plan.way is None else HOLE_WAYS.index(plan.way)
+        numbers = array("q", (plan.step, int(plan.waits), way, *lengths))
         numbers.extend(plan.released)
         for copy in (*plan.saves, *plan.loads):
             numbers.extend((copy.copy_id, copy.block, copy.host_block))
@@ -77,9 +78,8 @@ class PlanUnpacker:
         numbers.frombytes(data[8 : 8 + 8 * count])
         text = data[8 + 8 * count :]
         reader = _Reader(numbers)
-        step, waits, num_entries, num_new, num_released, num_saves, num_loads, num_streams = reader.take(
-            _HEAD
-        )
+        step, waits, way, *lengths = reader.take(_HEAD)
+        num_entries, num_new, num_released, num_saves, num_loads, num_streams = lengths
         released = tuple(reader.take(num_released))
         copies = [BlockCopy(*reader.take(3)) for _ in range(num_saves + num_loads)]
         streams = tuple(StreamedBlock(*reader.take(2)) for _ in range(num_streams))
@@ -101,6 +101,7 @@ class PlanUnpacker:
             tuple(copies[num_saves:]),
             streams,
             bool(waits),
+            None if way < 0 else HOLE_WAYS[way],
         )
 
     def _new(self, reader: _Reader, values: list[Any]) -> NewSequence:

@@ -37,6 +37,18 @@ def test_later_sources_win(tmp_path: Path) -> None:
     assert "cluster.grpc_port" not in loaded.origins
 
 
+def test_on_and_off_are_switches_however_yaml_reads_them(tmp_path: Path) -> None:
+    file = write(tmp_path, "worker: {fused_attention: on, recompute_ahead: 'off'}\n")
+    worker = load(file=file).worker
+    assert (worker.fused_attention, worker.recompute_ahead) == ("on", "off")
+    assert load(settings=["worker.recompute_ahead=auto"]).worker.recompute_ahead == "auto"
+    assert load(environ={"ELLM_WORKER__FUSED_ATTENTION": "off"}).worker.fused_attention == "off"
+    printed = dump.dump(config.load(file, {}).config)
+    assert load(file=write(tmp_path, printed)).worker == worker
+    with pytest.raises(ConfigError, match="expected one of auto, on, off, got 'maybe'"):
+        load(settings=["worker.fused_attention=maybe"])
+
+
 def test_the_bundled_model_is_the_default() -> None:
     assert load().worker.model.path == str(config.BUNDLED_MODEL)
 

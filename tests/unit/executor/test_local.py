@@ -18,8 +18,10 @@ from support.plans import PlanDriver
 from ellm.worker.api.config import CacheConfig, ModelConfig, SchedulerConfig, WorkerConfig
 from ellm.worker.api.errors import ConfigError
 from ellm.worker.api.request import SamplingParams
+from ellm.worker.engine.plan import BatchPlan
 from ellm.worker.executor.local import LocalExecutor
 from ellm.worker.executor.memory import PeakMemory
+from ellm.worker.model.runner import ModelRunner, StepOutput
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,53 @@ def test_a_gpu_that_is_not_there(config: WorkerConfig, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="device cuda was asked for"):
         LocalExecutor.load(replace(config, model=replace(config.model, device="cuda")))
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(
+    config: WorkerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ellm.worker.executor.rank.available_bytes", lambda device: 1000)
+    told: list[str] = []
+    with pytest.raises(ConfigError, match=r"the weights take \d+ MiB and 0 MiB are free on cpu; a smaller"):
+        LocalExecutor.load(config, lambda what, _: told.append(what))
+    assert not told
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("ellm.worker.model.loader.WeightReader.read", "while the weights are loaded: a smaller dtype"),
+        ("ellm.worker.model.runner.ModelRunner.execute", "while the largest step runs: lower scheduler.max"),
+    ],
+)
+def test_a_full_device_is_said_in_words(
+    config: WorkerConfig, monkeypatch: pytest.MonkeyPatch, target: str, message: str
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    monkeypatch.setattr(target, full)
+    with pytest.raises(ConfigError, match=message) as caught:
+        LocalExecutor.load(config)
+    assert str(caught.value).endswith("(CUDA out of memory. Tried to allocate 2 GiB.)")
+
+
+def test_the_largest_step_has_run_in_every_way_before_anybody_is_served(
+    config: WorkerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[int, str | None]] = []
+    execute = ModelRunner.execute
+
+    def watched(runner: ModelRunner, plan: BatchPlan) -> StepOutput:
+        ran.append((plan.num_rows, plan.way))
+        return execute(runner, plan)
+
+    monkeypatch.setattr(ModelRunner, "execute", watched)
+    cache = replace(config.cache, transient_blocks=2)
+    executor = LocalExecutor.load(replace(config, cache=cache, recompute_ahead="auto"))
+    assert executor.limits.hole_ways == ("apart", "ahead")
+    assert [one for one in ran if one[0] == 64] == [(64, None), (64, "apart"), (64, "ahead")]
+    assert max(rows for rows, _ in ran) == config.scheduler.max_step_tokens
 
 
 def test_every_thread_that_executes_takes_the_configured_threads(config: WorkerConfig) -> None:

@@ -200,3 +200,5 @@ def test_an_engine_on_the_kernels_says_what_one_on_torch_says(tmp_path: Path) ->
     assert [plain["before"], plain["holed"]] == [["attend_kernel"]] * 2
     assert [every["before"], every["holed"]] == [["attend_kernel"], ["attend_both_kernel"]]
     assert [plain["replays"], every["replays"]] == [0, 3]
+    # A prompt, a chunk beside a decode row, and the steps with a hole.
+    assert [plain["pieces"], every["pieces"]] == [0, 2 + 3]

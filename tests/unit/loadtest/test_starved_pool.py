@@ -9,7 +9,7 @@ import pytest
 
 from ellm.loadtest.open_loop import MeasuredStep, OpenLoopRun
 from ellm.loadtest.saturated import full_step, middle_rate
-from ellm.loadtest.starved_pool import with_ratios
+from ellm.loadtest.starved_rows import with_ratios
 from ellm.loadtest.step_fit import fit_periods, fit_steps, link_speed, step_errors
 from ellm.loadtest.unforeseen import Offered, check_tokens, peak_context, stop_index
 from ellm.worker.api.cost_model import CostModel, StepFeatures

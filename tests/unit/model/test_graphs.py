@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from ellm.kernels.ops import AttentionMeta, HeadTransform
 from ellm.kernels.reference import TorchOps
-from ellm.worker.model.computation import Alone
+from ellm.worker.model.computation import Alone, AttentionCall
 from ellm.worker.model.graphs import DecodeGraphs, DecodeSizes, Replay, graph_problem
 
 CPU = torch.device("cpu")
+NOTHING = HeadTransform(None, None, 0.0, None)
 
 
 def test_sizes_are_powers_of_two_and_the_limits() -> None:
@@ -39,6 +41,11 @@ class Recorder:
         self.error = error
         self.num_recorded = 0
 
+    def warm(self, call: Callable[[], object]) -> None:
+        raise AssertionError("whole steps alone")
+
+    capture = warm  # type: ignore[assignment]
+
     def record(self, call: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         self.num_recorded += 1
         if self.error is not None:
@@ -52,22 +59,32 @@ class Recorder:
 
 
 class Doubling:
-    """A model whose hidden states are twice the token ids; rows that are not there must have nothing."""
+    """A model of one layer whose hidden states are twice the token ids."""
 
-    def forward(self, token_ids: Tensor, positions: Tensor, steps: Any, rows: None) -> Any:
-        ((meta, _),) = steps
+    def forward(self, token_ids: Tensor, positions: Tensor, rows: None) -> Any:
+        del positions, rows
+        heads = token_ids.view(-1, 1, 1)
+        return 2.0 * (yield AttentionCall(heads, heads, heads, NOTHING, 1.0, None)).view(-1, 1)
+
+
+class SeesNothing(TorchOps):
+    """Attention that gives back its query; rows that are not there must have nothing."""
+
+    def rotary_store(self, q: Tensor, k: Tensor, v: Tensor, meta: AttentionMeta, *_: Any) -> Tensor:
         absent = meta.slot_mapping < 0
         assert torch.equal(absent, meta.kv_lens == 0)
-        assert not token_ids[absent].any()
-        return (2.0 * token_ids).unsqueeze(1)
-        yield  # a computation that asks for no sum
+        assert not q[absent].any()
+        return q
+
+    def paged_attention(self, q: Tensor, *_: Any) -> Tensor:
+        return q
 
 
 def graphs(recorder: Recorder, ops: Any = None) -> DecodeGraphs:
-    cache: Any = SimpleNamespace(device=CPU, block_size=16, layers=[None])
+    cache: Any = SimpleNamespace(device=CPU, block_size=16, layers=[(None, None)])
     model: Any = Doubling()
     sizes = DecodeSizes.up_to(4, 600)
-    return DecodeGraphs(model, ops or TorchOps(), cache, sizes, Alone(), recorder)
+    return DecodeGraphs(model, ops or SeesNothing(), cache, sizes, Alone(), recorder)
 
 
 def step(ids: list[int], **fields: Any) -> tuple[Any, Any]:

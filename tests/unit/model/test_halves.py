@@ -16,7 +16,7 @@ from support.random_residency import RandomResidency
 from ellm.kernels.dispatch import has_numba
 from ellm.worker.api.request import EngineRequest, SamplingParams
 from ellm.worker.engine.plan import PlanEntry
-from ellm.worker.model.computation import Alone, Computation, PendingSum, run_halves
+from ellm.worker.model.computation import Alone, AttentionCall, Computation, PendingSum, run_halves
 from ellm.worker.model.halves import place_rows, split
 
 
@@ -80,6 +80,10 @@ class Recorder(Alone):
         return Logged()
 
 
+def no_attention(call: AttentionCall) -> torch.Tensor:
+    raise AssertionError("nobody has asked")
+
+
 def test_one_half_computes_while_the_others_sum_is_made() -> None:
     def half(first: int) -> Computation:
         total = torch.tensor(0)
@@ -88,7 +92,7 @@ def test_one_half_computes_while_the_others_sum_is_made() -> None:
         return total
 
     recorder = Recorder()
-    first, second = run_halves((half(10), half(20)), recorder)
+    first, second = run_halves((half(10), half(20)), recorder, (no_attention, no_attention))
     assert (int(first), int(second)) == (33, 63)
     assert recorder.log[:6] == ["begin 10", "begin 20", "wait 10", "begin 11", "wait 20", "begin 21"]
     assert len(recorder.log) == 12

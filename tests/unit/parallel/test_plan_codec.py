@@ -48,7 +48,7 @@ def test_every_field_arrives() -> None:
         NewSequence(-2, tuple(range(17)), (), SamplingParams(), 0),
     )
     copies = (BlockCopy(0, 1, 2), BlockCopy(1, 3, 4)), (BlockCopy(2, 5, 6),)
-    plan = BatchPlan(7, entries, new, (8, 9), 34, 1, *copies, (StreamedBlock(10, 11),), True)
+    plan = BatchPlan(7, entries, new, (8, 9), 34, 1, *copies, (StreamedBlock(10, 11),), True, "ahead")
     got = PlanUnpacker().unpack(PlanPacker(16).pack(plan))
     assert seen(got, 16) == seen(plan, 16)
     assert got.new == new

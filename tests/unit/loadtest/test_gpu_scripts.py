@@ -1,0 +1,136 @@
+"""What waits for a GPU runs here in its small form, and needs nothing that a GPU machine may lack."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ellm.loadtest.gpu import ablation, engine, starved, strict
+from ellm.loadtest.gpu.models import SHAPES, make_model, work_of
+from ellm.worker.model.inspect import check_weights, read_architecture
+
+SCRIPTS = sorted(
+    path.stem
+    for path in Path(ablation.__file__).parent.glob("*.py")
+    if path.stem not in ("__init__", "timing")
+)
+WITHOUT = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"ray", "numba", "fastapi", "uvicorn", "openai", "grpc"}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+import importlib
+for name in sys.argv[1:]:
+    importlib.import_module("ellm.loadtest.gpu." + name)
+"""
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # profiles of steps
+
+
+def result(module: Any, folder: Path, *arguments: str) -> dict[str, Any]:
+    out = folder / "out.json"
+    common = ["--device", "cpu", "--tiny", "--models", str(folder), "--out", str(out)]
+    module.main([*common, *arguments])
+    found: dict[str, Any] = json.loads(out.read_text())
+    assert found["torch"] == torch.__version__
+    assert found["arguments"]["device"] == "cpu"
+    return found
+
+
+def test_scripts_need_nothing_that_a_gpu_machine_may_lack() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, *SCRIPTS], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_every_script_is_part_of_the_checks() -> None:
+    checks = (Path(ablation.__file__).parent / "checks.sh").read_text()
+    assert [name for name in SCRIPTS if name not in ("models", "observed") and name not in checks] == []
+
+
+def test_models_are_what_they_are_called(tmp_path: Path) -> None:
+    folder = make_model("tiny", tmp_path)
+    check_weights(folder, read_architecture(folder))
+    before = (folder / "model-00001.safetensors").stat().st_mtime_ns
+    make_model("tiny", tmp_path)
+    assert (folder / "model-00001.safetensors").stat().st_mtime_ns == before, "written once"
+    for name, parameters in (("llama-3-8b", 7.5e9), ("qwen3-0.6b", 0.596e9)):
+        target = tmp_path / name
+        target.mkdir()
+        (target / "config.json").write_text(json.dumps(SHAPES[name]))
+        work = work_of(target)
+        assert work.matrix_elements == pytest.approx(parameters, rel=0.01)
+    assert work.kv_token_bytes == 2 * 2 * 28 * 8 * 128
+    assert work.decode_bytes(8, 100.0) == 2 * work.matrix_elements + 800 * work.kv_token_bytes
+    assert work.prefill_flops(2, 64) > 2 * 64 * 2 * (work.matrix_elements - 151936 * 1024)
+
+
+def test_the_engines_speed(tmp_path: Path) -> None:
+    found = result(engine, tmp_path)
+    (model,) = found["models"]
+    assert [(row["side"], row["batch"]) for row in model["rows"]] == [("ellm", 1), ("ellm", 3)]
+    for row in model["rows"]:
+        assert min(row[k] for k in ("decode_tok_s", "prefill_tok_s", "decode_share", "prefill_share")) > 0.0
+    assert model["notes"] == ["vLLM not run: no --vllm-python was given"]
+    again = result(engine, tmp_path, "--vllm-python", "/nowhere/python")
+    assert "vLLM did not run" in again["models"][0]["notes"][0]
+
+
+def test_another_engine_is_put_beside_ours() -> None:
+    rows: list[dict[str, Any]] = [
+        {"side": "ellm", "batch": 8, "decode_tok_s": 90.0, "prefill_tok_s": 40.0},
+        {"side": "vllm", "batch": 8, "decode_tok_s": 100.0, "prefill_tok_s": 20.0},
+    ]
+    engine.with_ratios(rows)
+    assert (rows[0]["decode_over_vllm"], rows[0]["prefill_over_vllm"]) == (0.9, 2.0)
+    assert "decode_over_vllm" not in rows[1]
+
+
+def test_every_switch_alone(tmp_path: Path) -> None:
+    """The script itself compares tokens and what ran."""
+    found = result(ablation, tmp_path)
+    assert [row["switch"] for row in found["rows"]] == list(ablation.SWITCHES)
+    assert all(row["same_tokens"] for row in found["rows"])
+    by = {row["switch"]: row for row in found["rows"]}
+    assert by["all graphs"]["mixed_replays"] == [0, 2]
+    ahead, off = by["recompute_ahead"], by["off"]
+    assert ahead["mixed_launches"] != off["mixed_launches"]
+    by["recompute_ahead"]["holes_launches"] = off["holes_launches"]
+    with pytest.raises(AssertionError):
+        ablation.check_executed(
+            found["rows"], ablation.parse(["--device", "cpu", "--tiny", "--models", str(tmp_path)])
+        )
+
+
+@pytest.mark.needs_module("numba")
+def test_strict_mixes(tmp_path: Path) -> None:
+    found = result(strict, tmp_path)
+    (row,) = found["rows"]
+    assert row["mixes"] == 12
+    assert row["sharing a prefix"] > 0
+    assert row["with preemption"] + row["with parking"] > 0
+    assert row["computed again"] > 0
+    assert row["kv_tokens_compared"] > 0
+
+
+@pytest.mark.needs_module("numba")
+def test_policies_on_a_starved_pool(tmp_path: Path) -> None:
+    found = result(starved, tmp_path)
+    assert [row["policy"] for row in found["rows"]] == ["full-recompute", "adaptive", "literal(0.5)"]
+    third = int(found["offered_peak_tokens"] / 3) // 16 * 16
+    longest = 4 * 20 + 100 + 2 * 16  # of which the pool holds one at least
+    assert third <= found["pool_tokens"] <= max(third, longest)
+    assert all(row["same tokens"] == "yes" for row in found["rows"])
+    assert set(found["step_errors"]) == {"full-recompute", "adaptive", "literal(0.5)"}
