@@ -12,7 +12,7 @@ import argparse
 import gc
 import json
 import multiprocessing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -65,16 +65,23 @@ def run_all(tasks: Sequence[Task], resume: Path | None, jobs: int) -> dict[str, 
     code = source_hash()
     keys = {name: json.dumps([code, asdict(setting), seed]) for name, setting, seed in tasks}
     missing = [task for task in tasks if keys[task[0]] not in known]
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(simulate, task): task[0] for task in missing}
-        for future in as_completed(futures):
-            name = futures[future]
-            figures = known[keys[name]] = future.result()
-            if resume is not None:
-                with resume.open("a") as file:
-                    file.write(json.dumps([keys[name], figures]) + "\n")
-            print(f"{name}: {figures['cpu_s']:.0f} s of this machine, {figures['lost']} lost", flush=True)
+    for name, figures in _finished(missing, jobs):
+        known[keys[name]] = figures
+        if resume is not None:
+            with resume.open("a") as file:
+                file.write(json.dumps([keys[name], figures]) + "\n")
+        print(f"{name}: {figures['cpu_s']:.0f} s of this machine, {figures['lost']} lost", flush=True)
     return {name: known[keys[name]] for name, _, _ in tasks}
+
+
+def _finished(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[str, Figures]]:
+    """As they end."""
+    if jobs == 1:
+        yield from ((task[0], simulate(task)) for task in tasks)
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(simulate, task): task[0] for task in tasks}
+        yield from ((futures[future], future.result()) for future in as_completed(futures))
 
 
 def row(name: str, one: Figures, against: Figures, rival: str) -> Row:

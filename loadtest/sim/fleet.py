@@ -9,18 +9,16 @@ its last token, once.
 
 from __future__ import annotations
 
-import heapq
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import count
+from collections.abc import Sequence
 from random import Random
 from time import thread_time
-from typing import Any
 
 from ellm.loadtest.sim.fleet_control import FleetControl
 from ellm.loadtest.sim.fleet_routers import FleetRouter
+from ellm.loadtest.sim.fleet_run import Events, FleetRun, Sample
+from ellm.loadtest.sim.fleet_serve import FleetServe
 from ellm.loadtest.sim.fleet_setting import FleetSetting
 from ellm.loadtest.sim.fleet_worker import FleetWorker
 from ellm.loadtest.sim.replica import SimulationError
@@ -36,36 +34,6 @@ SAMPLE_S = 10.0
 PATIENCE_S = 3600.0  # after the last arrival: who has not ended by then never will
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """The fleet at one moment."""
-
-    at: float
-    target: int
-    ready: int
-    starting: int
-    draining: int
-    held: int  # requests that engines have
-
-
-@dataclass(slots=True)
-class FleetRun:
-    """What happened. Arrays are by request."""
-
-    first_s: array[float]
-    last_s: array[float]
-    emitted: array[int]
-    num_ends: array[int]  # with the last token: 1, or something is wrong
-    failed: dict[int, str] = field(default_factory=dict)  # requests that got an error
-    moved: Counter[str] = field(default_factory=Counter)  # by reason
-    scalings: list[tuple[float, int, str]] = field(default_factory=list)  # when, target, why
-    deaths: list[tuple[float, str]] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-    workers: list[FleetWorker] = field(default_factory=list)
-    end_s: float = 0.0
-    cpu_s: float = 0.0
-
-
 class Fleet:
     """One run."""
 
@@ -75,7 +43,7 @@ class Fleet:
         self._requests = requests
         num = len(requests)
         zeros = bytes(8 * num)
-        self.run_ = FleetRun(array("d", zeros), array("d", zeros), array("q", zeros), array("q", zeros))
+        self._run = FleetRun(array("d", zeros), array("d", zeros), array("q", zeros), array("q", zeros))
         self._routers = [
             FleetRouter(f"r{i}", make_policy(setting.routing, 100 * seed + i))
             for i in range(setting.num_routers)
@@ -85,31 +53,26 @@ class Fleet:
         self._attempts = [0] * num
         self._moves: dict[int, tuple[int, int]] = {}  # request -> (moves, deaths)
         self._control = FleetControl(setting.controller, setting.scale, self._routers)
-        self._target = setting.min_workers
-        self._workers: list[FleetWorker] = self.run_.workers
-        self._chance = Random(f"starts {seed}")
-        self._fate = Random(f"deaths {seed}")
-        self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        self._order = count()
+        self._events = Events()
+        self._at = self._events.at
+        self._serve = FleetServe(setting, requests, seed, events=self._events, run=self._run, owner=self)
+        self._workers = self._run.workers
         self._left = num
 
     def run(self) -> FleetRun:
         """Until every request has ended and the day is over. Raises SimulationError if one never does."""
-        begun, setting, run = thread_time(), self._setting, self.run_
-        for _ in range(self._target):  # those that were there before the day began
-            worker = self._ask_for_worker(0.0)
-            self._come_up(0.0, worker)
+        begun, setting, run = thread_time(), self._setting, self._run
+        self._serve.begin()
         for number in range(len(self._routers)):
             self._at(PERIOD_S * (number + 1) / len(self._routers), self._ask, number)
         self._at(0.0, self._tick)
         self._at(0.0, self._sample)
-        self._plan_deaths()
         if self._requests:
             self._at(self._requests[0].arrival_s, self._arrive, 0)
         last = max(setting.duration_s, self._requests[-1].arrival_s if self._requests else 0.0)
         now = 0.0
         while self._left or now < setting.duration_s:
-            now, _, handler, what = heapq.heappop(self._events)
+            now, handler, what = self._events.pop()
             if now > last + PATIENCE_S:
                 raise SimulationError(f"{self._left} requests have not ended an hour after the last came")
             handler(now, *what)
@@ -118,9 +81,6 @@ class Fleet:
                 worker.engine.core.check()
         run.end_s, run.cpu_s = now, thread_time() - begun
         return run
-
-    def _at(self, when: float, handler: Callable[..., None], *what: Any) -> None:
-        heapq.heappush(self._events, (when, next(self._order), handler, what))
 
     # Requests
 
@@ -132,7 +92,7 @@ class Fleet:
     def _place(self, now: float, index: int) -> None:
         number = self._router_of[index]
         router, prompt = self._routers[number], self._requests[index].prompt_ids(index)
-        routed = router.route(prompt, self.run_.emitted[index], now)
+        routed = router.route(prompt, self._run.emitted[index], now)
         if routed is None:
             taken = index in self._moves
             wait_s = self._setting.failover.hold_s if taken else self._setting.queue_timeout_s
@@ -163,7 +123,7 @@ class Fleet:
         name = self._routers[router].name
         worker.seen[name] = max(seq, worker.seen.get(name, 0))
         worker.live.add(index)
-        worker.engine.replica.submit(index, now, attempt=attempt, emitted=self.run_.emitted[index])
+        worker.engine.replica.submit(index, now, attempt=attempt, emitted=self._run.emitted[index])
         self._plan(worker, now)
 
     def _move(self, now: float, worker: FleetWorker, index: int, attempt: int, reason: str) -> None:
@@ -174,7 +134,7 @@ class Fleet:
         self._attempts[index] += 1
         moves, deaths = self._moves.get(index, (0, 0))
         self._moves[index] = moves, deaths = moves + 1, deaths + (reason == "death")
-        self.run_.moved[reason] += 1
+        self._run.moved[reason] += 1
         if deaths > self._setting.failover.max_failovers:
             self._fail(index, "its workers died")
         elif moves > MAX_MOVES:
@@ -183,8 +143,8 @@ class Fleet:
             self._at(now + MOVE_PAUSE_S * (moves - 1), self._place, index)
 
     def _fail(self, index: int, why: str) -> None:
-        assert index not in self.run_.failed
-        self.run_.failed[index] = why
+        assert index not in self._run.failed
+        self._run.failed[index] = why
         self._left -= 1
 
     # Steps
@@ -203,17 +163,16 @@ class Fleet:
             return  # it died, or went, while the step ran
         assert worker.engine is not None
         replica = worker.engine.replica
-        self._take(worker, replica.finish(now), now)
+        self.take(worker, replica.finish(now), now)
         if replica.runs:
             self._at(replica.ends_at, self._step, worker)
             replica.plan(now)
         else:
             self._plan(worker, now)
-        if worker.phase == "draining" and not worker.live:
-            self._leave(worker, now)
+        self._serve.leave_if_empty(worker, now)
 
-    def _take(self, worker: FleetWorker, outputs: Sequence[SequenceOutput], now: float) -> None:
-        run, attempts = self.run_, self._attempts
+    def take(self, worker: FleetWorker, outputs: Sequence[SequenceOutput], now: float) -> None:
+        run, attempts = self._run, self._attempts
         for output in outputs:
             index = int(output.request_id)
             if output.error is not None:
@@ -230,7 +189,7 @@ class Fleet:
                 self._end(worker, index, now)
 
     def _end(self, worker: FleetWorker, index: int, now: float) -> None:
-        run = self.run_
+        run = self._run
         run.last_s[index] = now
         run.num_ends[index] += 1
         worker.live.discard(index)
@@ -238,33 +197,9 @@ class Fleet:
         self._left -= 1
         self._routers[self._router_of[index]].ended(run.emitted[index])
 
-    # Workers: what Serve does
+    # Workers, as routers and the controller know them
 
-    def _ask_for_worker(self, now: float) -> FleetWorker:
-        worker = FleetWorker(len(self._workers), self._setting.info(len(self._workers)), now)
-        self._workers.append(worker)
-        return worker
-
-    def _reconcile(self, now: float) -> None:
-        """As many as are wanted. Those that still start go first, then the newest."""
-        there = [worker for worker in self._workers if worker.counted]
-        for _ in range(self._target - len(there)):
-            worker, setting = self._ask_for_worker(now), self._setting
-            phases = setting.start_up.phases(setting.device.model.weight_bytes)
-            takes_s = sum(phases.values()) * self._chance.uniform(
-                1.0 - setting.start_up.jitter, 1.0 + setting.start_up.jitter
-            )
-            self._at(now + takes_s, self._come_up, worker)
-        spare = len(there) - self._target
-        if spare > 0:
-            there.sort(key=lambda worker: (worker.phase == "starting", worker.number), reverse=True)
-            for worker in there[:spare]:
-                self._let_go(worker, now)
-
-    def _come_up(self, now: float, worker: FleetWorker) -> None:
-        if worker.phase != "starting":
-            return
-        worker.start(self._setting, self._requests, now)
+    def came_up(self, now: float, worker: FleetWorker) -> None:
         for number in range(len(self._routers)):  # each finds it when it next reads its directory
             wait_s = 0.0 if now == 0.0 else REFRESH_S * (number + 1) / len(self._routers)
             self._at(now + wait_s, self._find, worker, number)
@@ -275,88 +210,33 @@ class Fleet:
         if worker.serves:
             self._heard_by(number, worker, worker.report(now), now)
 
-    def _let_go(self, worker: FleetWorker, now: float) -> None:
-        """Take a worker out: what waits there is handed back at once, what runs may end."""
-        worker.counted = False
-        if worker.phase != "ready":
-            if worker.phase == "starting":
-                worker.phase, worker.ended_at = "gone", now
-            return
-        assert worker.engine is not None
-        worker.phase = "draining"
-        self._take(worker, worker.engine.core.hand_back(now, everybody=False), now)
-        self._at(now, self._report_once, worker)
-        self._at(now + self._setting.drain_timeout_s, self._cut, worker)
-        if not worker.live:
-            self._leave(worker, now)
-
-    def _cut(self, now: float, worker: FleetWorker) -> None:
-        """Time is up: what still runs is handed back, too."""
-        if worker.phase == "draining":
-            assert worker.engine is not None
-            self._take(worker, worker.engine.core.hand_back(now, everybody=True), now)
-            self._leave(worker, now)
-
-    def _leave(self, worker: FleetWorker, now: float) -> None:
-        assert not worker.live
-        worker.phase, worker.ended_at, worker.engine = "gone", now, None
-        self._at(now + self._setting.hop_s, self._lose, worker, "drain")
-
-    def _lose(self, now: float, worker: FleetWorker, reason: str) -> None:
+    def lose(self, now: float, worker: FleetWorker, reason: str) -> None:
         """Routers have noticed that it is gone."""
         for router in self._routers:
             router.forget(worker.number)
         if not worker.silent:
-            self._at(now + REFRESH_S, self._forget, worker)
+            self._at(now + REFRESH_S, self.forget, worker)
         for index in sorted(worker.routed):
             self._move(now, worker, index, self._attempts[index], reason)
 
-    def _forget(self, now: float, worker: FleetWorker) -> None:
+    def forget(self, now: float, worker: FleetWorker) -> None:
         self._control.forget(worker.number)
 
-    # Deaths
-
-    def _plan_deaths(self) -> None:
-        """The same times for every fleet of a seed, whoever it then hits."""
-        for number in range(self._setting.deaths.count):
-            when = self._setting.duration_s * self._fate.uniform(0.02, 0.98)
-            self._at(when, self._die, self._fate.random(), number % 2 == 1)
-
-    def _die(self, now: float, lot: float, silent: bool) -> None:
-        ready = [worker for worker in self._workers if worker.phase == "ready"]
-        if not ready:
-            return
-        worker, setting = ready[int(lot * len(ready))], self._setting
-        worker.phase, worker.silent, worker.engine = "dead", silent, None
-        worker.live.clear()
-        self.run_.deaths.append((now, "silent" if silent else "crash"))
-        if silent:
-            self._at(now + setting.failover.suspect_s, self._suspect, worker)
-            self._at(now + setting.failover.fail_s, self._lose, worker, "death")
-            self._at(now + setting.deaths.silent_noticed_s, self._notice, worker)
-        else:
-            self._at(now + setting.hop_s, self._lose, worker, "death")
-            self._at(now + setting.deaths.crash_noticed_s, self._notice, worker)
-
-    def _suspect(self, now: float, worker: FleetWorker) -> None:
+    def suspect(self, now: float, worker: FleetWorker) -> None:
         for router in self._routers:
             router.suspects.add(worker.number)
-
-    def _notice(self, now: float, worker: FleetWorker) -> None:
-        """Serve knows of the death: the device is free, and another worker is started."""
-        worker.ended_at = now
-        worker.counted = False
-        self._control.forget(worker.number)
-        self._reconcile(now)
 
     # Reports and advice
 
     def _report(self, now: float, worker: FleetWorker) -> None:
         if worker.serves:
-            self._report_once(now, worker)
+            self._report_now(now, worker)
             self._at(now + self._setting.report_s, self._report, worker)
 
-    def _report_once(self, now: float, worker: FleetWorker) -> None:
+    def drains(self, now: float, worker: FleetWorker) -> None:
+        self._report_now(now, worker)
+
+    def _report_now(self, now: float, worker: FleetWorker) -> None:
         if worker.serves:
             report = worker.report(now)
             for number, router in enumerate(self._routers):
@@ -375,9 +255,8 @@ class Fleet:
     def _tick(self, now: float) -> None:
         scale = self._control.tick(now)
         if scale is not None:
-            self._target = scale.num_workers
-            self.run_.scalings.append((now, scale.num_workers, scale.reason))
-            self._reconcile(now)
+            self._run.scalings.append((now, scale.num_workers, scale.reason))
+            self._serve.scale(scale.num_workers, now)
         self._at(now + self._setting.controller.tick_s, self._tick)
 
     def _ask(self, now: float, router: int) -> None:
@@ -387,7 +266,7 @@ class Fleet:
     def _sample(self, now: float) -> None:
         phases = Counter(worker.phase for worker in self._workers)
         held = sum(len(worker.live) for worker in self._workers)
-        self.run_.samples.append(
-            Sample(now, self._target, phases["ready"], phases["starting"], phases["draining"], held)
+        self._run.samples.append(
+            Sample(now, self._serve.target, phases["ready"], phases["starting"], phases["draining"], held)
         )
         self._at(now + SAMPLE_S, self._sample)

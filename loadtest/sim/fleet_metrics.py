@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ellm.loadtest.sim.fleet import FleetRun
+from ellm.loadtest.sim.fleet_run import FleetRun
 from ellm.loadtest.sim.fleet_setting import FleetSetting
 from ellm.loadtest.sim.workload import SimRequest
 
