@@ -70,7 +70,7 @@ def _commands(place: str, line: str, *, whole: bool) -> Iterator[DocCommand]:
 
 def _alternatives(line: str) -> list[str]:
     """`keys add|list|change` and `keys add | list | change`, as each of them."""
-    choice = re.search(r"(?<= )(\w+(?: ?\| ?\w+)+)(?= --)", line)
+    choice = re.search(r"(?<= )(\w+(?: ?\| ?\w+)+)(?= )", line)
     if choice is None:
         return [line]
     return [line.replace(choice[0], one.strip()) for one in choice[0].split("|")]
