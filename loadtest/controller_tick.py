@@ -14,6 +14,7 @@ import argparse
 import pickle
 import statistics
 from dataclasses import replace
+from math import ceil
 from random import Random
 from time import thread_time
 
@@ -21,7 +22,7 @@ from ellm.cluster.api import wire
 from ellm.cluster.api.actions import Advise
 from ellm.cluster.api.config import ControllerConfig, ModelScale
 from ellm.cluster.api.view import RouterNote, RouterView, TenantUse, View, WorkerView
-from ellm.cluster.controller import Controller
+from ellm.cluster.controller import GUIDANCE_PERIOD_S, Controller
 from ellm.loadtest.result import Result, Row
 from ellm.worker.api import wire as worker_wire
 from ellm.worker.api.report import WorkerInfo, WorkerReport
@@ -105,8 +106,12 @@ def measure(
     brain = Controller(config, 1, [ModelScale(f"model-{i}", 1, workers) for i in range(4)])
     times: dict[str, list[float]] = {"read": [], "decide": [], "write": [], "copy": []}
     size = 0
-    for tick in range(ticks):
+    warm_up = ceil(2 * GUIDANCE_PERIOD_S / config.tick_s) + 1  # before that it lends nothing
+    for tick in range(-warm_up, ticks):
         packed, notes = fleet.packed(), fleet.notes()
+        if tick < 0:
+            brain.tick(View(fleet.views(packed), fleet.routers(notes)), tick * config.tick_s)
+            continue
         marks = [thread_time()]
         view = View(fleet.views(packed), fleet.routers(notes))
         marks.append(thread_time())

@@ -117,7 +117,7 @@ class ClusterSetting:
             cache=CacheConfig(block_size=_BLOCK_SIZE, prefix_caching=shares),
         )
         device = self.device(number)
-        learnt = CostModel.from_dict(_profile(device, self.max_step_tokens))
+        learnt = CostModel.from_dict(learnt_profile(device, self.max_step_tokens))
         return EngineCore(device.limits(), config, cost_model=learnt)
 
     def executor(self, number: int, requests: list[SimRequest]) -> TimedExecutor:
@@ -129,6 +129,7 @@ class ClusterSetting:
 
 
 @cache
-def _profile(device: Device, max_rows: int) -> dict[str, Any]:
+def learnt_profile(device: Device, max_rows: int) -> dict[str, Any]:
+    """What an engine's cost model knows when it begins; worked out once for each kind of device."""
     learnt = profile(device.cost(), max_rows=max_rows, max_kv_tokens=device.capacity_tokens)
     return learnt.to_dict()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import thread_time
 
+from ellm.loadtest.sim.executor import TOKEN
 from ellm.loadtest.sim.workload import SimRequest
 from ellm.worker.api.errors import EllmError
 from ellm.worker.api.output import SequenceOutput
@@ -78,7 +79,8 @@ class Replica:
         self._on_plan = on_plan
         self._on_tokens = on_tokens or (lambda count: None)
         self.watches = True  # the uncached ratio, and how far it is; a cluster asks for reports enough
-        self.times = {str(i): array("d") for i in range(len(requests))}
+        self.clock: Callable[[], float] = thread_time  # of this machine's own time, by part
+        self.times: dict[str, array[float]] = {}  # whoever drives it itself says whether it wants them
         self._outstanding: deque[BatchPlan] = deque()
         self._running: StepResult | None = None  # of the first outstanding plan
         self.ends_at = 0.0
@@ -98,6 +100,7 @@ class Replica:
         """Until every request has ended. Raises SimulationError if the engine does not get on."""
         begun = thread_time()
         core, requests = self._core, self._requests
+        self.times = {str(i): array("d") for i in range(len(requests))}
         now, arrived = 0.0, 0
         while True:
             self.plan(now)
@@ -129,8 +132,8 @@ class Replica:
             cpu=self._cpu,
         )
 
-    def submit(self, index: int, now: float) -> None:
-        """Request number `index` has come."""
+    def submit(self, index: int, now: float, *, attempt: int = 0, emitted: int = 0) -> None:
+        """Request number `index` has come, with the tokens that it got elsewhere."""
         request = self._requests[index]
         tpot_slo_s, ttft_slo_s = self._slos
         # The seed is the request's number: by it the executor finds the true length.
@@ -140,6 +143,8 @@ class Replica:
                 str(index),
                 request.prompt_ids(index),
                 sampling,
+                attempt=attempt,
+                output_ids=(TOKEN,) * emitted,
                 tpot_slo_s=tpot_slo_s,
                 ttft_slo_s=ttft_slo_s,
             ),
@@ -150,9 +155,9 @@ class Replica:
         """Plan as far as the core goes; the first plan starts at once."""
         cpu = self._cpu
         while True:
-            start = thread_time()
+            start = self.clock()
             plan = self._core.begin_step(now)
-            taken = thread_time() - start
+            taken = self.clock() - start
             cpu.plan += taken
             if plan is None:
                 return
@@ -164,9 +169,9 @@ class Replica:
                 self._start(plan, now)
 
     def _start(self, plan: BatchPlan, now: float) -> None:
-        start = thread_time()
+        start = self.clock()
         self._running = self._executor.execute(plan)
-        self._cpu.execute += thread_time() - start
+        self._cpu.execute += self.clock() - start
         elapsed_s = self._running.elapsed_s
         self.ends_at = now + elapsed_s
         self._without_time = 0 if elapsed_s > 0.0 else self._without_time + 1
@@ -180,12 +185,12 @@ class Replica:
         self._running = None
         if self._outstanding:
             self._start(self._outstanding[0], now)
-        start = thread_time()
+        start = self.clock()
         outputs = self._core.finish_step(plan, result, now)
-        self._cpu.finish += thread_time() - start
-        times = self.times
-        for output in outputs:
-            times[output.request_id].append(now)
+        self._cpu.finish += self.clock() - start
+        if times := self.times:
+            for output in outputs:
+                times[output.request_id].append(now)
         self._num_steps += 1
         self._num_decode += plan.num_decode
         if self.watches and self._num_steps % _REPORT_EVERY == 0:
