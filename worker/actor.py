@@ -127,6 +127,8 @@ class RankActor:
         # What is loaded by now stays: the collector need not look at it again while tokens wait.
         gc.collect()
         gc.freeze()
+        took = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self._front.info.start_s)
+        log.info("worker %s (%s) serves; its start took: %s", self._worker_id, self._epoch, took)
         return True
 
     async def describe(self) -> tuple[wire.Message, str, int, bytes] | None:
