@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import shutil
 import statistics
 import tempfile
@@ -53,6 +54,7 @@ OURS = {
     "loading weights": "weights",
     "warming up": "warm-up: every kind of step once, and the KV pool",
     "recording decode steps": "warm-up: CUDA graphs",
+    "finishing": "warm-up: engine and ports",
     "measuring steps": "warm-up: measuring steps for the cost model",
 }
 
@@ -183,19 +185,8 @@ def folder_of(model: str, scratch: Path) -> Path:
     return folder
 
 
-def main() -> int:
-    arguments = parse()
-    rows: list[Row] = []
-    notes, raw, lost = [], {}, 0
-    with tempfile.TemporaryDirectory() as scratch:
-        for model in arguments.models.split(","):
-            first, cycles = measure(folder_of(model, Path(scratch)), arguments)
-            rows += rows_of(MODELS[model], first, cycles)
-            lost += sum(len(cycle.lost) for cycle in cycles)
-            count = sum(cycle.num_answers for cycle in cycles)
-            notes.append(f"{MODELS[model]}: {count} answers, {sum(len(c.lost) for c in cycles)} lost")
-            raw[model] = [{"phases": c.phases(), "start_s": c.start_s, "lost": c.lost} for c in cycles]
-    result = Result(
+def result_of(arguments: argparse.Namespace, rows: list[Row], notes: list[str], raw: object) -> Result:
+    return Result(
         name=arguments.name,
         title="From scale-up to the first token",
         about=ABOUT.format(
@@ -206,8 +197,23 @@ def main() -> int:
         notes=notes,
         raw=raw,
     )
-    if arguments.name:
-        print(f"wrote {result.write()}")
+
+
+def main() -> int:
+    arguments = parse()
+    rows: list[Row] = []
+    notes, raw, lost = [], {}, 0
+    with tempfile.TemporaryDirectory() as scratch:
+        for model in arguments.models.split(","):
+            load = os.getloadavg()[0]  # of others
+            first, cycles = measure(folder_of(model, Path(scratch)), arguments)
+            rows += rows_of(MODELS[model], first, cycles)
+            count, gone = sum(cycle.num_answers for cycle in cycles), sum(len(cycle.lost) for cycle in cycles)
+            notes.append(f"{MODELS[model]}: {count} answers, {gone} lost; load average before it {load:.1f}")
+            raw[model] = [{"phases": c.phases(), "start_s": c.start_s, "lost": c.lost} for c in cycles]
+            lost += gone
+            if arguments.name:  # after each: what there is, is kept
+                print(f"wrote {result_of(arguments, rows, notes, raw).write()}")
     return 1 if lost else 0
 
 
