@@ -1,5 +1,5 @@
-"""A model hub on a loopback port, as `huggingface_hub` asks one: commits of one repository, and a book of what
-was asked for."""
+"""A model hub on a loopback port, as `huggingface_hub` asks one: commits of one repository, and a book of
+what was asked for."""
 
 from __future__ import annotations
 
