@@ -1,4 +1,4 @@
-"""A model by its hub id: who shares a volume downloads it once, at the commit that was pinned, without code."""
+"""A model by its hub id: a volume downloads it once, at the commit that was pinned, without code."""
 
 from __future__ import annotations
 
