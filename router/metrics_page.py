@@ -50,6 +50,11 @@ def families(
         yield family
 
 
+def zeros(counters: Iterable[Metric], models: Sequence[str]) -> dict[Key, float]:
+    """The series that there are from the start."""
+    return {(metric.name, *values): 0.0 for metric in counters for values in _known(metric, models)}
+
+
 def _known(metric: Metric, models: Sequence[str]) -> Iterator[Key]:
     if metric.labels[:1] == (MODEL,):
         own = metric.known or (((),) if metric.kind == "counter" and len(metric.labels) == 1 else ())

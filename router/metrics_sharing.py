@@ -95,6 +95,10 @@ class SharedMetrics:
         self._others = others
         self.router_id = uuid.uuid4().hex[:12]
         self._services = tuple(services)
+        self._zeros = metrics_page.zeros(
+            (metric for metric in declared.COUNTERS if metric is not declared.LOST),  # which no router counts
+            [service.model for service in self._services],
+        )
         self._lookup = lookup
         self._finds: list[
             tuple[str, bytes]
@@ -184,7 +188,7 @@ class SharedMetrics:
                 await self._try_exchange()
             if self._export is not None:
                 try:
-                    self._export.update(dict(self._own_series()) | dict(self._own_gauges()))
+                    self._export.update(self._zeros() | dict(self._own_series()) | dict(self._own_gauges()))
                 except Exception:  # nothing depends on it
                     log.exception("metrics could not be exported")
 
