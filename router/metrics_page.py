@@ -50,9 +50,15 @@ def families(
         yield family
 
 
-def zeros(counters: Iterable[Metric], models: Sequence[str]) -> dict[Key, float]:
-    """The series that there are from the start."""
-    return {(metric.name, *values): 0.0 for metric in counters for values in _known(metric, models)}
+def zeros(metrics: Iterable[Metric], models: Sequence[str]) -> dict[Key, float]:
+    """The series of counters and histograms that there are from the start."""
+    found: dict[Key, float] = {}
+    for metric in metrics:
+        if metric.kind == "histogram":
+            found |= {(metric.name, model, "+Inf"): 0.0 for model in models}
+        else:
+            found |= {(metric.name, *values): 0.0 for values in _known(metric, models)}
+    return found
 
 
 def _known(metric: Metric, models: Sequence[str]) -> Iterator[Key]:

@@ -96,7 +96,8 @@ class SharedMetrics:
         self.router_id = uuid.uuid4().hex[:12]
         self._services = tuple(services)
         self._zeros = metrics_page.zeros(
-            (metric for metric in declared.COUNTERS if metric is not declared.LOST),  # which no router counts
+            # But for what no router counts by itself.
+            (m for m in (*declared.HISTOGRAMS, *declared.COUNTERS) if m is not declared.LOST),
             [service.model for service in self._services],
         )
         self._lookup = lookup
@@ -188,7 +189,7 @@ class SharedMetrics:
                 await self._try_exchange()
             if self._export is not None:
                 try:
-                    self._export.update(self._zeros() | dict(self._own_series()) | dict(self._own_gauges()))
+                    self._export.update(self._zeros | dict(self._own_series()) | dict(self._own_gauges()))
                 except Exception:  # nothing depends on it
                     log.exception("metrics could not be exported")
 

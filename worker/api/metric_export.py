@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from ellm.worker.api.metrics import SUM, Key, Metric
 
 PERIOD_S = 2.0
-# A counter that nothing has increased is not exported: `increase()` misses the first one, and a ratio with it is
+# A counter that nothing has increased is not exported: `increase()` misses the first one, a ratio with it is
 # empty. Ray takes no 0, so each begins with the least number there is; what is added to it is exact.
 NOTHING = sys.float_info.min
 
