@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 SHAPE = {
@@ -20,21 +21,21 @@ SHAPE = {
 }
 
 
-def make_checkpoint(folder: Path, seed: int = 0) -> Path:
+def make_checkpoint(folder: Path, seed: int = 0, shape: Mapping[str, object] = SHAPE) -> Path:
     """Write the checkpoint (float32) unless it is there; returns its folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     mark = folder / "shape.json"
-    if mark.exists() and json.loads(mark.read_text()) == {**SHAPE, "seed": seed}:
+    if mark.exists() and json.loads(mark.read_text()) == {**shape, "seed": seed}:
         return folder
     torch.manual_seed(seed)
-    config = LlamaConfig(**SHAPE, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config = LlamaConfig(**shape, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     model = LlamaForCausalLM(config).to(torch.float32)
     with torch.no_grad():
         # The default initial scale gives nearly equal logits, and then every rounding flips the argmax.
         model.lm_head.weight.mul_(5.0)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
-    mark.write_text(json.dumps({**SHAPE, "seed": seed}))
+    mark.write_text(json.dumps({**shape, "seed": seed}))
     return folder

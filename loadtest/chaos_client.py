@@ -93,7 +93,7 @@ def with_stops(templates: list[Template]) -> list[Template]:
     return more
 
 
-async def ask(host: str, port: int, number: int, template: Template) -> Answer:
+async def ask(host: str, port: int, number: int, template: Template, request_id: str | None = None) -> Answer:
     """One streamed request. Whatever goes wrong stands in the answer."""
     answer = Answer(number, time.monotonic())
     choices = template.body.get("n", 1)
@@ -101,12 +101,14 @@ async def ask(host: str, port: int, number: int, template: Template) -> Answer:
     payload = json.dumps(template.body).encode()
     head = (
         f"POST {PATH} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n"
+        f"Content-Length: {len(payload)}\r\nConnection: close\r\n"
     )
+    if request_id is not None:
+        head += f"X-Request-Id: {request_id}\r\n"
     writer = None
     try:
         reader, writer = await asyncio.open_connection(host, port)
-        writer.write(head.encode() + payload)
+        writer.write(f"{head}\r\n".encode() + payload)
         await _read(reader, answer)
     except (OSError, ValueError, IndexError, asyncio.IncompleteReadError) as error:
         answer.error = answer.error or f"connection: {error!r}"

@@ -72,6 +72,7 @@ def _entry(link: WorkerLink) -> dict[str, Any]:
         **report,
         **info,
         "memory": dict(info["memory"]),
+        "start_s": {phase: round(seconds, 3) for phase, seconds in info["start_s"]},
         "num_here": len(link.live),  # sequences of this router
         "weight": link.replica.weight,  # as the controller advises
         "silence_s": round(link.watch.silence_s, 3),

@@ -50,6 +50,17 @@ def families(
         yield family
 
 
+def zeros(metrics: Iterable[Metric], models: Sequence[str]) -> dict[Key, float]:
+    """The series of counters and histograms that there are from the start."""
+    found: dict[Key, float] = {}
+    for metric in metrics:
+        if metric.kind == "histogram":
+            found |= {(metric.name, model, "+Inf"): 0.0 for model in models}
+        else:
+            found |= {(metric.name, *values): 0.0 for values in _known(metric, models)}
+    return found
+
+
 def _known(metric: Metric, models: Sequence[str]) -> Iterator[Key]:
     if metric.labels[:1] == (MODEL,):
         own = metric.known or (((),) if metric.kind == "counter" and len(metric.labels) == 1 else ())

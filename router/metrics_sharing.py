@@ -95,6 +95,11 @@ class SharedMetrics:
         self._others = others
         self.router_id = uuid.uuid4().hex[:12]
         self._services = tuple(services)
+        self._zeros = metrics_page.zeros(
+            # But for what no router counts by itself.
+            (m for m in (*declared.HISTOGRAMS, *declared.COUNTERS) if m is not declared.LOST),
+            [service.model for service in self._services],
+        )
         self._lookup = lookup
         self._finds: list[
             tuple[str, bytes]
@@ -184,7 +189,7 @@ class SharedMetrics:
                 await self._try_exchange()
             if self._export is not None:
                 try:
-                    self._export.update(dict(self._own_series()) | dict(self._own_gauges()))
+                    self._export.update(self._zeros | dict(self._own_series()) | dict(self._own_gauges()))
                 except Exception:  # nothing depends on it
                     log.exception("metrics could not be exported")
 

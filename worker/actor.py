@@ -31,6 +31,7 @@ from ellm.worker.api.report import WorkerInfo
 from ellm.worker.build import LoadedEngine, load_engine
 from ellm.worker.front import WorkerFront
 from ellm.worker.loop import EngineLoop
+from ellm.worker.start_times import StartTimes
 from ellm.worker.stream_server import StreamServer
 from ellm.worker.watchdog import Watchdog
 
@@ -73,6 +74,7 @@ class RankActor:
         self._supervisor_pid = supervisor_pid
         self._watchdog = Watchdog(lease_s, () if supervisor_pid is None else (supervisor_pid,))
         self._progress = ("starting", 0.0)
+        self._start = StartTimes()
         self._error: tuple[str, str] | None = None
         self._front: WorkerFront | None = None
         self._engine: EngineLoop | None = None
@@ -90,13 +92,14 @@ class RankActor:
         """(its pid, the port on this machine at which the other ranks meet it, 0 where there are none)."""
         port = 0
         if self._config.tensor_parallel_size > 1:
-            self._progress = ("importing torch", 0.0)
+            self._note_progress("importing torch", 0.0)
             self._rendezvous, port = await asyncio.to_thread(_listen)
         return os.getpid(), port
 
-    async def load(self, rank_pids: tuple[int, ...]) -> bool:
-        """Load the model with the other ranks and begin to serve. `rank_pids`: of all, this one first. False
-        if that is not possible; `renew` then tells why."""
+    async def load(self, rank_pids: tuple[int, ...], waited_s: float = 0.0) -> bool:
+        """Load the model with the other ranks and begin to serve. `rank_pids`: of all, this one first;
+        `waited_s`: since they were asked for. False if that is not possible; `renew` then tells why."""
+        self._start.waited(waited_s)
         try:
             loaded = await asyncio.to_thread(self._load)
         except EllmError as error:
@@ -124,6 +127,8 @@ class RankActor:
         # What is loaded by now stays: the collector need not look at it again while tokens wait.
         gc.collect()
         gc.freeze()
+        took = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self._front.info.start_s)
+        log.info("worker %s (%s) serves; its start took: %s", self._worker_id, self._epoch, took)
         return True
 
     async def describe(self) -> tuple[wire.Message, str, int, bytes] | None:
@@ -216,6 +221,7 @@ class RankActor:
 
     def _note_progress(self, what: str, share: float) -> None:
         self._progress = (what, share)
+        self._start.enter(what)
 
     def _info(self, loaded: LoadedEngine, rank_pids: tuple[int, ...]) -> WorkerInfo:
         limits, scheduler = loaded.executor.limits, loaded.core.config.scheduler
@@ -238,6 +244,7 @@ class RankActor:
             tpot_slo_s=None if scheduler.tpot_slo_ms is None else scheduler.tpot_slo_ms / 1000,
             ttft_slo_s=None if scheduler.ttft_slo_ms is None else scheduler.ttft_slo_ms / 1000,
             grammars=loaded.grammars is not None,
+            start_s=self._start.seconds(),
         )
 
     def _engine_failed(self, error: BaseException) -> None:

@@ -98,6 +98,7 @@ class RankGroup:
         self._config = config
         self._name = f"worker {worker_id} ({epoch})"
         self._ended = False
+        self._asked_at = time.monotonic()  # for its processes
         self._shown: dict[int, tuple[str, float]] = {}
         placement = ray.util.get_current_placement_group()
         # A group is packed on one node: the ranks can watch this very process, and their pids are their own
@@ -179,7 +180,7 @@ class RankGroup:
         for member, its in zip(self._members, pids, strict=True):
             member.found(its)
         self._tasks += [asyncio.create_task(self._watch_end(m, m.handle.follow.remote(port))) for m in others]
-        loaded: bool = await first.handle.load.remote(tuple(pids))
+        loaded: bool = await first.handle.load.remote(tuple(pids), time.monotonic() - self._asked_at)
         await asyncio.gather(*(member.ping(0.0) for member in self._members))
         return loaded
 

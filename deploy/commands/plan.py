@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kv-bytes", type=float, metavar="B", help="of the KV pool (default: what the weights leave)")
     add("--max-num-seqs", type=int, default=256, metavar="N", help="default: 256")
     add("--num-requests", type=int, metavar="N", help="per simulation (default: by what a step holds)")
+    add("--no-trials", action="store_true", help="arithmetic alone: nothing is simulated, it takes a second")
     add("--jobs", type=int, default=1, metavar="N", help="processes that simulate side by side (default: 1)")
     add("--json", metavar="OUT", help="write everything to this file")
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from ellm.deploy.progress import Progress
-    from ellm.loadtest.sim.advice import advise, as_result
+    from ellm.loadtest.sim.advice import advise, arithmetic, as_result
     from ellm.loadtest.sim.layouts import host_gb, num_requests, rates, size_up
 
     sized = size_up(*_setting(args))
@@ -61,6 +62,13 @@ def run(args: argparse.Namespace) -> int:
     sized = replace(sized, setting=replace(sized.setting, num_requests=count))
     for line in (*_title(sized), "", *_layouts(sized.layouts), ""):
         print(line)
+    if args.no_trials:
+        advice = arithmetic(sized, host, rate=args.rate)
+        for line in _advice(advice):
+            print(line)
+        if args.json:
+            write_json(args.json, as_result(sized, [], advice))
+        return 0
     progress = Progress()
     with progress.phase(f"Simulating TP {sized.chosen.tp}, {count} requests at a time") as phase:
         trials, advice = advise(

@@ -5,6 +5,9 @@
 {{- if and .path (not .revision) (not (hasPrefix "/" .path)) (not (hasPrefix "simulated:" .path)) -}}
 {{- fail (printf "%srevision: give the commit of %s, or what is served changes when its owner changes it" $model .path) -}}
 {{- end -}}
+{{- if and .path .revision (not (regexMatch "^[0-9a-f]{40}$" .revision)) -}}
+{{- fail (printf "%srevision: %s is no commit; git ls-remote https://huggingface.co/%s shows it: 40 hexadecimal digits" $model .revision .path) -}}
+{{- end -}}
 {{- if and (hasPrefix "models[" .where) (not .path) -}}
 {{- fail (printf "%spath: required" .where) -}}
 {{- end -}}

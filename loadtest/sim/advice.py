@@ -62,7 +62,20 @@ def advise(
     else:
         text = f"Memory never ran short: {BASELINE} preempted nobody."
     summary = Advice("what pays here", " and ".join(paying) or "neither", text)
-    return trials, [_on_layout(sized, rate), *_warnings(sized), summary, *ways]
+    return trials, [_on_layout(sized, rate), *_warnings(sized), *_small_trials(sized), summary, *ways]
+
+
+def arithmetic(sized: Sized, host: float, *, rate: float | None = None) -> list[Advice]:
+    """What is known without a simulation: what is ruled out, and what only trials could tell."""
+    partial = _partial(sized, host)
+    verdict = _ruled_out(sized, partial) if partial is None else "may pay"
+    tried = "" if partial is None else f" By the cost model {partial.policy} would be best."
+    return [
+        _on_layout(sized, rate),
+        *_warnings(sized),
+        Advice("partial caching", verdict, _partial_text(sized, partial) + tried),
+        Advice("host tier", "not tried", f"{_host_text(sized)}."),
+    ]
 
 
 def as_result(sized: Sized, trials: Sequence[Trial], advice: Sequence[Advice]) -> dict[str, Any]:
@@ -153,15 +166,22 @@ def _warnings(sized: Sized) -> list[Advice]:
             f"the SLO is what limits a step, at {chosen.running:.0f} requests, not memory, which holds "
             f"{chosen.requests_held:.0f}"
         )
-    if setting.num_requests < _FILLING * chosen.running:
-        found.append(
-            f"trials of {setting.num_requests} requests hardly fill a memory in which {chosen.running:.0f} "
-            f"run: --num-requests {ceil(2 * _FILLING * chosen.running)} would"
-        )
     return [Advice("warning", "note", text[0].upper() + text[1:] + ".") for text in found]
 
 
-def _on_partial_caching(sized: Sized, trials: Sequence[Trial], partial: Partial | None) -> Advice:
+def _small_trials(sized: Sized) -> list[Advice]:
+    count, running = sized.setting.num_requests, sized.chosen.running
+    if count >= _FILLING * running:
+        return []
+    text = (
+        f"Trials of {count} requests hardly fill a memory in which {running:.0f} run: --num-requests "
+        f"{ceil(2 * _FILLING * running)} would."
+    )
+    return [Advice("warning", "note", text)]
+
+
+def _partial_text(sized: Sized, partial: Partial | None) -> str:
+    """How many tokens could be recomputed in a step, and how many there are."""
     chosen, price = sized.chosen, sized.prices
     count, step_ms = chosen.capacity_tokens, 1e3 * chosen.full_step_s
     alone, both = price.literal_limit_tokens, price.literal_limit_with_link_tokens
@@ -170,12 +190,20 @@ def _on_partial_caching(sized: Sized, trials: Sequence[Trial], partial: Partial 
         f"{1e3 * count * price.recompute_s:,.1f} ms, the step itself {step_ms:.1f} ms; it pays below "
         f"{alone:,.0f} tokens, with the host link beside it below {both:,.0f}."
     )
-    no = PAYS_NOT
-    if sized.literal_ratio_with_link > sized.literal_ratio and (partial is None or not partial.streams):
-        no = "not without a host tier"
+    if partial is None and price.literal_with_link_may_pay and not sized.literal_ratio_with_link:
+        text += " Yet by the cost model no share of the context beats none by 2 %."
+    return text
+
+
+def _ruled_out(sized: Sized, partial: Partial | None) -> str:
+    """What to say where partial caching does not pay as it was tried."""
+    needs_link = sized.literal_ratio_with_link > sized.literal_ratio
+    return "not without a host tier" if needs_link and (partial is None or not partial.streams) else PAYS_NOT
+
+
+def _on_partial_caching(sized: Sized, trials: Sequence[Trial], partial: Partial | None) -> Advice:
+    text, no = _partial_text(sized, partial), _ruled_out(sized, partial)
     if partial is None:
-        if price.literal_with_link_may_pay and not sized.literal_ratio_with_link:
-            text += " Yet by the cost model no share of the context beats none by 2 %."
         return Advice("partial caching", no, text)
     pairs = _pairs(trials, partial.policy, None, BASELINE, 0.0)
     won = any(gains(ours, other) for ours, other in pairs)
@@ -186,7 +214,8 @@ def _on_partial_caching(sized: Sized, trials: Sequence[Trial], partial: Partial 
     return Advice("partial caching", PAYS if won else no, text)
 
 
-def _on_host(sized: Sized, trials: Sequence[Trial], host: float) -> Advice:
+def _host_text(sized: Sized) -> str:
+    """Who could pause, and what it costs to come back."""
     chosen, price = sized.chosen, sized.prices
     useful = chosen.phi_tokens * chosen.kv_token_bytes
     if chosen.phi > 1.0:
@@ -204,11 +233,16 @@ def _on_host(sized: Sized, trials: Sequence[Trial], host: float) -> Advice:
         f". A token comes back in {1e6 * price.link_s:.3g} us by the link, {1e6 * price.recompute_s:.3g} us "
         "by computing"
     )
+    return why[0].upper() + why[1:]
+
+
+def _on_host(sized: Sized, trials: Sequence[Trial], host: float) -> Advice:
+    why = _host_text(sized)
     if not host:
-        return Advice("host tier", "not tried", f"{why[0].upper()}{why[1:]}. --host-gb is 0.")
+        return Advice("host tier", "not tried", f"{why}. --host-gb is 0.")
     pairs = _pairs(trials, OURS, host, OURS, 0.0)
     won = any(gains(ours, other) for ours, other in pairs)
-    text = f"{why[0].upper()}{why[1:]}. {host:g} GB: {_compare(pairs)}."
+    text = f"{why}. {host:g} GB: {_compare(pairs)}."
     return Advice("host tier", PAYS if won else PAYS_NOT, text)
 
 

@@ -52,12 +52,13 @@ def _called(*, whole: bool) -> Schema:
 
 def _worker() -> Schema:
     """As `health.workers` writes it: what the worker is, what it reports, and what this router adds."""
-    info = of_dataclass(WorkerInfo, without=("worker_id", "memory"))
+    info = of_dataclass(WorkerInfo, without=("worker_id", "memory", "start_s"))
     report = of_dataclass(WorkerReport, without=("seq", "last_submit_seq", "state", "prefix_digest"))
     own = {
         "id": TEXT,
         "state": enum("loading", "ready", "suspect", "draining", "stalled", "failed", "lost"),
         "memory": {"type": "object", "additionalProperties": INTEGER},
+        "start_s": {"type": "object", "additionalProperties": NUMBER},
         "num_here": COUNT,
         "weight": NUMBER,
         "silence_s": NUMBER,

@@ -15,38 +15,12 @@ from pathlib import Path
 
 import httpx
 from support.browser import Browser, browser
-from support.router_server import EOS, MODEL, EchoExecutor, EchoWorker, RouterServer
-
-from ellm.worker.api.config import CacheConfig, SchedulerConfig, WorkerConfig
-from ellm.worker.api.report import WorkerInfo
-from ellm.worker.engine.core import EngineCore
-from ellm.worker.engine.plan import ModelLimits
-from ellm.worker.front import WorkerFront
-from ellm.worker.local_channel import LocalChannel
-from ellm.worker.loop import EngineLoop
+from support.router_server import MODEL, RouterServer
+from support.small_worker import SmallWorker
 
 TEXT = "An elastic cache keeps what pays, gives up what does not, and computes that again in time."
 LOAD_S = 45.0
 CLIENTS = 24
-TPOT_MS, TTFT_MS = 120.0, 1500.0
-
-
-class SmallWorker(EchoWorker):
-    """Promises more than its memory holds, and has a host tier."""
-
-    def __init__(self, number: int) -> None:
-        self.limits = ModelLimits(160, 16, 1024, 4096, (EOS, 2), num_host_blocks=256)
-        self.executor = EchoExecutor(self.limits, 0.02)
-        scheduler = SchedulerConfig(max_num_seqs=64, tpot_slo_ms=TPOT_MS, ttft_slo_ms=TTFT_MS)
-        config = WorkerConfig(scheduler=scheduler, cache=CacheConfig(), heartbeat_s=0.05)
-        self.core = EngineCore(self.limits, config)
-        engine = EngineLoop(self.core, self.executor, report_s=config.heartbeat_s)
-        info = WorkerInfo(
-            f"w{number}", f"epoch{number}", MODEL, "node", 1024, 16, 160, 4096, (EOS, 2), "simulated",
-            "none", True, tpot_slo_s=TPOT_MS / 1000, ttft_slo_s=TTFT_MS / 1000,
-        )  # fmt: skip
-        self.front = WorkerFront(info, config, engine)
-        self.channel = LocalChannel(self.front)
 
 
 def load(url: str, stop: threading.Event) -> None:

@@ -7,6 +7,7 @@ Prometheus has them: one call per bucket and period, not one per observation.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from math import nan
 from typing import Any, Protocol
@@ -14,6 +15,9 @@ from typing import Any, Protocol
 from ellm.worker.api.metrics import SUM, Key, Metric
 
 PERIOD_S = 2.0
+# A counter that nothing has increased is not exported: `increase()` misses the first one, a ratio with it is
+# empty. Ray takes no 0, so each begins with the least number there is; what is added to it is exact.
+NOTHING = sys.float_info.min
 
 
 class Library(Protocol):
@@ -52,6 +56,8 @@ class MetricExport:
 
     def _count(self, metric: Metric, key: Key, value: float) -> None:
         grown = value - self._said.get(key, 0.0)
+        if key not in self._said:
+            grown = max(grown, NOTHING)
         if grown > 0.0:
             name = metric.name.removesuffix("_total")  # Ray adds its own
             made = self._made.get(name)

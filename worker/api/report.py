@@ -30,6 +30,7 @@ class WorkerInfo:
     tpot_slo_s: float | None = None  # of requests that bring none
     ttft_slo_s: float | None = None
     grammars: bool = False  # SamplingParams.grammar is obeyed
+    start_s: tuple[tuple[str, float], ...] = ()  # (phase, seconds): what its start took
 
 
 @dataclass(frozen=True, slots=True)

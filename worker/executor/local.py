@@ -58,7 +58,7 @@ class LocalExecutor:
         """Load the checkpoint, measure, size the pool, warm up. Raises ConfigError naming what is wrong."""
         report = progress or no_progress
         rank = load_rank(config, report, peers or NoPeers())
-        report("ready", 1.0)
+        report("finishing", 1.0)
         return LocalExecutor(rank, config.num_threads)
 
     @property

@@ -137,6 +137,8 @@ def test_the_schema_refuses(values: dict[str, Any], says: str) -> None:
         ({"resources": {"limits": {"nvidia.com/gpu": 1}}}, "resources.limits: nvidia.com/gpu is set by gpus"),
         ({"model": {"path": "org/name"}}, "model.revision: give the commit of org/name"),
         ({"models": [{"path": "/a"}, {"path": "o/n"}]}, "models[1].revision: give the commit of o/n"),
+        ({"model": {"path": "o/n", "revision": "main"}}, "model.revision: main is no commit"),
+        ({"model": {"path": "o/n", "revision": "b968826"}}, "model.revision: b968826 is no commit"),
         ({"models": [{"path": "/a"}, {"device": "cpu"}]}, "models[1].path: required"),
         ({"models": [{"path": "/a"}, {"path": "/b/a"}]}, "models[1].name: a is there twice"),
         ({"models": [{"path": "/a"}, {"path": "/router"}]}, "no model can be called router"),
@@ -162,7 +164,7 @@ def test_a_template_refuses_and_names_the_value(values: dict[str, Any], says: st
 def test_what_is_just_possible_is_taken() -> None:
     render(merged(CUDA, {"gpus": 4}))
     render({"terminationGracePeriodSeconds": 105})
-    render({"model": {"path": "org/name", "revision": "abc"}})
+    render({"model": {"path": "org/name", "revision": "0123456789abcdef" * 2 + "01234567"}})
 
 
 def test_the_examples_give_no_value_that_is_the_default_already() -> None:

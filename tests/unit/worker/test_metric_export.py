@@ -50,6 +50,16 @@ def test_counters_go_by_increments_and_gauges_that_are_gone_are_no_number() -> N
     assert ("ellm_other", "a") not in book.values
 
 
+def test_a_counter_that_nothing_has_increased_is_there() -> None:
+    book = Book()
+    export = MetricExport(book.library(), [counter("parks", "Parks.", "m")])
+    for value in (0.0, 0.0, 3.0, 3.0):
+        export.update({("ellm_parks_total", "a"): value})
+    least, grown = book.increments  # Ray refuses 0
+    assert 0.0 < least < 1e-300
+    assert grown == book.values["ellm_parks", "a"] == 3.0
+
+
 def test_a_histogram_is_three_gauges() -> None:
     book = Book()
     export = MetricExport(book.library(), [LATENCY])
