@@ -26,9 +26,9 @@ from ellm.loadtest.served import answers, blocks_of, left_over, served
 ABOUT = """\
 schemathesis over the OpenAPI document of `ellm serve` as deployed (Ray, HAProxy, one router, two workers on
 the bundled model, a context of {length} tokens): requests that it allows, most with few of the optional
-fields, and {forbidden:.0%} of the bodies as it forbids them. Each answer's status, content type, headers, JSON
-body and events must be as the document says. Reached: the share of all cases that generated text. Afterwards
-a normal request is made, and every worker is asked for requests and referenced blocks."""
+fields, and {forbidden:.0%} of the bodies as it forbids them. Each answer's status, content type, headers,
+JSON body and events must be as the document says. Reached: the share of all cases that generated text.
+Afterwards a normal request is made, and every worker is asked for requests and referenced blocks."""
 LENGTH = 128
 WORDS = (
     "--workers", "2", "--device", "cpu", "--dtype", "float32", "--kv-blocks", "512",
