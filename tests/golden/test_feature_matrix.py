@@ -55,7 +55,8 @@ SAMPLINGS = {
     "`echo` with `logprobs`": replace(GREEDY, logprobs=1, prompt_logprobs=1),
     "grammar": HELD,
 }
-CHOICES = {"`n` > 1": 3, "grammar": 2}
+CHOICES = {"`n` > 1": 3, "grammar": 2}  # of one prompt
+MAX_TURNS = 12
 WAYS = (
     "preempted",
     "holes, recomputed or streamed",
@@ -82,6 +83,7 @@ def requests() -> dict[str, list[EngineRequest]]:
 def everyone(first: int = 0) -> list[EngineRequest]:
     """Those of one feature first, and so on in turns."""
     features = list(requests().values())
+    first %= len(features)
     return [one for some in features[first:] + features[:first] for one in some]
 
 
@@ -250,7 +252,7 @@ def way(
             driver = play(executor, everyone(), plain(max_num_seqs=8, max_step_tokens=96))
         return name, [played(driver, {r.request_id for r in everyone()}, exact=False)]
     turns: list[Played] = []
-    for turn in range(len(SAMPLINGS)):
+    for turn in range(MAX_TURNS):
         turns.append(on_one(name, folder, alone, turn))
         gone = {one for played_once in turns for one in played_once.gone}
         if all(gone & {r.request_id for r in some} for some in requests().values()):
