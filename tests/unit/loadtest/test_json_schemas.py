@@ -1,4 +1,4 @@
-"""The suite of schemas: what comes out is judged, and a string whose pattern noise does not find has an end."""
+"""The suite of schemas: what comes out is judged; strings whose pattern noise does not find have an end."""
 
 from __future__ import annotations
 
