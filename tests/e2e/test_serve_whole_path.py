@@ -34,7 +34,7 @@ from ellm.router.rpc.open_inference_pb2_grpc import GRPCInferenceServiceStub
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 PROMPT = "The list method append"
-RECEIVE_S = 10
+RECEIVE_S = 6
 
 
 @pytest.fixture(scope="module")
