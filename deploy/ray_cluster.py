@@ -32,6 +32,7 @@ class ClusterError(EllmError):
 def environment(config: EllmConfig, haproxy: bool) -> dict[str, str]:
     """What the processes of a cluster of our own shall find in their environment."""
     fallback_http, fallback_grpc, metrics, stats = ports.free_ports(4)
+    limits = config.router.limits
     return {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # Ray's 15 would let any other program starve the engine
@@ -47,7 +48,7 @@ def environment(config: EllmConfig, haproxy: bool) -> dict[str, str]:
         json_log.FORMAT: config.cluster.log_format,  # which each process reads for itself
         json_log.LEVEL: config.cluster.log_level,
         "RAY_SERVE_HAPROXY_NBTHREAD": "1" if (os.cpu_count() or 1) <= 4 else "2",
-        **ingress_environment(config.router.limits.request_deadline_s),
+        **ingress_environment(limits.request_deadline_s, limits.receive_timeout_s),
     }
 
 

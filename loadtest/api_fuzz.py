@@ -21,14 +21,14 @@ import httpx
 
 from ellm.loadtest.api_cases import FORBIDDEN, Verdict, judge
 from ellm.loadtest.result import Result, command_line
-from ellm.loadtest.served import answers, left_over, served
+from ellm.loadtest.served import answers, blocks_of, left_over, served
 
 ABOUT = """\
-schemathesis over the OpenAPI document of `ellm serve` (two workers on the bundled model, a context of
-{length} tokens): requests that it allows, most with few of the optional fields, and {forbidden:.0%} of the
-bodies as it forbids them. Each answer's status, content type, headers, JSON body and events must be as the
-document says. Reached: the share of all cases that generated text. Afterwards a normal request is made, and
-all workers are asked for requests and referenced blocks."""
+schemathesis over the OpenAPI document of `ellm serve` as deployed (Ray, HAProxy, one router, two workers on
+the bundled model, a context of {length} tokens): requests that it allows, most with few of the optional
+fields, and {forbidden:.0%} of the bodies as it forbids them. Each answer's status, content type, headers,
+JSON body and events must be as the document says. Reached: the share of all cases that generated text.
+Afterwards a normal request is made, and every worker is asked for requests and referenced blocks."""
 LENGTH = 128
 WORDS = (
     "--workers", "2", "--device", "cpu", "--dtype", "float32", "--kv-blocks", "512",
@@ -51,8 +51,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(url: str, asked: argparse.Namespace) -> tuple[Verdict, list[str]]:
-    """What was answered, and everything that is wrong."""
+def run(url: str, asked: argparse.Namespace) -> tuple[Verdict, list[str], list[str]]:
+    """What was answered, everything that is wrong, and where each worker's blocks are afterwards."""
     document = httpx.get(f"{url}/openapi.json", timeout=30).json()
     verdict, share = Verdict(), math.ceil(asked.cases / asked.jobs)
     with ProcessPoolExecutor(asked.jobs, multiprocessing.get_context("spawn")) as pool:
@@ -70,7 +70,7 @@ def run(url: str, asked: argparse.Namespace) -> tuple[Verdict, list[str]]:
     wrong += [f"left over: {count} {what}" for what, count in left.items() if count]
     if not answers(url):
         wrong.append("a normal request fails")
-    return verdict, wrong
+    return verdict, wrong, blocks_of(url)
 
 
 def main() -> int:
@@ -78,7 +78,7 @@ def main() -> int:
     start = time.monotonic()
     running = nullcontext(asked.url) if asked.url else served(*WORDS, "--port", str(asked.port))
     with running as url:
-        verdict, wrong = run(url, asked)
+        verdict, wrong, blocks = run(url, asked)
     rows = [
         {
             "cases": verdict.cases,
@@ -97,9 +97,9 @@ def main() -> int:
     command = command_line("ellm.loadtest.api_fuzz")
     Result(
         asked.name, "Requests that nobody means", about, command, rows,
-        seed=asked.seed, notes=wrong[:20], raw=by_path,
+        seed=asked.seed, notes=wrong[:20] + blocks, raw=by_path,
     ).write()  # fmt: skip
-    for line in [*map(str, by_path.items()), str(rows[0]), *wrong[:40]]:
+    for line in [*map(str, by_path.items()), str(rows[0]), *wrong[:40], *blocks]:
         print(line)
     return 1 if wrong else 0
 

@@ -56,11 +56,12 @@ def free_port() -> int:
 
 def set_environment() -> None:
     """Before Ray is imported. As `ellm serve` sets it: one HAProxy as the ingress."""
+    limits = RouterConfig().limits
     values = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        **ingress_environment(RouterConfig().limits.request_deadline_s),
+        **ingress_environment(limits.request_deadline_s, limits.receive_timeout_s),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_worker_niceness": "0",
         "OMP_NUM_THREADS": "1",

@@ -5,7 +5,9 @@
 FOLDER holds schemas as *.json, in folders (JSONSchemaBench's `data`, say). Each goes the way of a request:
 the router's check, then a sequence's place in the grammar as a worker keeps it, and its tokens are drawn by
 the sampler under the masks. The logits are noise that leans to what closes strings, lists and objects: no
-model would try more of a grammar's corners, nor end sooner. `jsonschema` judges what comes out.
+model would try more of a grammar's corners, nor end sooner. Where a string does not end since noise does not
+come upon its pattern, the noise leans to an example of that pattern (`json_endings`), under the same masks.
+`jsonschema` judges what comes out.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import random
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 
 from ellm.kernels import dispatch
+from ellm.loadtest.json_endings import Endings
 from ellm.loadtest.result import Result, Row
 from ellm.router.grammar_check import GrammarCheck
 from ellm.router.openai.structured import json_grammar
@@ -40,14 +43,18 @@ from ellm.worker.model.sequences import SequenceState
 
 BUNDLED = Path(__file__).resolve().parent.parent / "deploy" / "bundled" / "pydoc-5m"
 CLOSING = 12.0  # added to the logits of what closes something
+PATIENCE = 300  # tokens of noise before it is told how a string may end
+EVERY = 25  # tokens, from then on
 DEEP = 3  # levels
 KINDS = ("valid", "refused", "cut", "invalid", "failed", "unjudged")
 ABOUT = """\
 {sample} schemas of JSONSchemaBench, drawn at random: each goes the way of a request, from the router's check
 to the sampler under the masks, with the bundled model's tokens, and logits that are noise leaning to what
-closes strings, lists and objects. `valid`: the answer came to its end and `jsonschema` accepts it; `refused`:
-with a reason, before anything ran; `cut`: not at its end after {tokens} tokens; `invalid`: the judge refuses
-it; `failed`: ended in the middle; `unjudged`: no schema that the judge can read."""
+closes strings, lists and objects; from {patience} tokens on it is told, every {every}, how a string may end
+whose pattern it has not come upon, as a model would know. `valid`: the answer came to its end and
+`jsonschema` accepts it; `refused`: with a reason, before anything ran; `cut`: not at its end after {tokens}
+tokens; `invalid`: the judge refuses it; `failed`: ended in the middle; `unjudged`: no schema that the judge
+can read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,7 @@ class Outcome:
     compile_s: float = 0.0  # of CPU, as is the next
     tokens: int = 0
     mask_s: float = 0.0  # the dearest mask
+    told: int = 0  # strings whose end noise was told
 
 
 class Suite:
@@ -95,32 +103,60 @@ class Suite:
         place = self._grammars.begin(grammar, ())
         sequence = NewSequence(0, (1,), (), sampling, 0)
         state = SequenceState(0, sequence, self._arch.eos_token_ids, self._arch.vocab_size, place)
-        generator, ids, dearest = torch.Generator().manual_seed(seed), list[int](), 0.0
+        ids, dearest, told = list[int](), 0.0, 0
+        draw = Noise(self._closing, seed, Endings(schema, self._tokenizer))
+        follower = self._grammars.compile(grammar).deep_copy()
         row = np.zeros((self._arch.vocab_size + 31) // 32, dtype=np.int32)
         while len(ids) < self._max_tokens:
             begun = time.process_time()
             place.fill(row)
             dearest = max(dearest, time.process_time() - begun)
-            logits = 3 * torch.randn(1, self._arch.vocab_size, generator=generator) + self._closing
-            ids.append(int(self._sampler.sample(logits, [state], [len(ids)]).item()))
+            if len(ids) >= PATIENCE and len(ids) % EVERY == 0:
+                told += draw.tell(follower)
+            ids.append(int(self._sampler.sample(draw.logits(), [state], [len(ids)]).item()))
             place.add(ids[-1])
             if place.error is not None:
-                return Outcome("failed", place.error, compile_s, len(ids), dearest)
+                return Outcome("failed", place.error, compile_s, len(ids), dearest, told)
             if ids[-1] in self._arch.eos_token_ids:
-                return _judged(schema, self._tokenizer.decode(ids), compile_s, len(ids), dearest)
-        return Outcome("cut", "", compile_s, len(ids), dearest)
+                judged = judge(schema, self._tokenizer.decode(ids))
+                return replace(judged, compile_s=compile_s, tokens=len(ids), mask_s=dearest, told=told)
+            follower.consume_token(ids[-1])
+        return Outcome("cut", self._tokenizer.decode(ids)[-100:], compile_s, len(ids), dearest, told)
 
 
-def _judged(schema: Any, text: str, compile_s: float, tokens: int, mask_s: float) -> Outcome:
+class Noise:
+    """What stands for a model."""
+
+    def __init__(self, closing: torch.Tensor, seed: int, endings: Endings) -> None:
+        self._closing, self._endings = closing, endings
+        self._generator = torch.Generator().manual_seed(seed)
+        self._next: list[int] = []
+
+    def tell(self, matcher: Any) -> bool:
+        """Let it write the end of a string next, where one is known."""
+        if not self._next:
+            self._next = self._endings.next(matcher)
+            return bool(self._next)
+        return False
+
+    def logits(self) -> torch.Tensor:
+        """[1, V]."""
+        found = 3 * torch.randn(1, len(self._closing), generator=self._generator) + self._closing
+        if self._next:
+            found[0, self._next.pop(0)] += 100 * CLOSING
+        return found
+
+
+def judge(schema: Any, text: str) -> Outcome:
     import jsonschema
 
     try:
         jsonschema.validate(json.loads(text), schema)
     except (ValueError, jsonschema.ValidationError) as error:
-        return Outcome("invalid", f"{str(error)[:200]} in {text[:200]}", compile_s, tokens, mask_s)
+        return Outcome("invalid", f"{str(error)[:200]} in {text[:200]}")
     except Exception as error:  # a schema that the judge itself cannot read
-        return Outcome("unjudged", f"{type(error).__name__}: {str(error)[:100]}", compile_s, tokens, mask_s)
-    return Outcome("valid", "", compile_s, tokens, mask_s)
+        return Outcome("unjudged", f"{type(error).__name__}: {str(error)[:100]}")
+    return Outcome("valid")
 
 
 def depth(schema: Any) -> int:
@@ -179,6 +215,7 @@ def notes_of(raw: list[dict[str, Any]]) -> list[str]:
         "refused: " + "; ".join(f"{count} {reason}" for reason, count in reasons.most_common()),
         f"{tokens:,} tokens; CPU of the slowest compilation {1e3 * slowest:.0f} ms, "
         f"of the dearest mask {1e3 * dearest:.0f} ms",
+        f"{sum(one['told'] > 0 for one in raw)} answers had strings whose end noise was told",
         *(
             f"{one['kind']}: {one['schema']} {one['reason']}"[:300].strip()
             for one in raw
@@ -209,7 +246,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--sample", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-tokens", type=int, default=1500)
+    parser.add_argument("--max-tokens", type=int, default=4000)
     parser.add_argument("--model", type=Path, default=BUNDLED)
     parser.add_argument("--all", action="store_true", help="count the refusals of the whole suite, too")
     parser.add_argument("--no-write", action="store_true")
@@ -224,7 +261,7 @@ def main(words: list[str]) -> None:
     result = Result(
         name="json-schemas",
         title="Structured output on JSONSchemaBench",
-        about=ABOUT.format(sample=asked.sample, tokens=asked.max_tokens),
+        about=ABOUT.format(sample=asked.sample, tokens=asked.max_tokens, patience=PATIENCE, every=EVERY),
         command=f"python -m ellm.loadtest.json_schemas FOLDER {' '.join(words[1:])}".strip(),
         rows=rows,
         seed=asked.seed,

@@ -73,17 +73,37 @@ def left_over(url: str) -> dict[str, Any]:
     nor merely cached, which are those that something references. Nothing: all zero."""
     deadline = time.monotonic() + QUIET_S
     while True:
-        workers = httpx.get(f"{url}/admin/workers", timeout=30).json()["workers"]
-        found = {
-            "requests": sum(w["num_running"] + w["num_waiting"] + w["num_here"] for w in workers),
-            "referenced blocks": sum(
-                w["num_blocks"] - w["free_blocks"] - w["cached_blocks"] for w in workers
-            ),
-            "workers away": sum(w["state"] != "ready" for w in workers),
-        }
-        if (workers and not any(found.values())) or time.monotonic() > deadline:
+        found = left_on(workers_of(url))
+        if not any(found.values()) or time.monotonic() > deadline:
             return found
         time.sleep(0.2)
+
+
+def left_on(workers: list[dict[str, Any]]) -> dict[str, Any]:
+    """The same of what was said of each worker: one's gain never hides another's loss."""
+    return {
+        "requests": sum(w["num_running"] + w["num_waiting"] + w["num_here"] for w in workers),
+        "referenced blocks": sum(
+            abs(w["num_blocks"] - w["free_blocks"] - w["cached_blocks"]) for w in workers
+        ),
+        "workers away": sum(w["state"] != "ready" for w in workers) if workers else 1,
+    }
+
+
+def workers_of(url: str) -> list[dict[str, Any]]:
+    """What the router knows of each worker, from its last report."""
+    found: list[dict[str, Any]] = httpx.get(f"{url}/admin/workers", timeout=30).json()["workers"]
+    return found
+
+
+def blocks_of(url: str) -> list[str]:
+    """A line for each worker: where its blocks are."""
+    return [
+        f"worker {w['id']}: {w['num_blocks']} blocks = {w['free_blocks']} free + "
+        f"{w['cached_blocks']} cached + "
+        f"{w['num_blocks'] - w['free_blocks'] - w['cached_blocks']} referenced"
+        for w in workers_of(url)
+    ]
 
 
 def answers(url: str) -> bool:

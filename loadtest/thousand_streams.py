@@ -26,6 +26,7 @@ from ellm.loadtest.result import Result, Row, command_line
 from ellm.loadtest.sse_client import StreamResult, stream
 
 PROMPT = 16  # tokens
+LIMIT_S = 300.0  # of one stream or request; then it is an error
 ABOUT = """\
 All {streams} streams of {tokens} tokens at once on one simulated worker ({step:.0f} ms a step with all of
 them), then {requests} streamed requests of {short} tokens from {clients} clients. `ellm` is `ellm serve`
@@ -85,8 +86,9 @@ def body(number: int, tokens: int) -> dict[str, Any]:
 
 async def one(port: int, number: int, tokens: int) -> StreamResult:
     try:
-        return await stream("127.0.0.1", port, "/v1/completions", body(number, tokens))
-    except (OSError, IndexError, ValueError):
+        async with asyncio.timeout(LIMIT_S):
+            return await stream("127.0.0.1", port, "/v1/completions", body(number, tokens))
+    except (OSError, IndexError, ValueError):  # TimeoutError is an OSError
         return StreamResult(time.perf_counter())
 
 

@@ -120,6 +120,7 @@ affinity:
 {{/* Ray's and Serve's settings are those of `ellm serve` (deploy/ray_cluster.py, router/ingress.py). */}}
 {{- define "ellm.env" -}}
 {{- $deadline := dig "router" "limits" "request_deadline_s" 3600 .Values.config -}}
+{{- $receive := dig "router" "limits" "receive_timeout_s" 60 .Values.config -}}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
 - {name: RAY_worker_niceness, value: "0"}
 - {name: RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO, value: "0"}
@@ -128,6 +129,7 @@ affinity:
 - {name: RAY_SERVE_HAPROXY_NBTHREAD, value: "2"}
 - {name: RAY_SERVE_HAPROXY_METRICS_ENABLED, value: "0"}
 - {name: RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S, value: {{ add (ceil $deadline) 5 | quote }}}
+- {name: RAY_SERVE_HAPROXY_BALANCE_ALGORITHM, value: {{ printf "leastconn\n    timeout http-request %ds" (int (ceil $receive)) | toJson }}}
 - {name: RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S, value: "3"}
 - {name: RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S, value: "0.1"}
 - {name: ELLM_CLUSTER__LOG_FORMAT, value: {{ .Values.logFormat }}}

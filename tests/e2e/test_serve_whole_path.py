@@ -5,11 +5,14 @@ The tests share one server and run in their order; the last one stops it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from ellm.router.rpc.open_inference_pb2_grpc import GRPCInferenceServiceStub
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 PROMPT = "The list method append"
+RECEIVE_S = 6
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,7 @@ def server(audit_log: Path) -> Iterator[Served]:
     port, grpc_port = map(str, free_ports(2))
     flags = ["--port", port, "--grpc-port", grpc_port, "--workers", "2", "--device", "cpu"]
     flags += ["--kv-blocks", "512", "--set", f"router.audit_log={audit_log}"]
+    flags += ["--set", f"router.limits.receive_timeout_s={RECEIVE_S}"]
     with served(*flags) as made:
         made.wait_until_ready()
         yield made
@@ -199,6 +204,31 @@ def test_a_flood_of_headers(url: str) -> None:
     assert (ours.status_code, ours.json()["error"]["code"]) == (431, "headers_too_large")
     for headers in ({"x-long": "a" * 100_000}, {f"x-{i}": "a" for i in range(300)}):
         assert httpx.get(f"{url}/health", headers=headers).status_code == 400
+
+
+def test_headers_that_come_a_byte_at_a_time(url: str) -> None:
+    """HAProxy reads them before a router is asked; what it has no time for is cut off."""
+    host, port = url.removeprefix("http://").split(":")
+    begun, answer = time.monotonic(), b""
+    with socket.create_connection((host, int(port))) as sock:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nx-slow: ")
+        sock.settimeout(0.5)
+        while not answer:
+            assert time.monotonic() - begun < RECEIVE_S + 60
+            sock.sendall(b"a")
+            with contextlib.suppress(TimeoutError):
+                answer = sock.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_a_body_that_does_not_come(url: str) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=RECEIVE_S + 60) as sock:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        answer = sock.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"request_timeout" in answer
 
 
 def test_the_terminal_chat(url: str) -> None:

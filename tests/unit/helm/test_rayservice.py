@@ -157,9 +157,12 @@ def test_pods_have_the_environment_that_ellm_serve_sets(name: str) -> None:
 
 
 def test_the_ingress_lives_as_long_as_the_longest_request() -> None:
-    rendered = render({"config": {"router": {"limits": {"request_deadline_s": 7200}}}})
+    rendered = render(
+        {"config": {"router": {"limits": {"request_deadline_s": 7200, "receive_timeout_s": 6.5}}}}
+    )
     found = {item["name"]: item.get("value") for item in rendered.container("head")["env"]}
     assert found["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"] == "7205"
+    assert found["RAY_SERVE_HAPROXY_BALANCE_ALGORITHM"] == "leastconn\n    timeout http-request 7s"
 
 
 def test_probes_tell_the_truth() -> None:
