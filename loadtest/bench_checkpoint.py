@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 SHAPE = {
@@ -18,6 +19,19 @@ SHAPE = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
 }
+
+
+TOKENIZER = Path(__file__).parent.parent / "deploy" / "bundled" / "pydoc-5m"  # has as many tokens
+
+
+def with_tokenizer(folder: Path) -> Path:
+    """Give the checkpoint the bundled model's tokenizer, as servers need one; returns its folder."""
+    shutil.copy(TOKENIZER / "tokenizer.json", folder / "tokenizer.json")
+    about = json.loads((TOKENIZER / "tokenizer_config.json").read_text())
+    about.pop("backend", None)
+    about["tokenizer_class"] = "PreTrainedTokenizerFast"  # which every version of transformers knows
+    (folder / "tokenizer_config.json").write_text(json.dumps(about) + "\n")
+    return folder
 
 
 def make_checkpoint(folder: Path, seed: int = 0) -> Path:
