@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -173,6 +175,11 @@ def listening(command: list[str], env: Mapping[str, str], url: str, log: Path) -
         killer.start()
         process.wait()
         killer.cancel()
+
+
+def unwind_on_sigterm() -> None:
+    """So that no server outlives who started it: the signal's default ends a process where it stands."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _healthy(url: str) -> bool:

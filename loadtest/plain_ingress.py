@@ -1,12 +1,13 @@
-"""A streaming completion server as one writes it with Ray Serve alone: the baseline of `thousand_streams`.
+"""A streaming completion server as one writes it with Ray Serve alone: the baseline of
+`thousand_streams`, `serve_ingress` and `side_by_side`.
 
     python -m ellm.loadtest.plain_ingress --stages 2 --port 8165 --model simulated:overhead_s=0.005
 
 `--stages 1`: a FastAPI ingress whose replicas hold the engine. `--stages 2`: the ingress calls the engine's
 deployment through a streaming handle, one call per request, so that there can be more of either. The engine
-is the product's (EngineLoop on the simulated executor), and so are detokenising and the bytes of a chunk:
-only Serve stands where the product's own path is. Who starts it says by Ray's variables whether HAProxy is
-used.
+is the product's (EngineLoop, on a checkpoint or the simulated executor), and so are detokenising and the
+bytes of a chunk: only Serve stands where the product's own path is. Who starts it says by Ray's variables
+whether HAProxy is used.
 """
 
 # Annotations are values here: FastAPI reads those of a class that Serve wraps.

@@ -33,6 +33,7 @@ from ellm.loadtest.peer_servers import (
     Setting,
     ellm_server,
     plain_server,
+    unwind_on_sigterm,
     vllm_server,
 )
 from ellm.loadtest.processes import tree_use
@@ -211,6 +212,7 @@ def notes_of(raw: dict[str, dict[str, Any]]) -> list[str]:
 
 def main() -> int:
     arguments = parse()
+    unwind_on_sigterm()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     with_tokenizer(make_checkpoint(arguments.checkpoint, 0))
     rows: list[Row] = []

@@ -21,7 +21,15 @@ from typing import Any
 
 from ellm.loadtest.bench_checkpoint import make_checkpoint, with_tokenizer
 from ellm.loadtest.generator_limits import how_busy
-from ellm.loadtest.peer_servers import MODEL, VLLM, Setting, ellm_server, kv_token_bytes, vllm_server
+from ellm.loadtest.peer_servers import (
+    MODEL,
+    VLLM,
+    Setting,
+    ellm_server,
+    kv_token_bytes,
+    unwind_on_sigterm,
+    vllm_server,
+)
 from ellm.loadtest.result import Result, Row, command_line
 from ellm.loadtest.served import Started
 from ellm.loadtest.sim.metrics import measure
@@ -140,7 +148,6 @@ class Starved:
         host_bytes = self.pool_bytes if host and ours else 0
         pool = self.pool_bytes * (2 if host and not ours else 1)
         setting, port = setting_of(self.arguments, pool), self.arguments.port
-        known = self.unstarved[VLLM if side == VLLM else ADAPTIVE]
         with ExitStack() as stack:
             if side == VLLM:
                 log = Path(f".cache/vllm-starved-{host}.log")
@@ -149,11 +156,11 @@ class Starved:
                 policy = "adaptive" if ours else "full-chunked"
                 slo = {"worker.scheduler.tpot_slo_ms": 1e3 * self.slo_s}
                 server = stack.enter_context(ellm_server(setting, port, policy, host_bytes, slo))
-            return self._offer(server, side, host, pool, host_bytes, known)
+            return self.offer(server, side, host, pool, host_bytes)
 
-    def _offer(
-        self, server: Started, side: str, host: bool, pool: int, host_bytes: int, known: Unstarved
-    ) -> Outcome:
+    def offer(self, server: Started, side: str, host: bool, pool: int, host_bytes: int) -> Outcome:
+        """The requests in time. `pool` and `host_bytes` are what the server has."""
+        known = self.unstarved[VLLM if side == VLLM else ADAPTIVE]
         assert known.expected is not None
         due = self.work.due_s(self.rate)
         warm = replace(self.work, prompts=self.work.prompts[:4], wanted=[8] * 4)
@@ -189,6 +196,7 @@ def run_all(starved: Starved) -> tuple[list[Row], list[Any]]:
 
 def main() -> int:
     arguments = parse()
+    unwind_on_sigterm()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     with_tokenizer(make_checkpoint(arguments.checkpoint, 0))
     spec = Spec(
