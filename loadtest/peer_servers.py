@@ -13,12 +13,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from ellm.loadtest.served import SERVE, Started, started
 
 MODEL = "bench"  # what every side calls it
 ELLM, PLAIN, VLLM = "ellm serve", "plain Serve", "vLLM"
-START_S = 600.0
+START_S = 1200.0
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -45,6 +44,7 @@ class Setting:
     max_step_tokens: int = 2048
     max_model_len: int = 1024
     prefix_caching: bool = False
+    vllm_more: tuple[str, ...] = ()  # further arguments of vLLM's command
 
     @property
     def num_blocks(self) -> int:
@@ -101,7 +101,7 @@ def vllm_words(setting: Setting, port: int) -> list[str]:
     words += ["--max-num-seqs", str(setting.max_num_seqs)]
     words += ["--max-num-batched-tokens", str(setting.max_step_tokens)]
     words += ["--enable-prefix-caching" if setting.prefix_caching else "--no-enable-prefix-caching"]
-    return [*words, "--enable-chunked-prefill", "--disable-uvicorn-access-log"]
+    return [*words, "--enable-chunked-prefill", "--disable-uvicorn-access-log", *setting.vllm_more]
 
 
 def vllm_environment(setting: Setting, metadata: Path) -> dict[str, str]:
@@ -158,10 +158,13 @@ def vllm_server(program: Path, setting: Setting, port: int, log: Path) -> Iterat
 
 @contextmanager
 def listening(command: list[str], env: Mapping[str, str], url: str, log: Path) -> Iterator[Started]:
-    """A program until its `/health` answers; ended by SIGTERM. Raises RuntimeError with its last lines."""
+    """A program until its `/health` answers; ended by
+    SIGTERM, and all it has started with it. Raises RuntimeError with its last lines."""
     begun = time.monotonic()
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=dict(env))
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=dict(env), start_new_session=True
+        )
     try:
         while not _healthy(url):
             if process.poll() is not None or time.monotonic() - begun > START_S:
@@ -170,11 +173,17 @@ def listening(command: list[str], env: Mapping[str, str], url: str, log: Path) -
             time.sleep(0.5)
         yield Started(process.pid, url, time.monotonic() - begun)
     finally:
-        process.terminate()
-        killer = threading.Timer(60.0, process.kill)
-        killer.start()
-        process.wait()
-        killer.cancel()
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """And whatever it has started: a server that is killed may leave its engine behind."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=60.0)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def unwind_on_sigterm() -> None:

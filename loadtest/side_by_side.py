@@ -67,6 +67,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="and cores")
     parser.add_argument("--kv-mib", type=int, default=512)
     parser.add_argument("--block-size", type=int, default=32)
+    parser.add_argument("--vllm-more", default="", help="further arguments of vLLM, such as --enforce-eager")
     parser.add_argument("--checkpoint", type=Path, default=Path(".cache/bench-28m"), help="made if missing")
     parser.add_argument("--port", type=int, default=8411, help="and the next ones")
     parser.add_argument("--seed", type=int, default=0)
@@ -81,6 +82,7 @@ def setting_of(arguments: argparse.Namespace, dtype: str) -> Setting:
         arguments.threads,
         arguments.kv_mib << 20,
         arguments.block_size,
+        vllm_more=tuple(arguments.vllm_more.split()),
     )
 
 

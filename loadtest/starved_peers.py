@@ -79,6 +79,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--block-size", type=int, default=32)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-step-tokens", type=int, default=512)
+    parser.add_argument("--vllm-more", default="", help="further arguments of vLLM, such as --enforce-eager")
     parser.add_argument("--checkpoint", type=Path, default=Path(".cache/bench-28m"), help="made if missing")
     parser.add_argument("--port", type=int, default=8431, help="and the next one")
     parser.add_argument("--seed", type=int, default=0)
@@ -96,6 +97,7 @@ def setting_of(arguments: argparse.Namespace, kv_bytes: int) -> Setting:
         arguments.max_num_seqs,
         arguments.max_step_tokens,
         max_model_len=1024 if arguments.cap + 4 * arguments.prompt <= 1024 else 2048,
+        vllm_more=tuple(arguments.vllm_more.split()),
     )
 
 
@@ -154,8 +156,10 @@ class Starved:
                 server = stack.enter_context(vllm_server(self.arguments.vllm, setting, port + 1, log))
             else:
                 policy = "adaptive" if ours else "full-chunked"
-                slo = {"worker.scheduler.tpot_slo_ms": 1e3 * self.slo_s}
-                server = stack.enter_context(ellm_server(setting, port, policy, host_bytes, slo))
+                # vLLM on a CPU plans no step ahead, so what is to be like it does not either.
+                keys = {"tpot_slo_ms": 1e3 * self.slo_s, "pipeline_depth": 2 if ours else 1}
+                more = {f"worker.scheduler.{key}": value for key, value in keys.items()}
+                server = stack.enter_context(ellm_server(setting, port, policy, host_bytes, more))
             return self.offer(server, side, host, pool, host_bytes)
 
     def offer(self, server: Started, side: str, host: bool, pool: int, host_bytes: int) -> Outcome:
