@@ -22,7 +22,6 @@ from typing import Any
 from ellm.loadtest.bench_checkpoint import make_checkpoint, with_tokenizer
 from ellm.loadtest.generator_limits import how_busy
 from ellm.loadtest.peer_servers import (
-    MODEL,
     VLLM,
     Setting,
     ellm_server,
@@ -168,11 +167,9 @@ class Starved:
         assert known.expected is not None
         due = self.work.due_s(self.rate)
         warm = replace(self.work, prompts=self.work.prompts[:4], wanted=[8] * 4)
-        send_timed(server.url, endless_bodies(warm, MODEL), [0.0] * 4, TIMEOUT_S)
+        send_timed(server.url, endless_bodies(warm), [0.0] * 4, TIMEOUT_S)
         before = counters(server.url)
-        answers: Answers = send_timed(
-            server.url, ended_bodies(self.work, MODEL, known.expected), due, TIMEOUT_S
-        )
+        answers: Answers = send_timed(server.url, ended_bodies(self.work, known.expected), due, TIMEOUT_S)
         after = counters(server.url)
         return Outcome(
             side,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ellm.loadtest.peer_servers import MODEL
 from ellm.loadtest.served import Started
 from ellm.loadtest.sim.metrics import Metrics, measure
 from ellm.loadtest.starved_rows import counters
@@ -39,7 +38,7 @@ class Unstarved:
 
 def at_once(server: Started, work: Workload, found: Unstarved) -> None:
     """What each prompt continues with, and what the server can do."""
-    answers = send_timed(server.url, endless_bodies(work, MODEL), [0.0] * len(work.prompts), TIMEOUT_S)
+    answers = send_timed(server.url, endless_bodies(work), [0.0] * len(work.prompts), TIMEOUT_S)
     found.tok_s = sum(map(len, answers.tokens)) / max(times[-1] for times in answers.token_times)
     found.expected = expected_of(answers.tokens, work.wanted)
 
@@ -49,7 +48,7 @@ def in_time(server: Started, work: Workload, rate: float, found: Unstarved) -> N
     assert found.expected is not None
     due = work.due_s(rate)
     before = counters(server.url)["preempted"]
-    answers = send_timed(server.url, ended_bodies(work, MODEL, found.expected), due, TIMEOUT_S)
+    answers = send_timed(server.url, ended_bodies(work, found.expected), due, TIMEOUT_S)
     if counters(server.url)["preempted"] > before:
         raise RuntimeError(f"{server.url} had no room for all")
     found.tpot_p95_s = float(

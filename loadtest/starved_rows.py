@@ -13,7 +13,7 @@ from ellm.loadtest.sim.metrics import Metrics
 
 ADAPTIVE, CHUNKED = "ellm adaptive", "ellm full-chunked"
 # Ours and vLLM's names of the same thing, less the prefix; ours alone has the last four.
-_COUNTERS = {
+COUNTERS = {
     "num_preemptions_total": "preempted",
     "num_parks_total": "parked",
     "recomputed_tokens_total": "recomputed",
@@ -40,10 +40,10 @@ class Outcome:
 
 def parse_counters(text: str) -> dict[str, float]:
     """Of a Prometheus page, summed over labels; 0 for what it does not have."""
-    found = dict.fromkeys(_COUNTERS.values(), 0.0)
+    found = dict.fromkeys(COUNTERS.values(), 0.0)
     for name, value in _LINE.findall(text):
-        if name in _COUNTERS:
-            found[_COUNTERS[name]] += float(value)
+        if name in COUNTERS:
+            found[COUNTERS[name]] += float(value)
     return found
 
 

@@ -71,10 +71,10 @@ def _arrivals(spec: Spec, rng: random.Random) -> list[float]:
     return stretched([time - times[0] for time in times], 1.0)
 
 
-def endless_bodies(work: Workload, model: str) -> list[dict[str, Any]]:
+def endless_bodies(work: Workload) -> list[dict[str, Any]]:
     """Requests that say what each prompt continues with."""
     return [
-        body(model, prompt, min(work.max_tokens, end + SLACK_TOKENS))
+        body(prompt, min(work.max_tokens, end + SLACK_TOKENS))
         for prompt, end in zip(work.prompts, work.wanted, strict=True)
     ]
 
@@ -87,17 +87,16 @@ def expected_of(continuations: Sequence[Sequence[int]], wanted: Sequence[int]) -
     ]
 
 
-def ended_bodies(work: Workload, model: str, expected: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+def ended_bodies(work: Workload, expected: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     """The same prompts, each ended by its stop token, under the same `max_tokens`."""
     return [
-        body(model, prompt, work.max_tokens) | {"stop_token_ids": [tokens[-1]]}
+        body(prompt, work.max_tokens) | {"stop_token_ids": [tokens[-1]]}
         for prompt, tokens in zip(work.prompts, expected, strict=True)
     ]
 
 
-def body(model: str, prompt: list[int], max_tokens: int) -> dict[str, Any]:
+def body(prompt: list[int], max_tokens: int) -> dict[str, Any]:
     return {
-        "model": model,
         "prompt": prompt,
         "max_tokens": max_tokens,
         "temperature": 0,

@@ -54,10 +54,10 @@ def test_each_request_is_ended_where_its_own_continuation_says() -> None:
     continuations = [[5, 5, 6, 7, 8, 9], [4, 3, 3, 3, 3, 3]]
     expected = expected_of(continuations, [4, 6])
     assert expected == [[5, 5, 6, 7], [4, 3]]  # the last token that is new, where a later one is not
-    bodies = ended_bodies(work, "m", expected)
+    bodies = ended_bodies(work, expected)
     assert [body["stop_token_ids"] for body in bodies] == [[7], [3]]
     assert {body["max_tokens"] for body in bodies} == {SPEC.cap}  # says nothing of the end
-    assert all("stop_token_ids" not in body for body in endless_bodies(work, "m"))
+    assert all("stop_token_ids" not in body for body in endless_bodies(work))
 
 
 def test_context_at_its_peak() -> None:
