@@ -120,7 +120,7 @@ def unstarved(arguments: argparse.Namespace, work: Workload) -> tuple[dict[str, 
             at_once(server, work, found[name])
             print(f"{name}, all at once: {found[name].tok_s:.0f} tok/s", flush=True)
         slowest = min(one.tok_s for one in found.values())
-        rate = arguments.load * slowest / fmean(work.wanted)
+        rate = arguments.load * slowest / max(one.mean_output for one in found.values())
         for name, server in servers.items():
             in_time(server, work, rate, found[name])
             one = found[name]
@@ -220,7 +220,7 @@ def main() -> int:
         rate=rate,
         arrivals=f"arrivals of {arguments.trace.name}" if arguments.trace else "gamma gaps, cv 1.7",
         prompt=fmean(map(len, work.prompts)),
-        output=fmean(work.wanted),
+        output=found[ADAPTIVE].mean_output,
         cap=arguments.cap,
         peak=peak,
         pool=pool,

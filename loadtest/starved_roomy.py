@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 
@@ -34,6 +35,12 @@ class Unstarved:
     peak_tokens: int = 0
     same: float = 0.0
     metrics: Metrics | None = None
+
+    @property
+    def mean_output(self) -> float:
+        """Tokens until the stop token, which is not always to be had where it is wanted."""
+        assert self.expected is not None
+        return fmean(map(len, self.expected))
 
 
 def at_once(server: Started, work: Workload, found: Unstarved) -> None:

@@ -58,6 +58,7 @@ def row_of(outcome: Outcome) -> Row:
         "side": outcome.side,
         "host tier": outcome.host,
         "KV + host, MiB": f"{outcome.pool_bytes / 2**20:.1f} + {outcome.host_bytes / 2**20:.1f}",
+        "output tokens": outcome.tokens,
         "tok/s": figures.throughput_tok_s,
         "goodput": figures.goodput_tok_s,
         "attainment": figures.slo_attainment,
