@@ -63,7 +63,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         "--vllm", type=Path, help="the `vllm` of an environment of its own; without: ours alone"
     )
     parser.add_argument("--trace", type=Path, help="whose arrivals are taken; without: gamma gaps, cv 1.7")
-    parser.add_argument("--requests", type=int, default=400)
+    parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--prompt", type=int, default=64, help="mean prompt tokens")
     parser.add_argument("--output", type=int, default=256, help="mean output tokens")
     parser.add_argument("--cap", type=int, default=768, help="max_tokens of every request")
@@ -95,7 +95,7 @@ def setting_of(arguments: argparse.Namespace, kv_bytes: int) -> Setting:
         arguments.block_size,
         arguments.max_num_seqs,
         arguments.max_step_tokens,
-        max_model_len=1024 if arguments.cap + 4 * arguments.prompt <= 1024 else 2048,
+        max_model_len=arguments.cap + 4 * arguments.prompt,  # the longest there may be
         vllm_more=tuple(arguments.vllm_more.split()),
     )
 
@@ -208,6 +208,9 @@ def main() -> int:
     peak = min(one.peak_tokens for one in found.values())
     token_bytes = kv_token_bytes(arguments.checkpoint, arguments.dtype)
     pool_bytes = int(peak / arguments.times) // arguments.block_size * arguments.block_size * token_bytes
+    longest = setting_of(arguments, pool_bytes).max_model_len
+    if pool_bytes < longest * token_bytes:
+        raise RuntimeError(f"a request of {longest} tokens does not fit: more requests, or a higher --load")
     slo_s = arguments.slo_ratio * max(one.tpot_p95_s for one in found.values())
     pool = pool_bytes // token_bytes
     print(f"{rate:.2f} requests/s, pool {pool} of {peak} tokens, SLO {1e3 * slo_s:.1f} ms", flush=True)
