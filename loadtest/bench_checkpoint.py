@@ -36,12 +36,12 @@ def with_tokenizer(folder: Path) -> Path:
 
 def make_checkpoint(folder: Path, seed: int = 0) -> Path:
     """Write the checkpoint (float32) unless it is there; returns its folder."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     mark = folder / "shape.json"
     if mark.exists() and json.loads(mark.read_text()) == {**SHAPE, "seed": seed}:
         return folder
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(seed)
     config = LlamaConfig(**SHAPE, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     model = LlamaForCausalLM(config).to(torch.float32)

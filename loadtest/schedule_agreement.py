@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ellm.loadtest.bench_checkpoint import make_checkpoint, with_tokenizer
+from ellm.loadtest.generator_limits import portable
 from ellm.loadtest.result import Result, Row, command_line
 from ellm.loadtest.side import SIDES
 from ellm.loadtest.sim.device import EOS, VOCAB_SIZE
@@ -114,14 +115,13 @@ def ours(setting: dict[str, Any]) -> Schedule:
     return Schedule(times, trajectory.report.num_preemptions)
 
 
-def theirs(setting: dict[str, Any], python: Path, checkpoint: Path) -> Schedule:
-    """vLLM's, in its own environment."""
+def theirs(settings: list[dict[str, Any]], python: Path, checkpoint: Path) -> list[Schedule]:
+    """vLLM's, in its own environment. Raises RuntimeError with its last lines."""
     command = [str(python), str(SIDES / "vllm_schedule.py"), str(checkpoint.resolve())]
-    done = subprocess.run(command, input=json.dumps(setting), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, input=json.dumps(settings), capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError("\n".join(done.stderr.splitlines()[-15:]))
-    answer = json.loads(done.stdout)
-    return Schedule(answer["times"], answer["preempted"])
+    return [Schedule(answer["times"], answer["preempted"]) for answer in json.loads(done.stdout)]
 
 
 def compared(a: Schedule, b: Schedule) -> Row:
@@ -140,14 +140,14 @@ def compared(a: Schedule, b: Schedule) -> Row:
 def main() -> int:
     arguments = parse()
     with_tokenizer(make_checkpoint(arguments.checkpoint, 0))
-    rows: list[Row] = []
-    for blocks in arguments.blocks:
-        for most in arguments.max_step_tokens:
-            setting = setting_of(arguments, blocks, most)
-            peer = theirs(setting, arguments.vllm_python, arguments.checkpoint)
-            row = {"blocks": blocks, "tokens a step": most, **compared(ours(setting), peer)}
-            rows.append(row)
-            print(text_table([row]), flush=True)
+    shapes = [(blocks, most) for blocks in arguments.blocks for most in arguments.max_step_tokens]
+    settings = [setting_of(arguments, *shape) for shape in shapes]
+    peers = theirs(settings, arguments.vllm_python, arguments.checkpoint)
+    rows: list[Row] = [
+        {"blocks": blocks, "tokens a step": most, **compared(ours(setting), peer)}
+        for (blocks, most), setting, peer in zip(shapes, settings, peers, strict=True)
+    ]
+    print(text_table(rows))
     result = Result(
         name=arguments.name,
         title="Full-chunked beside vLLM's own scheduler",
@@ -158,7 +158,7 @@ def main() -> int:
             seqs=arguments.max_num_seqs,
             rows=", ".join(map(str, arguments.max_step_tokens)),
         ),
-        command=command_line("ellm.loadtest.schedule_agreement"),
+        command=portable(command_line("ellm.loadtest.schedule_agreement")),
         rows=rows,
         seed=arguments.seed,
     )

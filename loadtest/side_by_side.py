@@ -25,7 +25,7 @@ from ellm.loadtest.generator.options import Options
 from ellm.loadtest.generator.report_json import result_of
 from ellm.loadtest.generator.run import run_once
 from ellm.loadtest.generator.target import Target
-from ellm.loadtest.generator_limits import how_busy
+from ellm.loadtest.generator_limits import how_busy, portable
 from ellm.loadtest.peer_servers import (
     ELLM,
     PLAIN,
@@ -234,7 +234,7 @@ def main() -> int:
             seqs=setting.max_num_seqs,
             step=setting.max_step_tokens,
         ),
-        command=command_line("ellm.loadtest.side_by_side"),
+        command=portable(command_line("ellm.loadtest.side_by_side")),
         rows=rows,
         seed=arguments.seed,
         notes=notes_of(raw),

@@ -20,7 +20,7 @@ from statistics import fmean
 from typing import Any
 
 from ellm.loadtest.bench_checkpoint import make_checkpoint, with_tokenizer
-from ellm.loadtest.generator_limits import how_busy
+from ellm.loadtest.generator_limits import how_busy, portable
 from ellm.loadtest.peer_servers import (
     VLLM,
     Setting,
@@ -243,7 +243,7 @@ def main() -> int:
         name=arguments.name,
         title="KV-starved servers beside each other",
         about=about,
-        command=command_line("ellm.loadtest.starved_peers"),
+        command=portable(command_line("ellm.loadtest.starved_peers")),
         rows=rows,
         seed=arguments.seed,
         notes=notes,

@@ -1,10 +1,10 @@
 """vLLM's own scheduler without a model: which step gives which request a token, run with its interpreter.
 
-python vllm_schedule.py CHECKPOINT < setting.json
+python vllm_schedule.py CHECKPOINT < settings.json
 
-One JSON object in (`arrivals` in steps, `prompts`, `outputs`, `num_blocks`, `block_size`, `max_num_seqs`,
-`max_step_tokens`, `max_model_len`), one out: the steps after which each request's tokens come, and how often
-a request was preempted. Every step takes as long as every other; the sampled token is always the same.
+A JSON list of objects in (`arrivals` in steps, `prompts`, `outputs`, `num_blocks`, `block_size`,
+`max_num_seqs`, `max_step_tokens`, `max_model_len`), one out: the steps after which each request's tokens
+come, and how often a request was preempted. A step is a unit of time; the sampled token is always the same.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def run(scheduler: Any, setting: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    setting = json.load(sys.stdin)
-    print(json.dumps(run(make_scheduler(sys.argv[1], setting), setting)), file=ANSWERS)
+    found = [run(make_scheduler(sys.argv[1], setting), setting) for setting in json.load(sys.stdin)]
+    print(json.dumps(found), file=ANSWERS)
 
 
 if __name__ == "__main__":
