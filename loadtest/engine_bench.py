@@ -1,7 +1,7 @@
 """Decode and prefill speed of the engine beside its peers, side by side in one run.
 
     python -m ellm.loadtest.engine_bench [--rounds 5] [--batch 1 8 32] [--dtype float32 bfloat16]
-        [--sides ellm-fast ellm-torch generate generate_batch vllm]
+        [--sides ellm-fast ellm-torch generate generate_batch vllm openvino]
 
 Every side loads the same checkpoint in a process of its own and waits; each round runs every side in turn, in
 an order that alternates, so that a drift of the machine's speed meets all of them. A point is two runs: one
@@ -18,7 +18,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ellm.loadtest.bench_checkpoint import SHAPE, make_checkpoint
+from ellm.loadtest.bench_checkpoint import SHAPE, make_checkpoint, with_tokenizer
 from ellm.loadtest.limits import machine_limits
 from ellm.loadtest.result import Result, Row, command_line
 from ellm.loadtest.side import OURS, PEERS, Side, start_sides
@@ -50,6 +50,7 @@ def parse() -> argparse.Namespace:
     which = f"those that run beside {STRICT}, which always does, of: {', '.join(sides)} (default: all)"
     parser.add_argument("--sides", nargs="+", default=sides, choices=sides, metavar="SIDE", help=which)
     parser.add_argument("--vllm-python", type=Path, default=Path(".cache/vllm/bin/python"))
+    parser.add_argument("--openvino-python", type=Path, default=Path(".cache/openvino/bin/python"))
     parser.add_argument("--checkpoint", type=Path, default=Path(".cache/bench-28m"), help="made if missing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="engine-cpu", help="slug of the result file")
@@ -170,7 +171,7 @@ def main() -> int:
     arguments = parse()
     cores = sorted(os.sched_getaffinity(0))[: arguments.threads]
     os.sched_setaffinity(0, cores)  # and all sides, which inherit it
-    make_checkpoint(arguments.checkpoint, arguments.seed)
+    with_tokenizer(make_checkpoint(arguments.checkpoint, arguments.seed))
     rows: list[Row] = []
     raw: dict[str, Any] = {}
     for dtype in arguments.dtype:

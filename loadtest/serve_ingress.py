@@ -2,14 +2,16 @@
 
     python -m ellm.loadtest.serve_ingress [--rates 5,20] [--tokens 64] [--seconds 20] [--rounds 3]
 
-Both sides compute nothing: a step of 10 ms gives every request one token. What differs is the way of a token
-from the model to the client: here a router that reads one stream of all requests of a worker, behind HAProxy;
-there a FastAPI ingress that reads a handle's stream for each request, behind Serve's own proxy.
+Both sides run our engine on the simulated executor: a step of 10 ms gives every request one token. What
+differs is the way of a token from the engine to the client: here a router that reads one stream of all
+requests of a worker, behind HAProxy; there a FastAPI ingress (`plain_ingress`) that reads a handle's stream
+for each request, behind Serve's own proxy.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 from contextlib import ExitStack
 from typing import Any
@@ -19,6 +21,7 @@ from ellm.loadtest.generator.options import Options
 from ellm.loadtest.generator.report_json import result_of
 from ellm.loadtest.generator.run import run_once
 from ellm.loadtest.generator_limits import how_busy
+from ellm.loadtest.http_sides import QUIET
 from ellm.loadtest.processes import tree_use
 from ellm.loadtest.result import Result, Row, command_line
 from ellm.loadtest.served import SERVE, started
@@ -33,11 +36,11 @@ RATIOS = {
 FIGURES = ("ttft_mean_s", "ttft_p99_s", "tpot_mean_s", "itl_p99_s", "e2e_mean_s")
 
 ABOUT = """\
-Neither side computes: a step of {step:g} ms gives every request one token. Ours is `ellm serve` (HAProxy,
-router, one stream per worker); the other a FastAPI ingress that streams from a model deployment by handle,
-behind Serve's own proxy. {tokens} tokens an answer, Poisson arrivals for {seconds:g} s, both servers up,
-sides in turn and in both orders; medians over {rounds} rounds. `ratio` is their mean TTFT over ours. Our
-simulated step takes its 10 ms and what the engine adds; theirs is a clock that nothing delays."""
+Both sides run our engine on the simulated executor: a step of {step:g} ms gives every request one token.
+Ours is `ellm serve` (HAProxy, router, one stream per worker); the other a FastAPI ingress that streams from
+an engine deployment by handle, behind Serve's own proxy. {tokens} tokens an answer, Poisson arrivals for
+{seconds:g} s, both servers up, sides in turn and in both orders; medians over {rounds} rounds. `ratio` is
+their mean TTFT over ours."""
 
 
 def parse() -> argparse.Namespace:
@@ -60,6 +63,7 @@ def measure(url: str, pid: int, rate: float, arguments: argparse.Namespace, seed
         warmup=4,
         input_tokens="32",
         output_tokens=str(arguments.tokens),
+        prompt_ids=True,
         seed=seed,
         timeout_s=120.0,
     )
@@ -98,7 +102,7 @@ def main() -> int:
     model = f"simulated:overhead_s={STEP_MS / 1e3},vocab_size=4096"
     programs = {
         "ellm serve": (SERVE, ["serve", model, "--workers", "1"]),
-        "plain Serve": ("ellm.loadtest.plain_serve", ["--step-ms", str(STEP_MS)]),
+        "plain Serve": ("ellm.loadtest.plain_ingress", ["--stages", "2", "--model", model]),
     }
     measured: dict[str, dict[float, list[dict[str, Any]]]] = {
         name: {rate: [] for rate in rates} for name in programs
@@ -107,7 +111,8 @@ def main() -> int:
         sides = []
         for number, (name, (module, words)) in enumerate(programs.items()):
             port = str(arguments.port + number)
-            server = stack.enter_context(started(module, [*words, "--port", port]))
+            env = None if module == SERVE else {**os.environ, **QUIET}
+            server = stack.enter_context(started(module, [*words, "--port", port], env))
             sides.append((name, server.url, server.pid))
         for number in range(arguments.rounds):
             for rate in rates:

@@ -80,7 +80,7 @@ class Side:
 
 
 OURS = ("ellm", "ellm-fast", "ellm-torch")
-PEERS = ("generate", "generate_batch", "vllm")
+PEERS = ("generate", "generate_batch", "vllm", "openvino")
 
 
 def side_command(name: str, dtype: str, arguments: argparse.Namespace) -> list[str]:
@@ -90,6 +90,10 @@ def side_command(name: str, dtype: str, arguments: argparse.Namespace) -> list[s
         return [sys.executable, "-m", "ellm.loadtest.sides.ellm_side", folder, dtype, threads, name]
     if name == "vllm":
         return [str(arguments.vllm_python), str(SIDES / "vllm_side.py"), folder, dtype]
+    if name == "openvino":
+        most = 2 * max(arguments.batch) * (arguments.input + arguments.output)
+        command = [str(arguments.openvino_python), str(SIDES / "openvino_side.py"), folder, dtype, threads]
+        return [*command, f"{folder}-openvino", str(most)]
     command = [sys.executable, str(SIDES / "generate_side.py"), folder, dtype, threads, name]
     if name == "generate_batch":
         command += [str(max(arguments.batch)), str(arguments.input + arguments.output)]
@@ -100,9 +104,10 @@ def start_sides(names: list[str], dtype: str, arguments: argparse.Namespace) -> 
     """Start every side that can run here; what cannot is told in the notes."""
     sides: list[Side] = []
     notes: list[str] = []
+    pythons = {"vllm": arguments.vllm_python, "openvino": arguments.openvino_python}
     for name in names:
-        if name == "vllm" and not arguments.vllm_python.exists():
-            notes.append("vllm not run: its environment is missing (`make bench-peers` makes it)")
+        if name in pythons and not pythons[name].exists():
+            notes.append(f"{name} not run: its environment is missing (`make bench-peers` makes it)")
             continue
         print(f"loading {name} ({dtype})", flush=True)
         sides.append(

@@ -18,10 +18,12 @@ Done = Callable[[Record], None]
 
 
 class HttpClient:
-    """All requests of one process. `start_s` is the run's zero by the loop's clock."""
+    """All requests of one process. `start_s` is the run's zero by the loop's clock. `reader` takes an
+    answer's events into its record."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, reader: type[EventReader] = EventReader) -> None:
         self._target = target
+        self.reader = reader
         self._loop = asyncio.get_running_loop()
         self.start_s = 0.0
         self._idle: list[HttpConnection] = []
@@ -108,7 +110,7 @@ class HttpCall:
         self._request = request
         self._record = record
         self._done = done
-        self._reader = EventReader(record, client.now, keep_text)
+        self._reader = client.reader(record, client.now, keep_text)
         self._connection: HttpConnection | None = None
         self._retried = False
         self._answered = False

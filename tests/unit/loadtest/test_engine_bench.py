@@ -59,7 +59,13 @@ def test_the_matmul_limit_is_the_fastest_routine(batch: int) -> None:
 def test_every_side_has_a_command_of_its_own(tmp_path: Path) -> None:
     python = tmp_path / "python"
     arguments = Namespace(
-        checkpoint=tmp_path, threads=1, batch=[1, 8], input=32, output=16, vllm_python=python
+        checkpoint=tmp_path,
+        threads=1,
+        batch=[1, 8],
+        input=32,
+        output=16,
+        vllm_python=python,
+        openvino_python=tmp_path / "ov",
     )
     commands = {name: side_command(name, "float32", arguments) for name in (*OURS, *PEERS)}
     assert len({tuple(command) for command in commands.values()}) == len(commands)
