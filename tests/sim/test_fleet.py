@@ -115,8 +115,8 @@ def test_arrivals_follow_the_day() -> None:
     assert gaps.std() / gaps.mean() == pytest.approx(1.7, rel=0.1)
 
 
+@pytest.mark.needs_module("matplotlib")
 def test_the_command_compares_and_draws(trace: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     words = f"--trace {trace} --duration-s 4 --deaths 0 --workers 1 2 --peak-rate 2 --only autoscaled --dry"
     keep, picture = tmp_path / "runs.jsonl", tmp_path / "day.svg"
     assert day.main([*words.split(), "--resume", str(keep), "--plot", str(picture)]) == 0
