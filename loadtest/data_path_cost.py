@@ -70,7 +70,7 @@ class Bench:
         self.reader = ray.remote(num_cpus=0)(Reader).remote()
         rank = ray.remote(num_cpus=0, concurrency_groups=CONCURRENCY_GROUPS)(RayStreamRank)
         self.rank = rank.remote(config, "w0", "bench", LEASE_S, None)
-        ray.get(self.rank.load.remote())
+        ray.get(self.rank.load.remote(()))
         self.plain = ray.remote(num_cpus=0)(PerRequestWorker).remote(config)
         plain_pid = ray.get(self.plain.start.remote())
         deployment = serve.deployment(
