@@ -145,7 +145,7 @@ def application(stages: int, config: WorkerConfig) -> serve.Application:
 
 def wait_until_served(port: int) -> None:
     body = orjson.dumps({"prompt": [5, 6, 7], "max_tokens": 2})
-    deadline, error = time.monotonic() + 60.0, ""
+    deadline, error = time.monotonic() + 300.0, ""
     while time.monotonic() < deadline:
         try:
             request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", data=body)
