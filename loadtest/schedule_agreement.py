@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gap", type=float, default=8.0, help="mean steps between arrivals")
     parser.add_argument("--blocks", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--block-size", type=int, default=32)
-    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--max-num-seqs", type=int, default=48)
     parser.add_argument("--max-step-tokens", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--trace", type=Path, help="whose arrivals are taken; without: gamma gaps, cv 1.7")
     parser.add_argument("--checkpoint", type=Path, default=Path(".cache/bench-28m"), help="made if missing")

@@ -18,7 +18,7 @@ from ellm.loadtest.starved_roomy import Unstarved
 from ellm.loadtest.starved_workload import Spec, make_workload
 
 NUM_BLOCKS = 24  # 384 tokens: few of the requests at once
-SPEC = Spec(requests=12, prompt=12, output=32, cap=120, trace=None, seed=1)
+SPEC = Spec(requests=8, prompt=12, output=24, cap=120, trace=None, seed=1)
 
 
 @pytest.fixture(scope="module")
