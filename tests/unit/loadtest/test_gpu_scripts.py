@@ -78,14 +78,13 @@ def test_models_are_what_they_are_called(tmp_path: Path) -> None:
 
 
 def test_the_engines_speed(tmp_path: Path) -> None:
-    found = result(engine, tmp_path)
+    found = result(engine, tmp_path, "--vllm-python", "/nowhere/python")
     (model,) = found["models"]
     assert [(row["side"], row["batch"]) for row in model["rows"]] == [("ellm", 1), ("ellm", 3)]
     for row in model["rows"]:
         assert min(row[k] for k in ("decode_tok_s", "prefill_tok_s", "decode_share", "prefill_share")) > 0.0
-    assert model["notes"] == ["vLLM not run: no --vllm-python was given"]
-    again = result(engine, tmp_path, "--vllm-python", "/nowhere/python")
-    assert "vLLM did not run" in again["models"][0]["notes"][0]
+    (note,) = model["notes"]
+    assert note.startswith("vLLM did not run: "), "what is beside ours may fail alone"
 
 
 def test_another_engine_is_put_beside_ours() -> None:

@@ -71,7 +71,7 @@ def said(folder: Path, **switches: Any) -> tuple[list[list[int]], list[Launch]]:
     return [list(holed.outputs), list(tracks[1].outputs), list(late.outputs)], launches
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("opt", marks=pytest.mark.slow)])
 def test_the_order_differs_and_the_tokens_do_not(tmp_path: Path, family: str) -> None:
     write_checkpoint(tmp_path, family, num_hidden_layers=LAYERS)
     tokens, beside = said(tmp_path)

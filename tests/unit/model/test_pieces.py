@@ -56,7 +56,7 @@ def said(folder: Path, rows: tuple[int, ...] | None, recorder: CallAgain | None 
     return outputs, 0 if pieces is None else pieces.num_replays
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("opt", marks=pytest.mark.slow)])
 def test_every_kind_of_step_says_the_same_in_pieces(tmp_path: Path, family: str) -> None:
     write_checkpoint(tmp_path, family, num_hidden_layers=LAYERS)
     tokens, none = said(tmp_path, None)
