@@ -10,10 +10,11 @@ A worker's load is the largest of three shares; 1 is full:
 and a model's the mean over its serving workers, since routers spread requests over all. Above `high_load` for
 `up_after_s` the target is as many as bring it to `target_load`, at most twice what there is; a loaded model
 that breaks its promises gets one more. Below `low_load` for `down_after_s`, and if the others then stay under
-`high_load`, one less. After a change nothing happens for `cool_down_s`, and nothing is added while workers
-that were asked for are still to come. A controller that has just started is told the target (`adopt`): those
-that still load are not heard, so what is heard is no count. Nothing is decided before, and nothing is taken
-away until as many have served once, or could have loaded by now (`LOAD_S`).
+`high_load`, one less. After a change nothing happens for `cool_down_s`; while workers that were asked for are
+still to come, or one that died is replaced, more are added only where all of them would be too few. A
+controller that has just started is told the target (`adopt`): those that still load are not heard, so what is
+heard is no count. Nothing is decided before, and nothing is taken away until as many have served once, or
+could have loaded by now (`LOAD_S`).
 """
 
 from __future__ import annotations
@@ -71,15 +72,22 @@ class Scaler:
         self._low_s = self._low_s + elapsed_s if load < config.low_load else 0.0
         if self._quiet_s < config.cool_down_s or not serving:
             return None
-        if self._high_s >= config.up_after_s and len(serving) >= self.target:
-            wanted = max(len(serving) + 1, math.ceil(len(serving) * load / config.target_load))
-            return self._decide(min(wanted, 2 * len(serving)), f"load {load:.2f}, attainment {kept:.2f}")
+        if self._high_s >= config.up_after_s and (wanted := self._enough(len(serving), load)) > self.target:
+            return self._decide(wanted, f"load {load:.2f}, attainment {kept:.2f}")
         if self._loading_s > 0.0:
             return None
         left = min(self.target - 1, len(serving))  # one that was asked for and never came is given up first
         if self._low_s >= config.down_after_s and left and load * len(serving) / left < config.high_load:
             return self._decide(self.target - 1, f"load {load:.2f}")
         return None
+
+    def _enough(self, serving: int, load: float) -> int:
+        """Workers for a load that `serving` of them have, those included that were asked for and are still to
+        come: unless the load is too much for these, too, nothing is added until they are there."""
+        wanted = math.ceil(serving * load / self._config.target_load)
+        if self.target is None or serving >= self.target:
+            wanted = max(wanted, serving + 1)
+        return min(wanted, 2 * serving)
 
     def _decide(self, wanted: int, reason: str) -> Decision | None:
         wanted = min(self.limits.max_workers, max(self.limits.min_workers, wanted))

@@ -115,6 +115,17 @@ def test_it_does_not_ask_again_while_what_it_asked_for_is_loading() -> None:
     assert len(elastic.targets) == 1
 
 
+def test_one_that_is_still_to_come_does_not_keep_a_surge_waiting() -> None:
+    """Four serve, a fifth was asked for and is not there; the four carry enough for seven, then for eight."""
+    elastic = Elastic(4)
+    elastic.brain.scalers["m"].target = 5
+    elastic.follow = lambda target: None  # type: ignore[method-assign]
+    elastic.run(20, 4 * 16_000)
+    assert [target for _, target in elastic.targets] == [7]
+    elastic.run(20, 8 * 16_000)
+    assert [target for _, target in elastic.targets] == [7, 8]
+
+
 def test_what_never_came_is_given_up_when_it_is_not_needed() -> None:
     elastic = Elastic(2)
     elastic.follow = lambda target: None  # type: ignore[method-assign]

@@ -52,7 +52,7 @@ def test_auto_on_a_cpu_is_float32_and_the_checkpoints_context(config: WorkerConf
     assert memory["KV block"] == 2 * 2 * 2 * 8 * 16 * 4  # k and v, layers, heads, dim, tokens, bytes
     assert memory["KV pool"] == 40 * memory["KV block"] == executor.runner.cache.num_bytes
     assert memory["weights"] > 4 * 2 * 320 * 48
-    assert list(dict.fromkeys(told)) == ["loading weights", "warming up", "ready"]
+    assert list(dict.fromkeys(told)) == ["loading weights", "warming up", "finishing"]
     assert executor.runner.num_resident == 0
 
 
