@@ -9,6 +9,7 @@ documents must be taken by the command's own parser.
 from __future__ import annotations
 
 import argparse
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -59,7 +60,6 @@ ELSEWHERE = {  # command -> the test that runs a short form
     "ellm.loadtest.sim.never_worse": "tests/sim/test_headline.py",
     "ellm.loadtest.sim.ratio_sweep": "tests/sim/test_starved_budgets.py",
     "ellm.loadtest.sim.sweep": "tests/unit/loadtest/test_sim_sweep.py",
-    "ellm.loadtest.starved_pool": "tests/unit/loadtest/test_starved_pool.py",
     "ellm.loadtest.thousand_streams": "tests/unit/loadtest/test_thousand_streams.py",
 }
 _PEERS = "needs programs of others, in environments of their own"
@@ -71,8 +71,11 @@ PARSES = {  # command -> why it is only parsed
     "ellm.loadtest.json_schemas": "needs a folder of schemas that is not part of this project",
     "ellm.loadtest.http_cost": _SERVER,
     "ellm.loadtest.paced_streaming": _SERVER,
+    "ellm.loadtest.scale_up": _SERVER,
+    "ellm.loadtest.schedule_agreement": _PEERS,
     "ellm.loadtest.serve_ingress": _SERVER,
     "ellm.loadtest.serve_start": _SERVER,
+    "ellm.loadtest.side_by_side": _PEERS,
     "ellm.loadtest.soak": _SERVER,
     "ellm.loadtest.tenant_timing": _SERVER,
     "ellm.loadtest.core_cost": _SPEED,
@@ -82,6 +85,8 @@ PARSES = {  # command -> why it is only parsed
     "ellm.loadtest.pipeline_depth": _SPEED,
     "ellm.loadtest.routing_controller": "simulates four settings; tests/sim/test_cluster.py runs its parts",
     "ellm.loadtest.sim.paper_runs": "simulates 70B and long inputs; its parts are run by tests/sim",
+    "ellm.loadtest.starved_pool": "minutes of the engine; test_gpu_scripts runs its parts in small",
+    "ellm.loadtest.starved_peers": _PEERS,
     "ellm.loadtest.structured_speed": _SPEED,
     "ellm.loadtest.tp_overlap": _SPEED,
 }
@@ -116,7 +121,10 @@ def test_short_forms_elsewhere_are_there() -> None:
     for name, place in ELSEWHERE.items():
         text = (ROOT / place).read_text()
         last = name.split()[-1].split(".")[-1]
-        assert last in text, f"{place} does not run {name}"
+        used = re.search(
+            rf"ellm\.[\w.]*\b{last}\b|import [\w, ]*\b{last}\b|\"{last}[\" ]|'{last}'|\b{last}\.py", text
+        )
+        assert used, f"{place} does not run {name}"
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
