@@ -86,8 +86,9 @@ class Scaler:
         come: unless the load is too much for these, too, nothing is added until they are there."""
         wanted = math.ceil(serving * load / self._config.target_load)
         if self.target is None or serving >= self.target:
-            wanted = max(wanted, serving + 1)
-        return min(wanted, 2 * serving)
+            return min(max(wanted, serving + 1), 2 * serving)
+        enough = serving * load <= self._config.high_load * self.target
+        return self.target if enough else min(wanted, 2 * serving)
 
     def _decide(self, wanted: int, reason: str) -> Decision | None:
         wanted = min(self.limits.max_workers, max(self.limits.min_workers, wanted))

@@ -164,7 +164,7 @@ def how_busy() -> str:
 
 def portable(command: str) -> str:
     """Without where a program lies on this machine."""
-    return " ".join(Path(word).name if word.startswith("/") else word for word in command.split())
+    return " ".join(Path(word).name if word.startswith(("/", "../")) else word for word in command.split())
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def vllm_environment(setting: Setting, metadata: Path) -> dict[str, str]:
         **inherited,
         "PYTHONPATH": str(metadata),
         "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{setting.threads - 1}" if setting.threads > 1 else "0",
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))[: setting.threads])),
         "VLLM_CPU_KVCACHE_SPACE": str(gib),
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",

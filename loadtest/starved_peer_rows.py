@@ -101,6 +101,6 @@ def with_ratios(outcomes: Sequence[Outcome]) -> list[Row]:
     return rows
 
 
-def quotient(above: float, below: float) -> float:
-    """Of nothing by nothing: 1."""
-    return above / below if below else 1.0 if not above else float(above)
+def quotient(above: float, below: float) -> float | None:
+    """Of nothing by nothing: 1; of something by nothing there is none."""
+    return above / below if below else None if above else 1.0

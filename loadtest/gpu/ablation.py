@@ -42,8 +42,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "off": {},
     "fused_attention": {"fused_attention": "on"},
     "recompute_ahead": {"recompute_ahead": "on"},
-    "decode graphs": {"cuda_graphs": True, "cuda_graph_rows": 0},
-    "all graphs": {"cuda_graphs": True},
+    "decode graphs": {"cuda_graphs": True},
+    "all graphs": {"cuda_graphs": True, "cuda_graph_rows": 512},
 }
 
 

@@ -84,4 +84,4 @@ class WorkerConfig:
     fused_attention: Switch = "auto"  # GPU: rows of a hole and decode rows share a launch of attention
     recompute_ahead: Switch = "off"  # rows of a hole run one layer ahead, on a GPU on a stream of their own
     cuda_graphs: bool = False  # GPU: steps are recorded at start and replayed
-    cuda_graph_rows: int = 512  # of steps that are not decode rows alone, up to so many rows; 0: none of them
+    cuda_graph_rows: int = 0  # of steps that are not decode rows alone, up to so many rows; 0: none of them

@@ -61,6 +61,7 @@ class HoleWays:
             return
         best = min(times, key=lambda way: times[way])
         if times[best] < (1.0 - MARGIN) * times[bucket.chosen]:
+            bucket.ratios[bucket.chosen].clear()  # of a time that is over: it is tried anew
             bucket.chosen = best
 
     def chosen(self, plan: BatchPlan) -> HoleWay:
@@ -69,9 +70,12 @@ class HoleWays:
 
     def _next(self, bucket: _Bucket) -> HoleWay:
         least = min(self.ways, key=lambda way: bucket.asked[way])
-        if bucket.asked[least] < TRIALS or bucket.num_steps % RETRY == 0:
+        if bucket.asked[least] < TRIALS:
             return least
-        return bucket.chosen
+        if bucket.num_steps % RETRY:
+            return bucket.chosen
+        others = [way for way in self.ways if way != bucket.chosen]
+        return min(others, key=lambda way: bucket.asked[way])
 
     def _bucket(self, plan: BatchPlan) -> _Bucket:
         key = bucket_of(plan)

@@ -116,14 +116,23 @@ def test_it_does_not_ask_again_while_what_it_asked_for_is_loading() -> None:
 
 
 def test_one_that_is_still_to_come_does_not_keep_a_surge_waiting() -> None:
-    """Four serve, a fifth was asked for and is not there; the four carry enough for seven, then for eight."""
+    """Four serve, a fifth was asked for and is not there; what the four carry is too much for five."""
     elastic = Elastic(4)
     elastic.brain.scalers["m"].target = 5
     elastic.follow = lambda target: None  # type: ignore[method-assign]
     elastic.run(20, 4 * 16_000)
-    assert [target for _, target in elastic.targets] == [7]
-    elastic.run(20, 8 * 16_000)
-    assert [target for _, target in elastic.targets] == [7, 8]
+    assert elastic.targets == []
+    elastic.run(20, 5 * 16_000)
+    assert [target for _, target in elastic.targets] == [8]
+
+
+def test_a_death_brings_no_more_than_the_one_that_replaces_it() -> None:
+    """Four of a load of 0.75; the three that are left for a while are full, but four would not be."""
+    elastic = Elastic(3)
+    elastic.brain.scalers["m"].target = 4
+    elastic.follow = lambda target: None  # type: ignore[method-assign]
+    elastic.run(30, 3 * 16_000)
+    assert elastic.targets == []
 
 
 def test_what_never_came_is_given_up_when_it_is_not_needed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -75,11 +76,12 @@ def test_both_sides_have_the_same_limits(checkpoint: Path) -> None:
     assert "--no-enable-prefix-caching" in theirs
 
 
-@pytest.mark.parametrize(("threads", "bound"), [(1, "0"), (2, "0-1")])
+@pytest.mark.parametrize(("threads", "bound"), [(1, "1"), (2, "1,3")])
 def test_vllm_is_bound_to_as_many_cores(
     checkpoint: Path, threads: int, bound: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 1, 5})
     environment = vllm_environment(Setting(checkpoint, "float32", threads, 3 * 2**29), checkpoint)
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == bound
     assert int(environment["VLLM_CPU_KVCACHE_SPACE"]) * 2**30 >= 3 * 2**29

@@ -57,6 +57,7 @@ class Daring:
         self._left = 0  # finishes until it dares again
         self._unsettled = 0  # of them, of requests that were let in before
         self._length = _WINDOW
+        self._since = 0  # finishes since the last time of care
 
     @property
     def settled(self) -> bool:
@@ -73,8 +74,11 @@ class Daring:
                 self._recent.clear()
             return
         self._recent.append(attained)
+        self._since += 1
+        if self._since >= 2 * self._length:  # it went well for long: the next time of care is short again
+            self._length = _WINDOW
         if len(self._recent) - sum(self._recent) > _FEW:
-            self.careful = True
+            self.careful, self._since = True, 0
             self._unsettled = num_admitted
             self._left = self._length + num_admitted
             self._length = min(_LONGEST, 2 * self._length)

@@ -41,6 +41,16 @@ class StepCost:
         features = StepFeatures(int(rows + prefill), decode, int(kv_tokens), int(pairs), decode)
         return self._cost_model.predict(features)
 
+    def alone(self, kv_tokens: int, max_rows: int) -> tuple[float, float]:
+        """Rows per second that are spare beside one decode row, and tokens per second that it puts out: of
+        the device, whatever the traffic."""
+
+        def step_s(more: int) -> float:
+            return self._cost_model.predict(StepFeatures(1 + more, 1, kv_tokens, 0, 1))
+
+        spare, alone_s = spare_rows(step_s, 0, max_rows - 1), step_s(0)
+        return (spare / step_s(spare), 1.0 / alone_s) if alone_s > 0.0 else (0.0, 0.0)
+
     def spare_rate(self, rows: int, kv_tokens: int, max_rows: int) -> float:
         """Rows per second that steps of `rows` decode rows can take along at next to no cost, beside the
         prompts that come with them; a step takes at most `max_rows`."""

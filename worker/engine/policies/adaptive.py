@@ -211,8 +211,9 @@ class Adaptive(Policy):
         self._blocked = False
         if seq is None or seq.num_outstanding:
             return None
-        self._blocked = not self.foresight.admits(seq, now)
-        return None if self._blocked else seq
+        admitted = self.foresight.admits(seq, now)
+        self._blocked = not admitted and self.foresight.looks_ahead(now)
+        return seq if admitted else None
 
     def _relieve(self, now: float) -> None:
         """Blocks for those who grow in this step and the next: from the parked, else somebody is parked."""

@@ -40,8 +40,12 @@ class Forecast:
             censored = seq.tokens[-1] not in seq.stop_ids
             self.lengths.finished(num_output, censored=censored, num_passed=(num_output - 1) // BIN)
         self.step_cost.finished(seq.num_prompt, seq.num_cached_tokens or 0, num_output)
-        if settled and seq.tpot_slo_s is not None and self.step_cost(1, 0) <= seq.tpot_slo_s:
+        if settled and self.could_be_kept(seq):
             self.safety.finished(not seq.late)  # one that nobody could keep says nothing of admission
+
+    def could_be_kept(self, seq: Sequence) -> bool:
+        """Its SLO, by whoever has the engine to itself."""
+        return seq.tpot_slo_s is not None and self.step_cost(1, 0) <= seq.tpot_slo_s
 
     def aborted(self, seq: Sequence) -> None:
         """`seq` was ended from outside. For its memory that is an end like any other."""

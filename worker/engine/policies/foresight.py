@@ -59,7 +59,7 @@ class Foresight:
         """`seq` has ended by itself."""
         state = self._state
         self._forecast.finished(seq, settled=not self._dear or self._daring.settled)
-        if self._dear and seq.tpot_slo_s is not None:
+        if self._dear and self._forecast.could_be_kept(seq):
             self._daring.finished(not seq.late, len(state.running) + len(state.parked))
         self.forget()
 
@@ -130,8 +130,9 @@ class Foresight:
         state = self._state
         num_admitted = len(state.running) + len(state.parked)
         self._cheap = is_cheap(self._spare_rate(num_admitted), self._pool_tokens)
-        step_s = self._forecast.step_cost(1.0, self._pool_tokens)
-        self._dear = state.host is None and step_s > 0.0 and is_dear(self._spare_rate(1), 1.0 / step_s)
+        self._dear = state.host is None and is_dear(
+            *self._forecast.step_cost.alone(self._pool_tokens, state.config.max_step_tokens)
+        )
 
     def growth(self, period_s: float, now: float) -> int:
         """Tokens to leave room for: a block, or those of `period_s` where a block is much of the memory."""
