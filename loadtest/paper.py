@@ -148,15 +148,16 @@ def _first_tokens(results: Results) -> list[str]:
         "",
         *table(made),
         "",
-        "- At 50 requests per second, some seventy times what one GPU serves on 13B, the queue decides "
+        "- At 50 requests per second, some sixty times what one GPU serves on 13B, the queue decides "
         "when a first token comes, and nobody lowers it: the ratio is below 1, for ours admits with care. "
         "At which operating point the paper has 2.6 cannot be told from it.",
         "- On 70B there is room for all, and 256 sequences at most are what others wait for: there ours "
         "lets requests that are ahead of their schedule pause (parked with all their KV) for those that "
         "wait.",
-        "- Just below saturation (load 0.92, SLO 100 ms) the mean is "
+        "- Just below saturation (load 0.92, SLO 100 ms; eight seeds) the mean with 64 GB of host memory is "
         f"{cell(near['adaptive', hosted]['TTFT mean, s'])} s against "
-        f"{cell(near['full-recompute', '0 GB']['TTFT mean, s'])} s, with every promise kept: there a "
+        f"{cell(near['full-recompute', '0 GB']['TTFT mean, s'])} s of one that drops what it preempts and "
+        "has no use for host memory; the medians are alike, bursts on few seeds make the difference. A "
         f"request that is ahead of its schedule pauses for one that is new. {_source(results, 'sim-ttft')}",
     ]
 
