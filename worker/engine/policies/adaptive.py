@@ -4,8 +4,7 @@ Admission looks ahead, as in `full-predictive`, but a request that can afford to
 steps that it needs. Who is resident is decided by slack (`planner.ranking`), anew every 0.1 s, when blocks
 run short and when somebody new may start. Whoever must give way is parked: its blocks stay until somebody
 takes them, from its end on, at no cost where the host has a copy. Without pressure it does what
-`full-chunked` does. Where pauses are dear (no host tier, no spare rows) nobody takes turns: the last to come
-gives way. `Foresight` says where looking ahead pays.
+`full-chunked` does. Where pauses are dear (no host tier, no spare rows) the last to come gives way.
 """
 
 from __future__ import annotations
