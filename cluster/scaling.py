@@ -72,8 +72,10 @@ class Scaler:
         self._low_s = self._low_s + elapsed_s if load < config.low_load else 0.0
         if self._quiet_s < config.cool_down_s or not serving:
             return None
-        if self._high_s >= config.up_after_s and (wanted := self._enough(len(serving), load)) > self.target:
-            return self._decide(wanted, f"load {load:.2f}, attainment {kept:.2f}")
+        if self._high_s >= config.up_after_s:
+            wanted = self._enough(len(serving), load, self.target)
+            if wanted > self.target:
+                return self._decide(wanted, f"load {load:.2f}, attainment {kept:.2f}")
         if self._loading_s > 0.0:
             return None
         left = min(self.target - 1, len(serving))  # one that was asked for and never came is given up first
@@ -81,14 +83,14 @@ class Scaler:
             return self._decide(self.target - 1, f"load {load:.2f}")
         return None
 
-    def _enough(self, serving: int, load: float) -> int:
+    def _enough(self, serving: int, load: float, target: int) -> int:
         """Workers for a load that `serving` of them have, those included that were asked for and are still to
         come: unless the load is too much for these, too, nothing is added until they are there."""
         wanted = math.ceil(serving * load / self._config.target_load)
-        if self.target is None or serving >= self.target:
+        if serving >= target:
             return min(max(wanted, serving + 1), 2 * serving)
-        enough = serving * load <= self._config.high_load * self.target
-        return self.target if enough else min(wanted, 2 * serving)
+        enough = serving * load <= self._config.high_load * target
+        return target if enough else min(wanted, 2 * serving)
 
     def _decide(self, wanted: int, reason: str) -> Decision | None:
         wanted = min(self.limits.max_workers, max(self.limits.min_workers, wanted))

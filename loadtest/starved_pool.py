@@ -232,7 +232,7 @@ def main() -> int:
     roomy_config = config_of(arguments, "full-chunked", 64 * 40, 0)
     roomy = run_open_loop(load(roomy_config), offered.requests(slo_s), offered.arrivals)
     check_tokens(roomy, offered, "roomy")
-    peak = peak_context(roomy, offered)
+    peak = peak_context(offered.prompts, roomy.token_times)
     pool = BLOCK * arguments.pool_blocks
     print(f"pool {pool} tokens of {peak:.0f} offered", flush=True)
     rows, raw = run_all(arguments, offered, slo_s)

@@ -16,10 +16,10 @@ from ellm.loadtest.starved_workload import (
     ended_bodies,
     endless_bodies,
     expected_of,
-    peak_context,
     same_share,
 )
 from ellm.loadtest.timed_requests import send_timed
+from ellm.loadtest.unforeseen import peak_context
 
 TIMEOUT_S = 600.0
 _NO_SLO_S = 1.0  # of runs that are not judged

@@ -8,7 +8,6 @@ no server.
 from __future__ import annotations
 
 import random
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,20 +103,6 @@ def body(prompt: list[int], max_tokens: int) -> dict[str, Any]:
         "stream": True,
         "return_token_ids": True,
     }
-
-
-def peak_context(prompts: Sequence[Sequence[int]], token_times: Sequence[array[float]]) -> int:
-    """Most tokens of context that were held at once, from each first token to each last."""
-    events: list[tuple[float, int]] = []
-    for prompt, times in zip(prompts, token_times, strict=True):
-        events.append((times[0], len(prompt)))
-        events += [(at, 1) for at in times]
-        events.append((times[-1], -len(prompt) - len(times)))
-    held = peak = 0
-    for _, change in sorted(events):
-        held += change
-        peak = max(peak, held)
-    return peak
 
 
 def same_share(tokens: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> float:

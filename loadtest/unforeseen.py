@@ -58,10 +58,10 @@ def lengths(rng: random.Random, mean: float, cap: int, count: int) -> list[int]:
     return [max(4, min(cap, round(middle * rng.lognormvariate(0.0, SIGMA)))) for _ in range(count)]
 
 
-def peak_context(run: OpenLoopRun, offered: Offered) -> float:
-    """Most tokens of context that were held at once."""
+def peak_context(prompts: Sequence[Sequence[int]], token_times: Sequence[Sequence[float]]) -> int:
+    """Most tokens of context that were held at once, from each first token to each last."""
     events: list[tuple[float, int]] = []
-    for prompt, times in zip(offered.prompts, run.token_times, strict=True):
+    for prompt, times in zip(prompts, token_times, strict=True):
         events.append((times[0], len(prompt)))
         events += [(at, 1) for at in times]
         events.append((times[-1], -len(prompt) - len(times)))

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         load(config_of(args, "full-chunked", roomy_blocks, 0)), offered.requests(slo_s), offered.arrivals
     )
     check_tokens(roomy, offered, "roomy")
-    peak = peak_context(roomy, offered)
+    peak = peak_context(offered.prompts, roomy.token_times)
     least = -(-(max(map(len, offered.prompts)) + args.cap) // BLOCK) + 1  # one request must fit alone
     args.pool_blocks = max(least, int(peak / SHARE) // BLOCK)
     args.transient_blocks = args.pool_blocks // 2

@@ -61,7 +61,6 @@ class HoleWays:
             return
         best = min(times, key=lambda way: times[way])
         if times[best] < (1.0 - MARGIN) * times[bucket.chosen]:
-            bucket.ratios[bucket.chosen].clear()  # of a time that is over: it is tried anew
             bucket.chosen = best
 
     def chosen(self, plan: BatchPlan) -> HoleWay:
@@ -74,8 +73,9 @@ class HoleWays:
             return least
         if bucket.num_steps % RETRY:
             return bucket.chosen
+        # In turn, so that none is judged by times that are long over.
         others = [way for way in self.ways if way != bucket.chosen]
-        return min(others, key=lambda way: bucket.asked[way])
+        return others[bucket.num_steps // RETRY % len(others)]
 
     def _bucket(self, plan: BatchPlan) -> _Bucket:
         key = bucket_of(plan)

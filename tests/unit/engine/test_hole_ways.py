@@ -68,11 +68,11 @@ def test_what_has_become_slower_is_left_again() -> None:
 def test_a_switch_after_long_is_taken_back_as_soon() -> None:
     """A moment's disturbance after thousands of steps: the way that was left is tried again, and not the one
     that is chosen."""
-    ways, plan = HoleWays(("apart", "fused")), holed(8, 64)
-    steps(ways, plan, {"apart": 1.0, "fused": 1.2}, 100 * RETRY)
-    steps(ways, plan, {"apart": 1.5, "fused": 1.2}, KEPT)
+    ways, plan = HoleWays(WAYS), holed(8, 64)
+    steps(ways, plan, {"apart": 1.0, "fused": 1.2, "ahead": 1.4}, 100 * RETRY)
+    steps(ways, plan, {"apart": 1.5, "fused": 1.2, "ahead": 1.4}, KEPT)
     assert ways.chosen(plan) == "fused"
-    steps(ways, plan, {"apart": 1.0, "fused": 1.2}, (TRIALS + 1) * RETRY)
+    steps(ways, plan, {"apart": 1.0, "fused": 1.2, "ahead": 1.4}, 2 * KEPT * RETRY)
     assert ways.chosen(plan) == "apart"
 
 

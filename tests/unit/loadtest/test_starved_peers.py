@@ -19,10 +19,10 @@ from ellm.loadtest.starved_workload import (
     endless_bodies,
     expected_of,
     make_workload,
-    peak_context,
     same_share,
 )
 from ellm.loadtest.timed_requests import TokenReader
+from ellm.loadtest.unforeseen import peak_context
 
 SPEC = Spec(requests=50, prompt=16, output=32, cap=128, trace=None, seed=3)
 

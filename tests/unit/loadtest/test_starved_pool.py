@@ -48,9 +48,9 @@ def test_another_token_or_another_end_is_refused() -> None:
 
 def test_the_peak_of_the_context_counts_prompts_and_what_was_said() -> None:
     run = run_of([[1, 2, 3], [4, 9]], ["stop", "stop"])
-    assert peak_context(run, OFFERED) == (2 + 1) + (1 + 1)  # both have said one token
+    assert peak_context(OFFERED.prompts, run.token_times) == (2 + 1) + (1 + 1)  # both have said one token
     later = replace(run, token_times=[run.token_times[0], array("d", [5.0, 6.0])])
-    assert peak_context(later, OFFERED) == 2 + 2  # the last token is never held
+    assert peak_context(OFFERED.prompts, later.token_times) == 2 + 2  # the last token is never held
 
 
 def test_capacity_is_of_the_middle_and_of_a_full_pool() -> None:
