@@ -35,7 +35,8 @@ from ellm.loadtest.sim.executor import TimedExecutor
 from ellm.loadtest.sim.metrics import Metrics, measure
 from ellm.loadtest.sim.replica import Replica
 from ellm.loadtest.sim.workload import SimRequest, with_arrivals
-from ellm.loadtest.starved_rows import BASELINE, OURS, row_of, with_ratios
+from ellm.loadtest.starved_rounds import Sample, Slowness, in_turns, slower
+from ellm.loadtest.starved_rows import BASELINE, OURS, rows_of
 from ellm.loadtest.step_fit import fit_periods, fit_steps, link_speed, notes_of, step_errors
 from ellm.loadtest.unforeseen import Offered, check_tokens, lengths, peak_context, stop_index
 from ellm.worker.api.config import CacheConfig, ModelConfig, SchedulerConfig, WorkerConfig
@@ -61,6 +62,7 @@ CPU: dict[str, Any] = {
     "hosts": ("off", "on"),
     "temperature": 0.0,
     "full": FULL,
+    "rounds": 1,
 }
 
 ABOUT = """\
@@ -68,8 +70,10 @@ ABOUT = """\
 {prompt:.0f} prompt and {output:.0f} output tokens, ended by a stop token that the engine cannot foresee under
 `max_tokens` {cap}. The pool holds {pool:,} tokens; the same arrivals hold {offered:,.0f} tokens of context at
 their peak where the pool is roomy. SLO {slo:.3g} ms per token, {ratio:g} times a step with the pool full as
-measured before. All policies give the same tokens. `sim` columns: the simulator's figures
-for the same arrivals by a cost model fitted on the first half of the steps of `full-recompute` alone.
+measured before. All policies give the same tokens; means over {rounds} round(s), every second one backwards.
+`machine`: how long a fixed piece of work took beside the run, by the first time. `sim` columns: the
+simulator's figures for the same arrivals by a cost model fitted once, on the first half of the steps of the
+first run of `full-recompute`, and scaled by `machine` for the others.
 `ratio`: goodput by the one of `full-recompute`, `ratio TTFT`: its mean TTFT by this one's."""
 
 
@@ -88,6 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cv", type=float, default=1.7)
     parser.add_argument("--slo-ratio", type=float, default=2.0, help="SLO over a step with a full pool")
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=POLICIES, metavar="POLICY")
+    parser.add_argument("--rounds", type=int, default=1, help="each policy so often, forth and back in turns")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="starved-pool", help="slug of the result file")
     parser.set_defaults(**CPU)
@@ -180,45 +185,52 @@ def offer(arguments: argparse.Namespace) -> tuple[Offered, float, float, float]:
 def run_all(
     arguments: argparse.Namespace, offered: Offered, slo_s: float
 ) -> tuple[list[Row], dict[str, Any]]:
-    rows: list[Row] = []
+    samples: list[Sample] = []
     raw: dict[str, Any] = {"runs": [], "load_average": []}
     fitted: tuple[CostModel, CostModel] | None = None
-    for host in arguments.hosts:
+    machine = Slowness(lambda: load(config_of(arguments, "full-chunked", 64 * 40, 0)), offered.prompts)
+    before = machine.now()
+    for number, host, policy in in_turns(arguments.rounds, arguments.hosts, arguments.policies):
         mib = arguments.host_mib if host == "on" else 0
-        for policy in arguments.policies:
-            config = config_of(arguments, policy, arguments.pool_blocks, mib)
-            engine = load(config)
-            limits = engine.executor.limits
-            raw["load_average"].append(os.getloadavg()[0])
-            run = run_open_loop(engine, offered.requests(slo_s), offered.arrivals)
-            check_tokens(run, offered, policy)
-            half = len(run.steps) // 2
-            held_out = run.steps
-            if fitted is None:  # of the first policy alone
-                fitted = fit_steps(run.steps[:half]), fit_periods(run.steps[:half])
-                held_out = run.steps[half:]
-            real = measure(offered.arrivals, run.token_times, slo_s)
-            sim = simulated(offered, limits, config, fitted[1], link_speed(run.steps), slo_s)
-            rows.append(row_of(policy, host, real, run, sim))
-            raw["runs"].append(
-                {
-                    "policy": policy,
-                    "host_mib": mib,
-                    "measured": asdict(real),
-                    "simulated": asdict(sim),
-                    "steps": len(run.steps),
-                    "step_errors": step_errors(fitted[0], held_out),
-                    "cost_model_error": engine.core.cost_model.error_median,
-                    "report": {k: v for k, v in asdict(run.report).items() if isinstance(v, int | float)},
-                }
-            )
-            print(
-                f"{policy:16} host {host:3} {real.goodput_tok_s:7.0f} goodput, attains "
-                f"{real.slo_attainment:.3f}, TTFT {real.ttft_mean_s:6.3f} s, {real.duration_s:.1f} s; sim "
-                f"{sim.goodput_tok_s:7.0f}, {sim.ttft_mean_s:.3f} s",
-                flush=True,
-            )
-    return with_ratios(rows), raw
+        config = config_of(arguments, policy, arguments.pool_blocks, mib)
+        engine = load(config)
+        limits = engine.executor.limits
+        raw["load_average"].append(os.getloadavg()[0])
+        run = run_open_loop(engine, offered.requests(slo_s), offered.arrivals)
+        check_tokens(run, offered, policy)
+        after = machine.now()
+        slowness, before = (before + after) / 2, after
+        half = len(run.steps) // 2
+        held_out = run.steps
+        if fitted is None:  # of the first policy alone
+            steps = run.steps[:half]
+            fitted = slower(fit_steps(steps), 1 / slowness), slower(fit_periods(steps), 1 / slowness)
+            held_out = run.steps[half:]
+        real = measure(offered.arrivals, run.token_times, slo_s)
+        cost = slower(fitted[1], slowness)
+        sim = simulated(offered, limits, config, cost, link_speed(run.steps), slo_s)
+        samples.append(Sample(policy, host, number, real, sim, run, slowness))
+        raw["runs"].append(
+            {
+                "round": number,
+                "policy": policy,
+                "host_mib": mib,
+                "slowness": slowness,
+                "measured": asdict(real),
+                "simulated": asdict(sim),
+                "steps": len(run.steps),
+                "step_errors": step_errors(slower(fitted[0], slowness), held_out),
+                "cost_model_error": engine.core.cost_model.error_median,
+                "report": {k: v for k, v in asdict(run.report).items() if isinstance(v, int | float)},
+            }
+        )
+        print(
+            f"{number} {policy:16} host {host:3} {real.goodput_tok_s:7.0f} goodput, attains "
+            f"{real.slo_attainment:.3f}, TTFT {real.ttft_mean_s:6.3f} s, {real.duration_s:.1f} s; machine "
+            f"{slowness:.2f}; sim {sim.goodput_tok_s:7.0f}, {sim.ttft_mean_s:.3f} s",
+            flush=True,
+        )
+    return rows_of(samples), raw
 
 
 def main() -> int:
@@ -260,6 +272,7 @@ def main() -> int:
         offered=peak,
         slo=1e3 * slo_s,
         ratio=arguments.slo_ratio,
+        rounds=arguments.rounds,
     )
     result = Result(
         name=arguments.name,

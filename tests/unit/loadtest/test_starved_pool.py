@@ -9,7 +9,9 @@ import pytest
 
 from ellm.loadtest.open_loop import MeasuredStep, OpenLoopRun
 from ellm.loadtest.saturated import full_step, middle_rate
-from ellm.loadtest.starved_rows import with_ratios
+from ellm.loadtest.sim.metrics import measure
+from ellm.loadtest.starved_rounds import Sample, in_turns, slower
+from ellm.loadtest.starved_rows import rows_of, with_ratios
 from ellm.loadtest.step_fit import fit_periods, fit_steps, link_speed, step_errors
 from ellm.loadtest.unforeseen import Offered, check_tokens, peak_context, stop_index
 from ellm.worker.api.cost_model import CostModel, StepFeatures
@@ -108,3 +110,38 @@ def test_a_fit_on_one_half_says_the_other_by_kind_of_step() -> None:
     features = steps[7].features
     assert fit_periods(steps).predict(features) == pytest.approx(truth.predict(features) + 1e-3, rel=0.02)
     assert link_speed(steps).bytes_per_s == pytest.approx(1e6)
+
+
+def test_a_slower_machine_scales_the_fit_and_what_it_learns_from_then_on() -> None:
+    truth = CostModel.known(overhead_s=5e-3, every_row_s=1e-4, kv_token_s=1e-6)
+    steps = steps_of(200, truth, 0.0)
+    fast = fit_steps(steps)
+    features = steps[7].features
+    slow = slower(fast, 2.0)
+    assert slow.predict(features) == pytest.approx(2 * fast.predict(features))
+    assert fast.predict(features) == pytest.approx(truth.predict(features), rel=0.02)  # left alone
+    for step in steps:  # what it knows agrees with steps that take twice as long
+        slow.update(step.features, 2 * step.elapsed_s)
+    assert slow.predict(features) == pytest.approx(2 * truth.predict(features), rel=0.02)
+
+
+def test_rounds_go_forth_and_back_and_a_row_is_their_mean() -> None:
+    turns = list(in_turns(2, ["off", "on"], ["full-recompute", "adaptive"]))
+    assert [turn[1:] for turn in turns[4:]] == [turn[1:] for turn in reversed(turns[:4])]
+    assert [turn[0] for turn in turns] == [0] * 4 + [1] * 4
+    samples = []
+    for number, host, policy in turns:
+        run = run_of([[1, 2, 3]], ["stop"])
+        late = 1.0 + number + (policy == "adaptive")
+        run = replace(run, token_times=[array("d", [late + 0.1 * k for k in range(3)])])
+        real = measure([0.0], run.token_times, 0.2)
+        samples.append(Sample(policy, host, number, real, real, run, 1.0 + number))
+    rows = rows_of(samples)
+    assert [(row["policy"], row["host tier"], row["TTFT mean, s"]) for row in rows] == [
+        ("full-recompute", "off", 1.5),
+        ("adaptive", "off", 2.5),
+        ("full-recompute", "on", 1.5),
+        ("adaptive", "on", 2.5),
+    ]
+    assert rows[1]["ratio TTFT"] == pytest.approx(0.6)
+    assert (rows[0]["machine"], rows[0]["sim TTFT error"]) == (1.5, 0.0)
