@@ -29,6 +29,8 @@ class Outcome:
 
     side: str
     host: str  # tier: on or off
+    slo: str  # what it is taken from
+    slo_s: float
     pool_bytes: int
     host_bytes: int
     metrics: Metrics
@@ -57,6 +59,8 @@ def row_of(outcome: Outcome) -> Row:
     row: Row = {
         "side": outcome.side,
         "host tier": outcome.host,
+        "SLO of": outcome.slo,
+        "SLO, ms": 1e3 * outcome.slo_s,
         "KV + host, MiB": f"{outcome.pool_bytes / 2**20:.1f} + {outcome.host_bytes / 2**20:.1f}",
         "output tokens": outcome.tokens,
         "tok/s": figures.throughput_tok_s,
@@ -81,11 +85,11 @@ def with_ratios(outcomes: Sequence[Outcome]) -> list[Row]:
     """A row each; ours have what they are beside vLLM with the same bytes. `full-chunked` is to be like vLLM,
     neither better nor worse: its figures are no ratios that one could lose."""
     rows = []
-    peers = {outcome.host: outcome for outcome in outcomes if outcome.side == VLLM}
+    peers = {(outcome.host, outcome.slo): outcome for outcome in outcomes if outcome.side == VLLM}
     for outcome in outcomes:
         row = row_of(outcome)
         rows.append(row)
-        peer = peers.get(outcome.host)
+        peer = peers.get((outcome.host, outcome.slo))
         if peer is None or outcome is peer:
             continue
         ours, theirs = outcome.metrics, peer.metrics

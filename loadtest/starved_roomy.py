@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import fmean
 
 import numpy as np
@@ -33,6 +34,7 @@ class Unstarved:
     expected: list[list[int]] | None = None
     tpot_p95_s: float = 0.0
     peak_tokens: int = 0
+    full_step_s: float = 0.0  # of as many sequences as the starved pool holds
     same: float = 0.0
     metrics: Metrics | None = None
 
@@ -64,6 +66,17 @@ def in_time(server: Started, work: Workload, rate: float, found: Unstarved) -> N
     found.peak_tokens = peak_context(work.prompts, answers.token_times)
     found.same = same_share(answers.tokens, found.expected)
     found.metrics = measure(due, answers.token_times, _NO_SLO_S)
+
+
+def as_if_full(server: Started, work: Workload, pool_tokens: int, found: Unstarved) -> None:
+    """The step of a request whom nobody disturbs while as many run as the starved pool holds: each has said
+    half of its output then."""
+    each = fmean(map(len, work.prompts)) + found.mean_output / 2
+    count = max(1, min(len(work.prompts), round(pool_tokens / each)))
+    few = replace(work, prompts=work.prompts[:count], wanted=[round(found.mean_output)] * count)
+    answers = send_timed(server.url, endless_bodies(few), [0.0] * count, TIMEOUT_S)
+    gaps = [later - sooner for times in answers.token_times for sooner, later in pairwise(times)]
+    found.full_step_s = float(np.median(gaps))
 
 
 def tpot(times: array[float]) -> float:

@@ -42,9 +42,14 @@ def test_a_starved_server_says_the_same_whenever_requests_come(server: Started) 
     at_once = Unstarved()
     starved_roomy.at_once(server, work, at_once)
     assert at_once.tok_s > 0.0
-    starved = starved_peers.Starved(starved_peers.parse([]), work, 100.0, 2**20, 1.0, {ADAPTIVE: at_once})
-    outcome = starved.offer(server, ADAPTIVE, False, 2**20, 0)
+    starved_roomy.as_if_full(server, work, 100, at_once)
+    assert at_once.full_step_s > 0.0
+    slos = {"loose": 1.0, "none meets it": 1e-9}
+    starved = starved_peers.Starved(starved_peers.parse([]), work, 100.0, 2**20, slos, {ADAPTIVE: at_once})
+    outcome, answers = starved.offer(server, ADAPTIVE, False, (2**20, 0))
     assert outcome.same == 1.0
+    strictly = starved.judged(outcome, answers, "none meets it")
+    assert (outcome.metrics.slo_attainment, strictly.metrics.slo_attainment) == (1.0, 0.0)
     (row,) = with_ratios([outcome])
     assert (row["side"], row["same"]) == (ADAPTIVE, 1.0)
     assert row["tok/s"] > 0.0

@@ -91,7 +91,7 @@ def outcome(side: str, host: str, gap_s: float, preempted: float = 0.0) -> Outco
     slow, quick = [gap_s * (i + 1) for i in range(10)], [gap_s + 0.01 * i for i in range(10)]
     metrics = measure([0.0, 0.0], [array("d", slow), array("d", quick)], 0.02)
     counted = {"preempted": preempted, "parked": 0.0, "recomputed": 0.0}
-    return Outcome(side, host, 2**20, 0, metrics, 1.0, 20, counted, 0.0)
+    return Outcome(side, host, "full pool", 0.1, 2**20, 0, metrics, 1.0, 20, counted, 0.0)
 
 
 def test_ours_is_set_beside_vllm_of_the_same_host_setting() -> None:
