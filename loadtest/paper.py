@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from ellm.loadtest import paper_cpu
 from ellm.loadtest.benchmarks_page import PAGE as BENCHMARKS
 from ellm.loadtest.benchmarks_page import cell, newest_results, table
 from ellm.loadtest.paper_text import HEAD, PAPER, ablation, missing
@@ -31,7 +32,8 @@ def render(results: Results) -> str:
         _mechanism(results),
         _long(results),
         ablation(),
-        _engine(results),
+        paper_cpu.policies(results["starved-pool"]),
+        paper_cpu.servers(results["starved-peers"]),
         missing(),
     ]
     return "\n".join("\n".join(part) for part in parts) + "\n"
@@ -233,35 +235,6 @@ def _long(results: Results) -> list[str]:
         "runs at a time, now and then two. A queue of those is served one by one whatever the policy is.",
         "- On 70B a few run at once. Ours keeps more requests within their SLO and brings the first token "
         "sooner, and pays with a little raw throughput: what it parks must come back.",
-    ]
-
-
-def _engine(results: Results) -> list[str]:
-    rows = results["starved-pool"]["rows"]
-    keys = (
-        "policy",
-        "host tier",
-        "tok/s",
-        "goodput",
-        "attainment",
-        "TTFT mean, s",
-        "preempted",
-        "same tokens",
-    )
-    ours = [row for row in rows if row["policy"] == OURS]
-    ratios = ", ".join(f"{cell(row['ratio'])}x with the host tier {row['host tier']}" for row in ours)
-    return [
-        "",
-        "## The engine itself, on a CPU",
-        "",
-        "A model of 28 million parameters, a pool of 4,800 tokens, arrivals whose contexts come to twice "
-        "that:",
-        "",
-        *table([{key: row[key] for key in keys} for row in rows]),
-        "",
-        f"- Goodput over `full-recompute`: {ratios}. Less than above: the load is 1.2, not endless "
-        "overload. Tokens are the same under every policy.",
-        f"- {_source(results, 'starved-pool')}",
     ]
 
 

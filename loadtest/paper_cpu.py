@@ -1,0 +1,93 @@
+"""The part of docs/paper.md that the real engine on a CPU makes: policies, and vLLM, on a starved pool."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ellm.loadtest.benchmarks_page import cell, table
+from ellm.loadtest.sim.paper_runs import OURS
+from ellm.loadtest.starved_peer_rows import ADAPTIVE
+
+Row = dict[str, Any]
+_POLICIES = (
+    "policy",
+    "host tier",
+    "tok/s",
+    "goodput",
+    "attainment",
+    "TTFT mean, s",
+    "preempted",
+    "same tokens",
+)
+_SERVERS = (
+    "side",
+    "host tier",
+    "SLO of",
+    "SLO, ms",
+    "goodput",
+    "attainment",
+    "goodput strict",
+    "TTFT mean, s",
+    "preempted",
+    "same",
+)
+
+
+def policies(result: Row) -> list[str]:
+    """The policies of one engine beside each other."""
+    rows, raw = result["rows"], result["raw"]
+    ours = [row for row in rows if row["policy"] == OURS]
+    ratios = " and ".join(
+        f"{cell(row['ratio'])}x with the host tier {row['host tier']} (time to first token "
+        f"{cell(row['ratio TTFT'])}x)"
+        for row in ours
+    )
+    return [
+        "",
+        "## The engine itself, on a CPU",
+        "",
+        f"A small model and a pool so small that the arrivals, {raw['rate']:.1f} requests per second, hold "
+        f"{cell(raw['offered_context_peak_tokens'])} tokens of context where they have room; the SLO is "
+        f"{cell(1e3 * raw['tpot_slo_s'])} ms, a step at a full pool takes {cell(1e3 * raw['full_step_s'])}:",
+        "",
+        *_table(rows, _POLICIES),
+        "",
+        f"- Goodput over `full-recompute`: {ratios}. Less than on a GPU: here each row of a step costs, "
+        "so that what is recomputed is paid for, and fewer sequences at once take shorter steps.",
+        f"- {_source(result)}",
+    ]
+
+
+def servers(result: Row) -> list[str]:
+    """Our server, vLLM's CPU build, and our policy that does what vLLM does."""
+    rows = result["rows"]
+    ratios = "; ".join(
+        f"host tier {row['host tier']}, SLO of {row['SLO of']}: {cell(row['ratio'])}x, "
+        f"strictly {cell(row['ratio strict'])}x, time to first token {cell(row['ratio TTFT'])}x"
+        for row in rows
+        if row["side"] == ADAPTIVE
+    )
+    return [
+        "",
+        "### Beside vLLM's CPU build, over HTTP",
+        "",
+        "The same arrivals to each server, three times more context than the pool holds; with the host tier "
+        "on, vLLM has its bytes as more pool. One SLO is what both keep with room for all, the other 1.13 "
+        "steps at a full pool, as in the paper's overload:",
+        "",
+        *_table(rows, _SERVERS),
+        "",
+        f"- Goodput over vLLM's: {ratios}.",
+        "- Where the SLO is far above a step at a full pool, a preempted request makes up for its pause, and "
+        "nobody needs a plan. On a CPU a host tier is worth less than the same bytes as pool.",
+        f"- {_source(result)}",
+    ]
+
+
+def _table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
+    return table([{key: row[key] for key in keys} for row in rows])
+
+
+def _source(result: Row) -> str:
+    return f"Made by `{result['command']}`; values in `loadtest/results/{result['file']}`."
