@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from ellm.worker.api.cost_model import StepFeatures
 from ellm.worker.api.output import SequenceOutput
@@ -35,12 +35,18 @@ class MeasuredStep:
         return "mixed" if self.features.decode_rows else "prefill only"
 
 
-class RecordingExecutor:
-    """Another executor, and what each of its steps took. Steps without rows are not kept."""
+PROBE_EVERY = 16  # steps
 
-    def __init__(self, inner: Executor) -> None:
+
+class RecordingExecutor:
+    """Another executor, and what each of its steps took. Steps without rows are not kept. Between steps, now
+    and then, what `probe` takes, in seconds."""
+
+    def __init__(self, inner: Executor, probe: Callable[[], float] | None = None) -> None:
         self._inner = inner
+        self._probe = probe
         self.steps: list[MeasuredStep] = []
+        self.probe_s: list[float] = []
 
     @property
     def limits(self) -> ModelLimits:
@@ -55,6 +61,8 @@ class RecordingExecutor:
             if times is not None:
                 moved = (times.saved_bytes + times.loaded_bytes, times.saved_s + times.loaded_s)
             self.steps.append(MeasuredStep(step_features(plan), start, result.elapsed_s, *moved))
+            if self._probe is not None and len(self.steps) % PROBE_EVERY == 0:
+                self.probe_s.append(self._probe())
         return result
 
     def close(self) -> None:
@@ -70,6 +78,7 @@ class OpenLoopRun:
     finish_reasons: list[str | None]
     steps: list[MeasuredStep]
     report: WorkerReport
+    probe_s: list[float] = field(default_factory=list)
 
 
 def run_open_loop(
@@ -77,12 +86,13 @@ def run_open_loop(
     requests: Sequence[EngineRequest],
     arrivals: Sequence[float],
     timeout_s: float = 300.0,
+    probe: Callable[[], float] | None = None,
 ) -> OpenLoopRun:
     """Submit request i at `arrivals[i]` (ascending); returns when all have ended, and closes the engine.
 
     Raises RuntimeError if the engine fails or is not done in time.
     """
-    executor = RecordingExecutor(engine.executor)
+    executor = RecordingExecutor(engine.executor, probe)
     loop = EngineLoop(engine.core, executor, grammars=engine.grammars)
     index = {request.request_id: i for i, request in enumerate(requests)}
     times = [array("d") for _ in requests]
@@ -115,4 +125,4 @@ def run_open_loop(
             raise RuntimeError(f"{left} requests did not end: the engine is {loop.state}") from loop.failure
     loop.stop(30.0)
     report = engine.core.report(time.monotonic())
-    return OpenLoopRun(times, tokens, reasons, executor.steps, report)
+    return OpenLoopRun(times, tokens, reasons, executor.steps, report, executor.probe_s)

@@ -35,7 +35,7 @@ from ellm.loadtest.sim.executor import TimedExecutor
 from ellm.loadtest.sim.metrics import Metrics, measure
 from ellm.loadtest.sim.replica import Replica
 from ellm.loadtest.sim.workload import SimRequest, with_arrivals
-from ellm.loadtest.starved_rounds import Sample, Slowness, in_turns, slower
+from ellm.loadtest.starved_rounds import Probe, Sample, in_turns, pace, slower
 from ellm.loadtest.starved_rows import BASELINE, OURS, rows_of
 from ellm.loadtest.step_fit import fit_periods, fit_steps, link_speed, notes_of, step_errors
 from ellm.loadtest.unforeseen import Offered, check_tokens, lengths, peak_context, stop_index
@@ -71,7 +71,7 @@ ABOUT = """\
 `max_tokens` {cap}. The pool holds {pool:,} tokens; the same arrivals hold {offered:,.0f} tokens of context at
 their peak where the pool is roomy. SLO {slo:.3g} ms per token, {ratio:g} times a step with the pool full as
 measured before. All policies give the same tokens; means over {rounds} round(s), every second one backwards.
-`machine`: how long a fixed piece of work took beside the run, by the first time. `sim` columns: the
+`machine`: how long a fixed piece of work between the steps took, by the first run's. `sim` columns: the
 simulator's figures for the same arrivals by a cost model fitted once, on the first half of the steps of the
 first run of `full-recompute`, and scaled by `machine` for the others.
 `ratio`: goodput by the one of `full-recompute`, `ratio TTFT`: its mean TTFT by this one's."""
@@ -188,23 +188,21 @@ def run_all(
     samples: list[Sample] = []
     raw: dict[str, Any] = {"runs": [], "load_average": []}
     fitted: tuple[CostModel, CostModel] | None = None
-    machine = Slowness(lambda: load(config_of(arguments, "full-chunked", 64 * 40, 0)), offered.prompts)
-    before = machine.now()
+    probe = Probe() if arguments.device == "cpu" else None  # a GPU of one's own is as fast as ever
     for number, host, policy in in_turns(arguments.rounds, arguments.hosts, arguments.policies):
         mib = arguments.host_mib if host == "on" else 0
         config = config_of(arguments, policy, arguments.pool_blocks, mib)
         engine = load(config)
         limits = engine.executor.limits
         raw["load_average"].append(os.getloadavg()[0])
-        run = run_open_loop(engine, offered.requests(slo_s), offered.arrivals)
+        run = run_open_loop(engine, offered.requests(slo_s), offered.arrivals, probe=probe)
         check_tokens(run, offered, policy)
-        after = machine.now()
-        slowness, before = (before + after) / 2, after
+        slowness = pace(run) / pace(samples[0].run) if samples and pace(run) else 1.0
         half = len(run.steps) // 2
         held_out = run.steps
         if fitted is None:  # of the first policy alone
             steps = run.steps[:half]
-            fitted = slower(fit_steps(steps), 1 / slowness), slower(fit_periods(steps), 1 / slowness)
+            fitted = fit_steps(steps), fit_periods(steps)
             held_out = run.steps[half:]
         real = measure(offered.arrivals, run.token_times, slo_s)
         cost = slower(fitted[1], slowness)

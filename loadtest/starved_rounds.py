@@ -1,29 +1,28 @@
 """The same runs again and again on a machine that is not equally fast at all times.
 
-Every second round goes backwards, so that a drift falls on the first and the last alike. Before and after
-each run the same short piece of work says how fast the machine is just then; the simulator beside the run
-takes the fitted steps times that, and nothing is fitted anew.
+Every second round goes backwards, so that a drift falls on the first and the last alike. Between the steps of
+a run the same short piece of work says how fast the machine is just then; the simulator beside the run takes
+the fitted steps times that, and nothing is fitted anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from statistics import fmean
 
-from ellm.loadtest.open_loop import OpenLoopRun, run_open_loop
+import torch
+
+from ellm.loadtest.open_loop import OpenLoopRun
 from ellm.loadtest.sim.metrics import Metrics
 from ellm.worker.api.cost_model import CostModel
-from ellm.worker.api.request import EngineRequest, SamplingParams
-from ellm.worker.build import LoadedEngine
-
-PROBE_REQUESTS, PROBE_TOKENS = 16, 96
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One run of a policy. `slowness`: how long a fixed piece of work took beside it, by the first such."""
+    """One run of a policy. `slowness`: what a probe took during it, by what it took during the first."""
 
     policy: str
     host: str
@@ -42,24 +41,29 @@ def in_turns(rounds: int, hosts: Sequence[str], policies: Sequence[str]) -> Iter
             yield number, host, policy
 
 
-class Slowness:
-    """Times a fixed piece of work: some sequences that decode, with room for all."""
+class Probe:
+    """A fixed piece of work of some tenths of a millisecond, such as a step consists of: a few rows by
+    weights that lie in memory. Between the steps of a run it says how fast the machine is just then."""
 
-    def __init__(self, load: Callable[[], LoadedEngine], prompts: Sequence[tuple[int, ...]]) -> None:
-        self._load = load
-        self._prompts = [*prompts[:PROBE_REQUESTS]]
-        self._first: float | None = None
+    ROWS, WIDTH, OUT, PARTS = 16, 512, 2048, 16
 
-    def now(self) -> float:
-        """By the first time that this was asked; a second or two of work."""
-        sampling = SamplingParams(temperature=0.0, max_tokens=PROBE_TOKENS, ignore_eos=True)
-        requests = [EngineRequest(f"probe-{i}", p, sampling) for i, p in enumerate(self._prompts)]
-        run = run_open_loop(self._load(), requests, [0.0] * len(requests))
-        decoding = [step.elapsed_s for step in run.steps if step.kind == "decode only"]
-        seconds = fmean(sorted(decoding)[: -len(decoding) // 20 or None])  # without hiccups
-        if self._first is None:
-            self._first = seconds
-        return seconds / self._first
+    def __init__(self) -> None:
+        self._x = torch.ones(self.ROWS, self.WIDTH)
+        self._parts = [torch.ones(self.OUT, self.WIDTH) for _ in range(self.PARTS)]
+        self._next = 0
+
+    def __call__(self) -> float:
+        """Seconds."""
+        self._next = (self._next + 1) % self.PARTS  # not the one that the last call left in the cache
+        start = time.perf_counter()
+        torch.nn.functional.linear(self._x, self._parts[self._next])
+        return time.perf_counter() - start
+
+
+def pace(run: OpenLoopRun) -> float:
+    """Seconds of a probe during `run`, in the mean but for hiccups; 0 without probes."""
+    kept = sorted(run.probe_s)[: -(len(run.probe_s) // 20) or None]
+    return fmean(kept) if kept else 0.0
 
 
 def slower(model: CostModel, factor: float) -> CostModel:

@@ -10,7 +10,7 @@ import pytest
 from ellm.loadtest.open_loop import MeasuredStep, OpenLoopRun
 from ellm.loadtest.saturated import full_step, middle_rate
 from ellm.loadtest.sim.metrics import measure
-from ellm.loadtest.starved_rounds import Sample, in_turns, slower
+from ellm.loadtest.starved_rounds import Probe, Sample, in_turns, pace, slower
 from ellm.loadtest.starved_rows import rows_of, with_ratios
 from ellm.loadtest.step_fit import fit_periods, fit_steps, link_speed, step_errors
 from ellm.loadtest.unforeseen import Offered, check_tokens, peak_context, stop_index
@@ -145,3 +145,11 @@ def test_rounds_go_forth_and_back_and_a_row_is_their_mean() -> None:
     ]
     assert rows[1]["ratio TTFT"] == pytest.approx(0.6)
     assert (rows[0]["machine"], rows[0]["sim TTFT error"]) == (1.5, 0.0)
+
+
+def test_the_pace_of_a_run_is_that_of_its_probes_without_hiccups() -> None:
+    run = replace(run_of([[1]], ["stop"]), probe_s=[2.0] * 38 + [900.0, 900.0])
+    assert pace(run) == 2.0
+    assert pace(replace(run, probe_s=[3.0])) == 3.0
+    assert pace(replace(run, probe_s=[])) == 0.0
+    assert Probe()() > 0.0
