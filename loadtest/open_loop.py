@@ -14,8 +14,9 @@ from ellm.worker.api.report import WorkerReport
 from ellm.worker.api.request import EngineRequest
 from ellm.worker.build import LoadedEngine
 from ellm.worker.engine.plan import BatchPlan, ModelLimits, StepResult, step_features
-from ellm.worker.executor.base import Executor
+from ellm.worker.executor.base import BegunStep, Executor
 from ellm.worker.loop import EngineLoop
+from ellm.worker.step_thread import beginning
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class RecordingExecutor:
 
     def __init__(self, inner: Executor, probe: Callable[[], float] | None = None) -> None:
         self._inner = inner
+        self._begin = beginning(inner)
         self._probe = probe
         self.steps: list[MeasuredStep] = []
         self.probe_s: list[float] = []
@@ -53,20 +55,44 @@ class RecordingExecutor:
         return self._inner.limits
 
     def execute(self, plan: BatchPlan) -> StepResult:
+        return self.begin(plan).result()
+
+    def begin(self, plan: BatchPlan) -> BegunStep:
         start = time.monotonic()
-        result = self._inner.execute(plan)
+        return _RecordedStep(self, plan, start, self._begin(plan))
+
+    def note(self, plan: BatchPlan, start_s: float, result: StepResult) -> None:
         if plan.entries and not plan.waits:
             times = result.copy_times
             moved = (0, 0.0)
             if times is not None:
                 moved = (times.saved_bytes + times.loaded_bytes, times.saved_s + times.loaded_s)
-            self.steps.append(MeasuredStep(step_features(plan), start, result.elapsed_s, *moved))
+            self.steps.append(MeasuredStep(step_features(plan), start_s, result.elapsed_s, *moved))
             if self._probe is not None and len(self.steps) % PROBE_EVERY == 0:
                 self.probe_s.append(self._probe())
-        return result
 
     def close(self) -> None:
         self._inner.close()
+
+
+class _RecordedStep:
+    """What another executor has begun."""
+
+    def __init__(self, owner: RecordingExecutor, plan: BatchPlan, start_s: float, step: BegunStep) -> None:
+        self._owner, self._plan, self._start_s, self._step = owner, plan, start_s, step
+
+    @property
+    def ended(self) -> bool:
+        return self._step.ended
+
+    @property
+    def feeds_back(self) -> bool:
+        return self._step.feeds_back
+
+    def result(self) -> StepResult:
+        result = self._step.result()
+        self._owner.note(self._plan, self._start_s, result)
+        return result
 
 
 @dataclass(frozen=True, slots=True)

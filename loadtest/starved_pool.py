@@ -35,7 +35,7 @@ from ellm.loadtest.sim.executor import TimedExecutor
 from ellm.loadtest.sim.metrics import Metrics, measure
 from ellm.loadtest.sim.replica import Replica
 from ellm.loadtest.sim.workload import SimRequest, with_arrivals
-from ellm.loadtest.starved_rounds import Probe, Sample, in_turns, pace, slower
+from ellm.loadtest.starved_rounds import Probe, Sample, has_time, in_turns, pace, slower
 from ellm.loadtest.starved_rows import BASELINE, OURS, rows_of
 from ellm.loadtest.step_fit import fit_periods, fit_steps, link_speed, notes_of, step_errors
 from ellm.loadtest.unforeseen import Offered, check_tokens, lengths, peak_context, stop_index
@@ -63,6 +63,7 @@ CPU: dict[str, Any] = {
     "temperature": 0.0,
     "full": FULL,
     "rounds": 1,
+    "until": None,  # when no further policy begins, by time.monotonic
 }
 
 ABOUT = """\
@@ -131,7 +132,8 @@ def continuations(
 ) -> list[list[int]]:
     """What each prompt continues with, cut after a token of its own near the wanted length."""
     sampling = SamplingParams(temperature=arguments.temperature, max_tokens=arguments.cap, ignore_eos=True)
-    room = arguments.max_num_seqs * -(-(max(map(len, prompts)) + arguments.cap) // BLOCK)
+    at_once = min(len(prompts), arguments.max_num_seqs)
+    room = at_once * -(-(max(map(len, prompts)) + arguments.cap) // BLOCK)
     requests = [
         EngineRequest(
             str(i), prompt, replace(sampling, seed=i, max_tokens=min(arguments.cap, wanted[i] + 64))
@@ -186,10 +188,13 @@ def run_all(
     arguments: argparse.Namespace, offered: Offered, slo_s: float
 ) -> tuple[list[Row], dict[str, Any]]:
     samples: list[Sample] = []
-    raw: dict[str, Any] = {"runs": [], "load_average": []}
+    raw: dict[str, Any] = {"runs": [], "load_average": [], "left_out": []}
     fitted: tuple[CostModel, CostModel] | None = None
     probe = Probe() if arguments.device == "cpu" else None  # a GPU of one's own is as fast as ever
     for number, host, policy in in_turns(arguments.rounds, arguments.hosts, arguments.policies):
+        if not has_time(arguments.until, raw["runs"]):
+            raw["left_out"].append(policy)
+            continue
         mib = arguments.host_mib if host == "on" else 0
         config = config_of(arguments, policy, arguments.pool_blocks, mib)
         engine = load(config)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from statistics import fmean
+from typing import Any
 
 import torch
 
@@ -39,6 +40,12 @@ def in_turns(rounds: int, hosts: Sequence[str], policies: Sequence[str]) -> Iter
     for number in range(rounds):
         for host, policy in reversed(forth) if number % 2 else forth:
             yield number, host, policy
+
+
+def has_time(until: float | None, runs: Sequence[dict[str, Any]]) -> bool:
+    """Whether another run as long as the longest so far ends by `until`, of time.monotonic."""
+    longest_s = max((run["measured"]["duration_s"] for run in runs), default=0.0)
+    return until is None or time.monotonic() + 1.2 * longest_s < until
 
 
 class Probe:

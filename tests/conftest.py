@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 # One thread per library unless a test says otherwise: the suite shares its cores with what it starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,9 +27,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ellm-tests-")  # profiles are not the user's
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# A loaded machine is no failure.
-settings.register_profile("ellm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("ellm")
+if importlib.util.find_spec("hypothesis") is not None:  # a machine with a GPU may do without
+    from hypothesis import HealthCheck, settings
+
+    # A loaded machine is no failure.
+    settings.register_profile("ellm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("ellm")
 
 NOT_RUN = pytest.StashKey[list[tuple[str, str]]]()  # (test, what it needs)
 

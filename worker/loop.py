@@ -25,6 +25,7 @@ from ellm.worker.api.request import EngineRequest
 from ellm.worker.engine.core import EngineCore
 from ellm.worker.executor.base import BatchPlan, Executor, GrammarCompiler, StepResult
 from ellm.worker.grammar_gate import GrammarGate, refusal
+from ellm.worker.step_thread import StepThread
 
 log = logging.getLogger(__name__)
 
@@ -78,40 +79,6 @@ class _Stop:
 
 
 _Mail = _Submit | _Compiled | _Abort | _Forget | _HandBack | _Done | _Crash | _Stop
-
-
-class _StepThread:
-    """Runs plans one after the other and mails each result."""
-
-    def __init__(self, executor: Executor, mailbox: SimpleQueue[_Mail], min_step_s: float) -> None:
-        self._executor = executor
-        self._min_step_s = min_step_s
-        self._mailbox = mailbox
-        self._plans: SimpleQueue[BatchPlan | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="ellm-step", daemon=True)
-        self._thread.start()
-
-    def start(self, plan: BatchPlan) -> None:
-        self._plans.put(plan)
-
-    def stop(self, *, wait: bool) -> None:
-        """End after the plans that were started; a device that hangs is not waited for."""
-        self._plans.put(None)
-        if wait:
-            self._thread.join()
-
-    def _run(self) -> None:
-        while (plan := self._plans.get()) is not None:
-            begun_at = time.monotonic()
-            try:
-                result = self._executor.execute(plan)
-                left_s = begun_at + self._min_step_s - time.monotonic()
-                if left_s > 0.0:
-                    time.sleep(left_s)
-                self._mailbox.put(_Done(result))
-            except Exception as error:  # the edge: whatever a device throws ends the worker
-                self._mailbox.put(_Crash(error))
-                return
 
 
 class EngineLoop:
@@ -198,7 +165,13 @@ class EngineLoop:
         return max(0.0, self._clock() - self._progress_at)
 
     def _guarded_run(self) -> None:
-        steps = _StepThread(self._executor, self._mailbox, self._core.config.min_step_s)
+        post = self._mailbox.put
+        steps = StepThread(
+            self._executor,
+            lambda result: post(_Done(result)),
+            lambda error: post(_Crash(error)),
+            self._core.config.min_step_s,
+        )
         try:
             while not self._stopping or self._outstanding:
                 self._turn(steps)
@@ -213,7 +186,7 @@ class EngineLoop:
             if self._on_failure is not None:
                 self._on_failure(error)
 
-    def _turn(self, steps: _StepThread) -> None:
+    def _turn(self, steps: StepThread) -> None:
         """Wait for mail, act on all of it, plan what can be planned."""
         for mail in self._read():
             self._act(mail)

@@ -7,8 +7,9 @@ A point is two runs of the same prompts, as in `ellm.loadtest.engine_bench`: one
 (prefill) and one that emits `--output`; decode speed is the tokens between the two by the difference of their
 times. The bound of a decode step is the larger of what it must read at the rate of a plain copy and what it
 must compute at the rate of a large matrix product, both measured here; so is that of a prefill. vLLM runs
-after ours has given the memory back, on the same checkpoints. Without a GPU a tiny model shows that it works,
-and nothing else:
+after ours has given the memory back, on the same checkpoints, or in a run of its own (`--only`). Aims: 75 %
+of the bound for Llama-3-8B at batch 1, 0.8 of vLLM everywhere. Without a GPU a tiny model shows that it
+works, and nothing else:
 
     python -m ellm.loadtest.gpu.engine --device cpu --tiny
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import random
 import threading
 import time
@@ -28,7 +30,7 @@ import torch
 
 from ellm.loadtest.engine_bench import one_sample
 from ellm.loadtest.gpu.models import SHAPES, Work, make_model, work_of
-from ellm.loadtest.gpu.timing import copy_rate, seconds, write
+from ellm.loadtest.gpu.timing import aim, copy_rate, seconds, write
 from ellm.loadtest.side import SIDES, Answer, Side
 from ellm.worker.api.config import CacheConfig, ModelConfig, SchedulerConfig, WorkerConfig
 from ellm.worker.api.output import SequenceOutput
@@ -139,7 +141,7 @@ def with_ratios(rows: list[dict[str, Any]]) -> None:
 
 
 def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Both sides on one model."""
+    """Ours on one model, and what the device allows."""
     device = torch.device(args.device)
     folder = make_model(name, args.models, args.device)
     work = work_of(folder)
@@ -154,22 +156,55 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
         torch.cuda.empty_cache()
     bandwidth = copy_rate(device, args.copy_mib)
     peak = product_rate(device, args.product, torch.bfloat16)
-    notes = []
-    if args.vllm_python is not None:
-        command = [str(args.vllm_python), str(SIDES / "vllm_side.py"), str(folder), "bfloat16"]
-        try:
-            other = Side("vllm", command, 4, Path(".cache/vllm-gpu.log"))
-            rows += points(args, other, work.arch.vocab_size)
-            other.close()
-        except (RuntimeError, OSError) as error:
-            notes.append(f"vLLM did not run: {error}")
-    else:
-        notes.append("vLLM not run: no --vllm-python was given")
-    with_shares(args, rows, work, bandwidth, peak)
-    with_ratios(rows)
     sizes = {"weight_bytes": 2 * work.matrix_elements, "kv_token_bytes": work.kv_token_bytes}
     rates = {"copy_bytes_per_s": bandwidth, "product_flop_per_s": peak, "start_s": start_s}
-    return {"model": name, **sizes, **rates, "rows": rows, "notes": notes}
+    return {"model": name, **sizes, **rates, "rows": rows, "notes": []}
+
+
+def beside(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    """vLLM's rows to ours, where there is a vLLM."""
+    if args.vllm_python is None:
+        found["notes"].append("vLLM not run: no --vllm-python was given")
+        return
+    folder = make_model(found["model"], args.models, args.device)
+    command = [str(args.vllm_python), str(SIDES / "vllm_side.py"), str(folder), "bfloat16"]
+    try:
+        other = Side("vllm", command, 4, Path(".cache/vllm-gpu.log"))
+        found["notes"].append(other.note)
+        found["rows"] += points(args, other, work_of(folder).arch.vocab_size)
+        other.close()
+    except (RuntimeError, OSError) as error:
+        found["notes"].append(f"vLLM did not run: {error}")
+
+
+def earlier(path: str) -> list[dict[str, Any]]:
+    """Ours of a file that was written before."""
+    models: list[dict[str, Any]] = json.loads(Path(path).read_text())["models"]
+    for found in models:
+        found["rows"] = [row for row in found["rows"] if row["side"] == OwnSide.name]
+        found["notes"] = []
+    return models
+
+
+def finish(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    work = work_of(make_model(found["model"], args.models, args.device))
+    with_shares(args, found["rows"], work, found["copy_bytes_per_s"], found["product_flop_per_s"])
+    with_ratios(found["rows"])
+
+
+def aims(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    made = []
+    for found in models:
+        for row in found["rows"]:
+            what = f"{found['model']}, batch {row['batch']}"
+            if row["side"] != OwnSide.name:
+                continue
+            if found["model"] == "llama-3-8b" and row["batch"] == 1:
+                made.append(aim(f"{what}: decode, of the memory-bandwidth bound", row["decode_share"], 0.75))
+            for kind in ("decode", "prefill"):
+                if f"{kind}_over_vllm" in row:
+                    made.append(aim(f"{what}: {kind} over vLLM's", row[f"{kind}_over_vllm"], 0.8))
+    return made
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -187,6 +222,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--step-tokens", type=int, default=8192, help="rows of a step")
     add("--copy-mib", type=int, default=1024)
     add("--product", type=int, default=8192, help="rows and columns of the matrix product")
+    add("--only", choices=("ellm", "vllm"), help="one side; vllm is put beside what --out holds of ours")
     add("--vllm-python", type=Path, default=None, help="interpreter of an environment with vLLM")
     add("--tiny", action="store_true", help="a tiny model, short runs: shows that it works")
     add("--out", default="engine.json")
@@ -199,9 +235,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    found = [measure(args, name) for name in args.model]
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    write(args.out, torch.device(args.device), plain, models=found)
+    found = earlier(args.out) if args.only == "vllm" else [measure(args, name) for name in args.model]
+    for model in found:
+        if args.only != "ellm":
+            beside(args, model)
+        finish(args, model)
+    write(args.out, torch.device(args.device), vars(args), models=found, aims=aims(found))
 
 
 if __name__ == "__main__":

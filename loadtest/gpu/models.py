@@ -1,10 +1,13 @@
 """Checkpoints with random weights in the shapes of known models, and what their steps must read and compute.
 
 Written once, in bfloat16, as Hugging Face lays them out; other engines read the same folder.
+
+    python -m ellm.loadtest.gpu.models --models FOLDER qwen3-0.6b llama-3-8b
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from dataclasses import dataclass
@@ -150,3 +153,17 @@ class Work:
 
 def work_of(folder: Path) -> Work:
     return Work(read_architecture(folder))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("name", nargs="+", choices=list(SHAPES))
+    parser.add_argument("--models", type=Path, default=Path(".cache/gpu-models"))
+    parser.add_argument("--device", default="cuda", help="where the numbers are drawn")
+    args = parser.parse_args(argv)
+    for name in args.name:
+        print(make_model(name, args.models, args.device), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ellm.kernels import dispatch
@@ -81,6 +82,20 @@ def count_calls(executor: LocalExecutor, launches: Launches) -> None:
         return attend(*args)
 
     ops.paged_attention = noted  # type: ignore[method-assign, assignment]
+
+
+@contextmanager
+def no_host_sync(device: str) -> Iterator[None]:
+    """Whatever makes the host wait for a GPU within raises RuntimeError, as far as torch sees it."""
+    if not device.startswith("cuda"):
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @contextmanager

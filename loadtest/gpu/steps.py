@@ -9,12 +9,14 @@ recomputed, and the rate of saves and loads. One warm-up, then the median of sev
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 
+import torch
+
+from ellm.loadtest.gpu.timing import write
 from ellm.worker.api.config import CacheConfig, ModelConfig, SchedulerConfig, WorkerConfig
 from ellm.worker.api.request import SamplingParams
 from ellm.worker.engine.plan import BatchPlan, BlockCopy, NewSequence, PlanEntry, StreamedBlock
@@ -127,7 +129,7 @@ def main() -> None:
         rows.append(figures(Steps(executor, batch), batch, executor.limits.block_bytes))
         print(rows[-1], flush=True)
         executor.close()
-    Path(args.out).write_text(json.dumps({"device": args.device, "context": CONTEXT, "rows": rows}, indent=1))
+    write(args.out, torch.device(args.device), vars(args), context=CONTEXT, rows=rows)
 
 
 if __name__ == "__main__":

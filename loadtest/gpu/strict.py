@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ellm.loadtest.gpu.models import SHAPES, make_model
-from ellm.loadtest.gpu.timing import write
+from ellm.loadtest.gpu.timing import aim, write
 from ellm.worker.api.config import CacheConfig, DType, ModelConfig, SchedulerConfig, WorkerConfig
 from ellm.worker.api.output import TokenLogprobs
 from ellm.worker.api.request import EngineRequest, SamplingParams
@@ -206,7 +206,9 @@ def measure(args: argparse.Namespace, dtype: DType) -> dict[str, Any]:
         cache=CacheConfig(num_blocks=room, transient_blocks=room, host_bytes=args.host_mib << 20),
         scheduler=SchedulerConfig(max_num_seqs=args.batch, max_step_tokens=args.step_tokens),
         fused_attention="on" if args.fused else "off",
+        recompute_ahead="auto" if args.ahead else "off",
         cuda_graphs=args.device == "cuda" and args.graphs,
+        cuda_graph_rows=args.step_tokens if args.graphs else 0,
     )
     executor = LocalExecutor.load(config)
     assert executor.deterministic
@@ -215,6 +217,16 @@ def measure(args: argparse.Namespace, dtype: DType) -> dict[str, Any]:
     found |= compare_kv(args, executor, vocab)
     executor.close()
     return {"dtype": dtype, **found, "s": perf_counter() - begin}
+
+
+def aims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Everything that was compared was equal: what is left is how much that is."""
+    made = []
+    for row in rows:
+        made.append(aim(f"{row['dtype']}: random mixes with equal bits", row["mixes"], 200))
+        made.append(aim(f"{row['dtype']}: of them with a shared prefix", row["sharing a prefix"], 50))
+        made.append(aim(f"{row['dtype']}: KV of prefill = of decode, tokens", row["kv_tokens_compared"], 1))
+    return made
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -235,7 +247,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--kv-cases", type=int, default=20)
     add("--host-mib", type=int, default=64)
     add("--fused", action="store_true", help="rows of holes and decode rows share a launch")
-    add("--graphs", action="store_true", help="recorded steps")
+    add("--ahead", action="store_true", help="rows of holes one layer ahead, in some steps")
+    add("--graphs", action="store_true", help="recorded steps, whole and in pieces")
     add("--tiny", action="store_true", help="few mixes: shows that it works")
     add("--out", default="strict.json")
     args = parser.parse_args(argv)
@@ -251,10 +264,8 @@ def main(argv: list[str] | None = None) -> None:
     for dtype in args.dtype:
         rows.append(measure(args, dtype))
         print(rows[-1], flush=True)
-        least = 50 if args.mixes >= 200 else 1
-        assert rows[-1]["sharing a prefix"] >= least, "too few mixes share a prefix"
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    write(args.out, torch.device(args.device), plain, rows=rows)
+        assert rows[-1]["sharing a prefix"] >= min(50, args.mixes // 4), "too few mixes share a prefix"
+    write(args.out, torch.device(args.device), vars(args), rows=rows, aims=aims(rows))
 
 
 if __name__ == "__main__":

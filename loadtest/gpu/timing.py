@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -11,6 +14,8 @@ from time import perf_counter
 from typing import Any
 
 import torch
+
+from ellm.loadtest.result import git_commit
 
 REPEATS = 11
 CALLS = 10  # queued at once, so that launching them does not count
@@ -41,12 +46,35 @@ def copy_rate(device: torch.device, mib: int) -> float:
     return 2 * source.numel() / seconds(lambda: target.copy_(source), device)
 
 
+def aim(what: str, figure: float, least: float) -> dict[str, Any]:
+    """What a figure should be at least, and whether it is."""
+    return {"what": what, "figure": figure, "least": least, "met": figure >= least}
+
+
 def write(path: str, device: torch.device, arguments: dict[str, Any], **found: Any) -> None:
-    """One JSON file: device, versions, arguments, what was found."""
+    """One JSON file: device, versions, commit, command and arguments (the seed is one, or 0), what was found.
+    `aims`: as `aim` makes them."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-    versions = {"torch": torch.__version__, "triton": _version("triton")}
-    result = {"device": name, **versions, "arguments": arguments, **found}
+    versions = {"torch": torch.__version__, "triton": _version("triton"), "cuda": torch.version.cuda}
+    made = {"date": date.today().isoformat(), "commit": _commit(), "command": " ".join(sys.argv)}
+    plain = {key: value if _is_plain(value) else str(value) for key, value in arguments.items()}
+    result = {"device": name, **versions, **made, "arguments": {"seed": 0} | plain, **found}
     Path(path).write_text(json.dumps(result, indent=1))
+
+
+def _is_plain(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _commit() -> str:
+    try:
+        return git_commit()
+    except OSError:  # no git on this machine
+        return os.environ.get("COMMIT", "")
 
 
 def _version(package: str) -> str:

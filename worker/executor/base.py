@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ellm.worker.engine.plan import BatchPlan, ModelLimits, StepResult
 
-__all__ = ["BatchPlan", "Executor", "GrammarCompiler", "ModelLimits", "StepResult"]
+__all__ = [
+    "BatchPlan",
+    "BeginningExecutor",
+    "BegunStep",
+    "Executor",
+    "GrammarCompiler",
+    "ModelLimits",
+    "StepResult",
+]
 
 
 class Executor(Protocol):
@@ -21,6 +29,33 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Free what `execute` needs. No call may follow."""
+        ...
+
+
+class BegunStep(Protocol):
+    """A plan that a device has been asked for."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether `result` returns at once."""
+        ...
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether the next plan may begin only when this one's result has been read."""
+        ...
+
+    def result(self) -> StepResult:
+        """Wait for its tokens. Once; in the order in which steps were begun."""
+        ...
+
+
+@runtime_checkable
+class BeginningExecutor(Executor, Protocol):
+    """One whose device has the next step queued while one runs."""
+
+    def begin(self, plan: BatchPlan) -> BegunStep:
+        """Ask for a step. At most one other may have been begun and not read."""
         ...
 
 

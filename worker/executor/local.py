@@ -23,6 +23,7 @@ from ellm.worker.executor.copies import Copier, EndedCopies
 from ellm.worker.executor.peers import NoPeers, Peers
 from ellm.worker.executor.profile import cache_key, profiled_cost_model
 from ellm.worker.executor.rank import LoadedRank, adopt_threads, load_rank
+from ellm.worker.model.begun import BegunStep
 from ellm.worker.model.grammar import Grammars
 from ellm.worker.model.hub import local_folder
 from ellm.worker.model.loader import Progress, no_progress
@@ -31,6 +32,37 @@ from ellm.worker.model.runner import ModelRunner
 log = logging.getLogger(__name__)
 
 _NONE_ENDED = EndedCopies()
+
+
+class LocalStep:
+    """A step that the device has been asked for."""
+
+    def __init__(self, owner: LocalExecutor, step: int, begun_at: float, output: BegunStep) -> None:
+        self.begun_at = begun_at  # by time.perf_counter
+        self._owner, self._step, self._output = owner, step, output
+
+    @property
+    def ended(self) -> bool:
+        return self._output.ended
+
+    @property
+    def feeds_back(self) -> bool:
+        return self._output.feeds_back
+
+    def result(self) -> StepResult:
+        output = self._output.read()
+        elapsed_s, ended = self._owner.read(self)
+        return StepResult(
+            self._step,
+            tuple(output.token_ids),
+            elapsed_s,
+            output.logprobs,
+            output.prompt_logprobs,
+            ended.done,
+            ended.failed,
+            ended.times,
+            output.errors,
+        )
 
 
 class LocalExecutor:
@@ -45,6 +77,7 @@ class LocalExecutor:
         self._grammars = rank.grammars
         self._threads = num_threads
         self._thread_id = -1
+        self._read_at = 0.0  # when the last step had been read, by time.perf_counter
         self.architecture = loaded.arch
         self.device = str(loaded.device)
         self.dtype = str(loaded.dtype).removeprefix("torch.")
@@ -77,27 +110,25 @@ class LocalExecutor:
 
     def execute(self, plan: BatchPlan) -> StepResult:
         """Run one step; blocks until its tokens are known. Any exception ends the worker group."""
+        return self.begin(plan).result()
+
+    def begin(self, plan: BatchPlan) -> LocalStep:
+        """Ask the device for a step. On a GPU it may be asked for the next before this one has been read."""
         if threading.get_ident() != self._thread_id:
             # Thread counts of OpenMP and the JIT belong to the calling thread.
             adopt_threads(self._threads)
             self._thread_id = threading.get_ident()
-        start = time.perf_counter()
+        begun_at = time.perf_counter()
         if self._copier is not None:
             _begin_copies(self._copier, plan)
-        output = self.runner.execute(plan)
+        return LocalStep(self, plan.step, begun_at, self.runner.begin(plan))
+
+    def read(self, step: LocalStep) -> tuple[float, EndedCopies]:
+        """(seconds that the device had for a step alone, the copies that have ended): of one just read."""
         ended = _NONE_ENDED if self._copier is None else self._copier.ended()
-        elapsed = time.perf_counter() - start
-        return StepResult(
-            plan.step,
-            tuple(output.token_ids),
-            elapsed,
-            output.logprobs,
-            output.prompt_logprobs,
-            ended.done,
-            ended.failed,
-            ended.times,
-            output.errors,
-        )
+        now = time.perf_counter()
+        elapsed_s, self._read_at = now - max(step.begun_at, self._read_at), now
+        return elapsed_s, ended
 
     def profile(
         self, config: WorkerConfig, progress: Progress, executor: Executor | None = None

@@ -24,11 +24,12 @@ class MemoryBudget:
     host_buffers: int = 0  # of the device, for copies to and from the host
     host_available: int = 0  # before the weights were loaded; on a CPU the same memory as `available`
     num_ranks: int = 1  # of the worker
+    graphs: int = 0  # recorded steps
 
     @property
     def fixed(self) -> int:
         """All of the device's memory that is not the pool's."""
-        return self.weights + self.activations + self.transient + self.host_buffers
+        return self.weights + self.activations + self.graphs + self.transient + self.host_buffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,8 @@ def size_pool(cache: CacheConfig, budget: MemoryBudget, max_model_len: int, *, m
         ("KV pool", num_blocks * budget.block),
         ("KV block", budget.block),
     ]
+    if budget.graphs:
+        memory.append(("CUDA graphs", budget.graphs))
     if budget.transient:
         memory.append(("transient KV blocks", budget.transient))
     if num_host_blocks:

@@ -24,16 +24,15 @@ from ellm.worker.executor.loaded_model import LoadedModel, load_model
 from ellm.worker.executor.memory import PeakMemory, available_bytes
 from ellm.worker.executor.peers import Peers
 from ellm.worker.executor.pool_size import MemoryBudget, PoolSize, check_transient, share_of_rank, size_pool
+from ellm.worker.executor.recording import foreseen_bytes, record, recordable
 from ellm.worker.executor.resolve import hole_ways, resolve_device, select_ops
 from ellm.worker.executor.warm_up import largest_plans, step_kinds
 from ellm.worker.model.architecture import Architecture
 from ellm.worker.model.computation import Communicator, TensorParallel
 from ellm.worker.model.cuda_host_pool import NUM_BUFFERS
 from ellm.worker.model.grammar import Grammars
-from ellm.worker.model.graphs import CudaRecorder, DecodeGraphs, DecodeSizes, graph_problem
 from ellm.worker.model.kv_cache import KVCache, block_bytes, transient_bytes
 from ellm.worker.model.loader import Progress
-from ellm.worker.model.pieces import PieceGraphs, piece_rows
 from ellm.worker.model.runner import ModelRunner
 
 log = logging.getLogger(__name__)
@@ -101,10 +100,8 @@ def load_rank(config: WorkerConfig, progress: Progress, peers: Peers) -> LoadedR
     budget = _budget(cache_config, loaded, available, host_available, peers.size)
     check_transient(cache_config, budget)
     with room_for("the largest step runs", device, "lower scheduler.max_step_tokens or max_num_seqs"):
-        activations = _warm_up(parts, progress)
-    # Graphs keep memory of their own, no more than the largest step's.
-    recorded = config.cuda_graphs and device.type == "cuda"
-    budget = replace(budget, activations=2 * activations if recorded else activations)
+        activations, graphs = _warm_up(parts, progress)
+    budget = replace(budget, activations=activations, graphs=graphs or 0)
     size = _agreed_size(config, cache_config, budget, loaded.max_model_len, peers)
     cache = parts.cache(size.num_blocks)
     tier = make_host_tier(cache, size.num_host_blocks, budget.block, ops) if size.num_host_blocks else None
@@ -113,9 +110,9 @@ def load_rank(config: WorkerConfig, progress: Progress, peers: Peers) -> LoadedR
     runner = parts.runner(cache, tier)
     grammars = Grammars(loaded.folder, loaded.arch.vocab_size, loaded.arch.eos_token_ids)
     runner.obey(grammars)
-    if config.cuda_graphs:
+    if graphs is not None:
         with room_for("steps are recorded", device, "lower cache.memory_fraction or cuda_graph_rows"):
-            _record(parts, runner, limits, progress)
+            record(config, runner, limits.max_model_len, communicator, graphs, progress)
     return LoadedRank(runner, limits, ops, loaded, tier, copier, grammars)
 
 
@@ -182,33 +179,9 @@ def _budget(
     )
 
 
-def _record(parts: _Parts, runner: ModelRunner, limits: ModelLimits, progress: Progress) -> None:
-    """Let the runner replay its steps, where they can be recorded."""
-    device = runner.cache.device
-    problem = graph_problem(parts.ops, device, parts.communicator.shard.size)
-    if problem:
-        log.warning("cuda_graphs: %s", problem)
-        return
-    progress("recording decode steps", 0.0)
-    sizes = DecodeSizes.up_to(parts.config.scheduler.max_num_seqs, limits.max_model_len)
-    model, recorder = parts.loaded.model, CudaRecorder(device)
-    graphs = DecodeGraphs(model, parts.ops, runner.cache, sizes, parts.communicator, recorder)
-    graphs.record_all()
-    runner.replay(graphs)
-    progress("recording decode steps", 1.0)
-    rows = piece_rows(min(parts.config.cuda_graph_rows, parts.config.scheduler.max_step_tokens))
-    if not rows:
-        return
-    progress("recording mixed steps", 0.0)
-    num_layers = parts.loaded.arch.num_layers
-    pieces = PieceGraphs(model, num_layers, rows, device, parts.communicator, recorder)
-    pieces.record_all()
-    runner.replay_pieces(pieces)
-    progress("recording mixed steps", 1.0)
-
-
-def _warm_up(parts: _Parts, progress: Progress) -> int:
-    """Run every kind of step, then the largest, on a pool of their own; bytes at the peak of the largest.
+def _warm_up(parts: _Parts, progress: Progress) -> tuple[int, int | None]:
+    """Run every kind of step, then the largest, on a pool of their own: bytes at the peak of the largest, and
+    those that recorded steps will take, None where none are.
 
     Raises ConfigError where a kernel that STRICT needs cannot be had.
     """
@@ -227,5 +200,8 @@ def _warm_up(parts: _Parts, progress: Progress) -> int:
             runner.execute(plan)
     except KernelError as error:
         raise ConfigError(str(error), param="model.deterministic") from None
+    activations, graphs = peak.read(), None
+    if recordable(config, parts.ops, parts.loaded.device, parts.communicator.shard.size):
+        graphs = foreseen_bytes(config, runner, max_model_len, parts.communicator)
     progress("warming up", 1.0)
-    return peak.read()
+    return activations, graphs

@@ -69,7 +69,8 @@ def largest_plan(scheduler: SchedulerConfig, block_size: int, max_model_len: int
     """The plan that takes most memory, and how many blocks it names.
 
     As many rows as a step may have, as many of them sampling as may run, each with every sampler feature.
-    Contexts are short: bodies walk the pool in tiles, so that memory depends on rows and not on context.
+    One decode row has the longest context, the others short ones: bodies walk the pool in tiles, but what
+    decode rows keep of their parts is as wide for all as for the longest.
     Prompt log-probabilities are made in slices: a few rows of them stand for all.
     """
     entries, num_blocks = _entries(
@@ -83,11 +84,16 @@ def _entries(rows: int, seqs: int, block_size: int, max_model_len: int) -> tuple
     num_decode = min(rows, seqs)
     while num_decode and num_decode + len(_chunks(rows - num_decode, max_model_len)) > seqs:
         num_decode -= 1
-    # Decode rows share blocks, each with a slot of its own.
+    # Decode rows share blocks, each with a slot of its own; the longest reads one block again and again.
     entries = [
-        PlanEntry(-1 - i, i % block_size, 1, (0,), [i // block_size], samples=True) for i in range(num_decode)
+        PlanEntry(-1 - i, i % block_size, 1, (0,), [i // block_size], samples=True)
+        for i in range(num_decode - 1)
     ]
-    num_blocks = -(-num_decode // block_size)
+    num_blocks = -(-len(entries) // block_size)
+    if num_decode:
+        table = [num_blocks] * -(-max_model_len // block_size)
+        entries.append(PlanEntry(-num_decode, max_model_len - 1, 1, (0,), table, samples=True))
+        num_blocks += 1
     sizes = _chunks(rows - num_decode, max_model_len)
     if len(sizes) > seqs:
         sizes = [min(rows, max_model_len)] * seqs

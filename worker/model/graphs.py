@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice, product
 from typing import Any, Protocol
 
 import torch
@@ -140,12 +141,20 @@ class DecodeGraphs:
     def num_graphs(self) -> int:
         return len(self._graphs)
 
+    @property
+    def num_sizes(self) -> int:
+        return len(self._sizes.rows) * len(self._sizes.contexts)
+
     def record_all(self) -> None:
-        """Record every size, the largest first: what the others need of memory is there then."""
+        """Record every size."""
+        self.record_largest(self.num_sizes)
+
+    def record_largest(self, count: int) -> None:
+        """Record so many sizes, the largest first: what the others need of memory is there then."""
+        rows, contexts = reversed(self._sizes.rows), tuple(reversed(self._sizes.contexts))
         with torch.inference_mode():
-            for rows in reversed(self._sizes.rows):
-                for context in reversed(self._sizes.contexts):
-                    self._graph(rows, context)
+            for size in islice(product(rows, contexts), count):
+                self._graph(*size)
 
     def hidden(self, plan: BatchPlan, inputs: StepInputs) -> Tensor | None:
         """Final hidden states [n, E] of the rows that keep the LM head, to be read before the next step; None

@@ -28,6 +28,7 @@ class StepInputs:
     meta: AttentionMeta
     states: list[SequenceState]  # [S]
     rows: Tensor | None  # [n] int64: rows that keep the LM head; None: all R
+    selected: npt.NDArray[np.int64] | None  # the same on the host: nothing is read back to learn it
     # Positions within the n selected rows.
     sample_rows: Tensor | None  # [entries that sample]; None: all n, in order
     scored: tuple[tuple[int, int, int], ...]  # (entry, first selected row, count) with prompt logprobs
@@ -59,12 +60,13 @@ class InputBuilder:
         np.cumsum(counts, out=cu[1:])
         num_recompute = sum(e.recompute for e in entries)
         meta = self._meta(table_rows, starts, counts, cu, num_recompute, may_fuse)
-        rows, sample_rows, scored = self._select(entries, cu)
+        selected, sample_rows, scored = self._select(entries, cu)
         return StepInputs(
             token_ids=self._token_ids(entries, table_rows, cu),
             meta=meta,
             states=states,
-            rows=rows,
+            rows=None if selected is None else self._tensor(selected),
+            selected=selected,
             sample_rows=sample_rows,
             scored=scored,
         )
@@ -78,8 +80,7 @@ class InputBuilder:
         table_rows = np.array([s.row for s in inputs.states], dtype=np.int64)
         starts = np.array([e.start for e in entries], dtype=np.int64)
         counts = np.array([e.num_tokens for e in entries], dtype=np.int64)
-        selected = None if inputs.rows is None else inputs.rows.cpu().numpy()
-        placed, order = place_rows(np.repeat(sides, counts), selected)
+        placed, order = place_rows(np.repeat(sides, counts), inputs.selected)
         halves = []
         for side, (rows, selected_rows) in enumerate(placed):
             own = np.flatnonzero(sides == side)
@@ -161,7 +162,7 @@ class InputBuilder:
 
     def _select(
         self, entries: tuple[PlanEntry, ...], cu: npt.NDArray[np.int32]
-    ) -> tuple[Tensor | None, Tensor | None, tuple[tuple[int, int, int], ...]]:
+    ) -> tuple[npt.NDArray[np.int64] | None, Tensor | None, tuple[tuple[int, int, int], ...]]:
         """Which rows keep the LM head; see StepInputs."""
         samples = np.array([e.samples for e in entries])
         last_rows = cu[1:] - 1
@@ -170,7 +171,7 @@ class InputBuilder:
             everything = len(sampled) == int(cu[-1])
             if not len(sampled):
                 sampled = np.zeros(1, dtype=np.int64)  # a row nobody reads: layers need not know of none
-            return (None if everything else self._tensor(sampled)), None, ()
+            return (None if everything else sampled), None, ()
         keep = np.zeros(int(cu[-1]), dtype=bool)
         keep[sampled] = True
         for i, entry in enumerate(entries):
@@ -180,7 +181,7 @@ class InputBuilder:
         scored = tuple(
             (i, int(place[cu[i]]), e.num_tokens) for i, e in enumerate(entries) if e.prompt_logprobs
         )
-        return self._tensor(np.flatnonzero(keep)), self._tensor(place[sampled]), scored
+        return np.flatnonzero(keep), self._tensor(place[sampled]), scored
 
     def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
         return to_device(array, self._device)

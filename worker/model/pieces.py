@@ -138,11 +138,20 @@ class PieceGraphs:
     def num_chains(self) -> int:
         return len(self._chains)
 
+    @property
+    def num_sizes(self) -> int:
+        return len(self._rows)
+
     def record_all(self) -> None:
-        """Record every number of rows, the largest first."""
+        """Record every number of rows."""
+        self.record_largest(self.num_sizes)
+
+    def record_largest(self, count: int) -> None:
+        """Record so many numbers of rows, the largest first."""
         with torch.inference_mode():
-            for rows in reversed(self._rows):
-                self._record(rows)
+            for rows in self._rows[::-1][:count]:
+                if rows not in self._chains:
+                    self._record(rows)
 
     def hidden(self, inputs: StepInputs, attend: Attend) -> Tensor | None:
         """Final hidden states [n, E] of the rows that keep the LM head, to be read before the next step; None

@@ -6,16 +6,15 @@ Decides nothing about what runs; knows nothing of requests beyond the sequences 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ellm.kernels.ops import AttentionMeta, Ops
-from ellm.worker.api.output import TokenLogprobs
-from ellm.worker.engine.plan import BatchPlan, HoleWay, PlanEntry
+from ellm.worker.engine.plan import BatchPlan, HoleWay
 from ellm.worker.model.ahead import lanes_of, run_ahead, sides
 from ellm.worker.model.architecture import Architecture
+from ellm.worker.model.begun import BegunStep, PromptScores, StepOutput
 from ellm.worker.model.computation import Computation, TensorParallel, run, run_halves
 from ellm.worker.model.grammar import Grammars
 from ellm.worker.model.graphs import DecodeGraphs
@@ -25,18 +24,9 @@ from ellm.worker.model.kv_cache import KVCache
 from ellm.worker.model.layers import CausalModel, LayerStep, PoolAttention
 from ellm.worker.model.pieces import PieceGraphs
 from ellm.worker.model.sampler import Sampler
-from ellm.worker.model.sequences import ResidentSequences, SequenceState
+from ellm.worker.model.sequences import ResidentSequences
+from ellm.worker.model.staging import ToHost
 from ellm.worker.model.transient import LayerLoads, layer_steps
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """What a step computed, read back from the device."""
-
-    token_ids: list[int]  # one per entry that samples, in the plan's order
-    logprobs: dict[int, TokenLogprobs] | None  # by seq_id
-    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] | None  # by seq_id
-    errors: dict[int, str] | None = None  # by seq_id: whose grammar cannot go on
 
 
 class ModelRunner:
@@ -109,12 +99,17 @@ class ModelRunner:
 
     def execute(self, plan: BatchPlan) -> StepOutput:
         """Run one step: all rows' keys and values are in the pool and its tokens are known on return."""
+        return self.begin(plan).read()
+
+    def begin(self, plan: BatchPlan) -> BegunStep:
+        """Ask the device for one step. It waits for the device only where prompts are scored; steps may be
+        begun before the one before has been read, unless that feeds back."""
         for seq_id in plan.released:
             self._sequences.release(seq_id)
         for new in plan.new:
             self._sequences.add(new)
         if not plan.entries:
-            return StepOutput([], None, None)
+            return BegunStep([])
         with torch.inference_mode():
             if plan.streams:
                 assert self._loads is not None
@@ -185,15 +180,11 @@ class ModelRunner:
         return [(meta, kv) for kv in self._cache.layers]
 
     def _sample(
-        self,
-        plan: BatchPlan,
-        inputs: StepInputs,
-        hidden: Tensor,
-        prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] | None,
-    ) -> StepOutput:
+        self, plan: BatchPlan, inputs: StepInputs, hidden: Tensor, prompt_logprobs: PromptScores | None
+    ) -> BegunStep:
         sampling = [(e, s) for e, s in zip(plan.entries, inputs.states, strict=True) if e.samples]
         if not sampling:
-            return StepOutput([], None, prompt_logprobs)
+            return BegunStep(sampling, ToHost((), hidden.device), None, prompt_logprobs)
         if inputs.sample_rows is not None:
             hidden = hidden.index_select(0, inputs.sample_rows)
         states = [state for _, state in sampling]
@@ -205,14 +196,9 @@ class ModelRunner:
             tokens = self._sampler.sample(logits, states, [entry.output_index for entry, _ in sampling])
             scores = self._sampler.logprobs(logits, tokens, states)
         self._inputs.remember(states, tokens)
-        token_ids: list[int] = tokens.tolist()
-        _count(states, token_ids)
-        logprobs = None if scores is None else {sampling[i][0].seq_id: s for i, s in scores.items()}
-        return StepOutput(token_ids, logprobs, prompt_logprobs, _errors(sampling))
+        return BegunStep(sampling, ToHost((tokens,), tokens.device), scores, prompt_logprobs)
 
-    def _score_prompts(
-        self, plan: BatchPlan, inputs: StepInputs, hidden: Tensor
-    ) -> dict[int, tuple[TokenLogprobs, ...]] | None:
+    def _score_prompts(self, plan: BatchPlan, inputs: StepInputs, hidden: Tensor) -> PromptScores | None:
         """Row i of a chunk scores the prompt token at position start + i + 1, where there is one."""
         if not inputs.scored:
             return None
@@ -224,18 +210,3 @@ class ModelRunner:
             rows = hidden[first : first + len(next_ids)]
             scores[entry.seq_id] = self._sampler.score_prompt(self._model, rows, next_ids, num_top)
         return scores
-
-
-def _count(states: list[SequenceState], token_ids: list[int]) -> None:
-    """Let penalties and grammars see the new tokens."""
-    for state, token in zip(states, token_ids, strict=True):
-        if state.counts is not None:
-            state.counts.add(token)
-        if state.grammar is not None:
-            state.grammar.add(token)
-
-
-def _errors(sampling: list[tuple[PlanEntry, SequenceState]]) -> dict[int, str] | None:
-    """By seq_id, of grammars that have failed."""
-    found = {e.seq_id: s.grammar.error for e, s in sampling if s.grammar is not None and s.grammar.error}
-    return found or None

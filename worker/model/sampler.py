@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,9 +13,22 @@ from ellm.kernels.ops import Ops, SamplingBatch
 from ellm.worker.api.output import TokenLogprobs
 from ellm.worker.model.layers import GREEDY, CausalModel
 from ellm.worker.model.sequences import SequenceState, TokenCounts
-from ellm.worker.model.staging import to_device
+from ellm.worker.model.staging import ToHost, to_device
 
 _SCORED_BYTES = 64 * 1024 * 1024  # of float32 logits held at once for prompt log-probabilities
+
+
+@dataclass(frozen=True, slots=True)
+class AskedScores:
+    """Log-probabilities on their way to the host, of the sequences of a step that ask for them."""
+
+    asked: list[int]  # which of the step's sequences
+    num_top: list[int]  # likeliest tokens for each
+    found: ToHost  # logprob [n], rank [n], top ids [n, most], top logprobs [n, most]
+
+    def read(self) -> dict[int, TokenLogprobs]:
+        """Index of the sequence -> its token's."""
+        return dict(zip(self.asked, _scores(self.found.wait(), self.num_top), strict=True))
 
 
 class Sampler:
@@ -30,10 +46,8 @@ class Sampler:
             return self._ops.sample(logits, GREEDY)
         return self._ops.sample(logits, self._batch(states, output_index))
 
-    def logprobs(
-        self, logits: Tensor, tokens: Tensor, states: list[SequenceState]
-    ) -> dict[int, TokenLogprobs] | None:
-        """Index into `states` -> log-probabilities of its token [S], for those that ask."""
+    def logprobs(self, logits: Tensor, tokens: Tensor, states: list[SequenceState]) -> AskedScores | None:
+        """Log-probabilities of tokens [S], one for each of `states`, for those that ask."""
         asked = [i for i, s in enumerate(states) if s.sampling.logprobs is not None]
         if not asked:
             return None
@@ -41,7 +55,8 @@ class Sampler:
             rows = to_device(np.array(asked, dtype=np.int64), self._device)
             logits, tokens = logits.index_select(0, rows), tokens.index_select(0, rows)
         num_top = [states[i].sampling.logprobs or 0 for i in asked]
-        return dict(zip(asked, self._read(logits, tokens, num_top), strict=True))
+        found = self._ops.logprobs(logits, tokens, max(num_top))
+        return AskedScores(asked, num_top, ToHost(found, self._device))
 
     def score_prompt(
         self, model: CausalModel, hidden: Tensor, next_ids: tuple[int, ...], num_top: int
@@ -52,17 +67,9 @@ class Sampler:
             ids = next_ids[first : first + self._slice_rows]
             logits = model.logits(hidden[first : first + len(ids)])
             tokens = to_device(np.array(ids, dtype=np.int64), self._device)
-            scores += self._read(logits, tokens, [num_top] * len(ids))
+            found = ToHost(self._ops.logprobs(logits, tokens, num_top), self._device)
+            scores += _scores(found.wait(), [num_top] * len(ids))
         return tuple(scores)
-
-    def _read(self, logits: Tensor, tokens: Tensor, num_top: list[int]) -> list[TokenLogprobs]:
-        logprob, rank, top_ids, top = self._ops.logprobs(logits, tokens, max(num_top))
-        return [
-            TokenLogprobs(p, r, tuple(zip(ids[:n], values[:n], strict=True)))
-            for p, r, ids, values, n in zip(
-                logprob.tolist(), rank.tolist(), top_ids.tolist(), top.tolist(), num_top, strict=True
-            )
-        ]
 
     def _batch(self, states: list[SequenceState], output_index: list[int]) -> SamplingBatch:
         params = [s.sampling for s in states]
@@ -141,3 +148,12 @@ class Sampler:
     def _seeds(self, values: list[int]) -> Tensor:
         """Unsigned 64 bit seeds as the int64 of the same bits."""
         return to_device(np.array(values, dtype=np.uint64).view(np.int64), self._device)
+
+
+def _scores(found: Sequence[Tensor], num_top: list[int]) -> list[TokenLogprobs]:
+    """Row by row, `num_top` of each."""
+    columns = (column.tolist() for column in found)
+    return [
+        TokenLogprobs(p, r, tuple(zip(ids[:n], values[:n], strict=True)))
+        for p, r, ids, values, n in zip(*columns, num_top, strict=True)
+    ]

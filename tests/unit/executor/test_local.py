@@ -21,7 +21,8 @@ from ellm.worker.api.request import SamplingParams
 from ellm.worker.engine.plan import BatchPlan
 from ellm.worker.executor.local import LocalExecutor
 from ellm.worker.executor.memory import PeakMemory
-from ellm.worker.model.runner import ModelRunner, StepOutput
+from ellm.worker.model.begun import StepOutput
+from ellm.worker.model.runner import ModelRunner
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,7 @@ def test_the_largest_plan_is_as_large_as_admitted(seqs: int, rows: int, max_len:
     assert plan.num_rows == min(rows, seqs * max_len)
     assert len(plan.entries) == min(seqs, rows)
     assert all(e.samples for e in plan.entries)
+    assert max(e.start + e.num_tokens for e in plan.entries) == max_len
     slots = [
         (e.block_ids[p // BLOCK], p % BLOCK)
         for e in plan.entries

@@ -58,6 +58,8 @@ def test_every_kernel_equals_its_twin() -> None:
     assert [case for case in told["cases"] if not case["passed"]] == []
     assert (code, told["failed"]) == (0, 0)
     assert set(told["kernels"]) == KERNELS
+    script = (ROOT / "loadtest" / "gpu" / "checks.sh").read_text()
+    assert set(script.partition('KERNELS="')[2].partition('"')[0].split()) == KERNELS, "one step for each"
     details = [case["detail"] for case in told["cases"] if case["kernel"] == "paged_attention"]
     for dtype, least in (("float32", 4), ("bfloat16", 18), ("float16", 6)):  # head dimensions times tiles
         own = [detail for detail in details if detail.startswith(f"{dtype} ")]

@@ -126,8 +126,9 @@ def test_logprobs_are_given_to_those_who_ask(sampler: Sampler) -> None:
     rows = [state(replace(GREEDY, logprobs=n)) for n in asks]
     values = logits(len(rows), seed=2)
     tokens = sampler.sample(values, rows, [0] * len(rows))
-    scores = sampler.logprobs(values, tokens, rows)
-    assert scores is not None
+    asked = sampler.logprobs(values, tokens, rows)
+    assert asked is not None
+    scores = asked.read()
     assert sorted(scores) == [1, 2, 4]
     want = values.log_softmax(-1)
     for i, score in scores.items():

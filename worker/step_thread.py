@@ -1,0 +1,110 @@
+"""The thread that computes plans, one after the other.
+
+Where the executor can be asked for a step before the one before has been read, the device always has the next
+one queued: what the host does between two steps costs it nothing. It knows no engine and no requests.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+from ellm.worker.executor.base import BatchPlan, BeginningExecutor, BegunStep, Executor, StepResult
+
+POLL_S = 1e-4  # between two looks at whether a step has ended, while no next one has come
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """A step of an executor that computes at once."""
+
+    told: StepResult
+    ended = True
+    feeds_back = True
+
+    def result(self) -> StepResult:
+        return self.told
+
+
+def beginning(executor: Executor) -> Callable[[BatchPlan], BegunStep]:
+    """How a step is begun; an executor that cannot begin has ended it by then."""
+    if isinstance(executor, BeginningExecutor):
+        return executor.begin
+    return lambda plan: _Whole(executor.execute(plan))
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    at: float
+    step: BegunStep
+
+
+class StepThread:
+    """Runs plans in their order and tells each result; the first error, which ends it."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        tell: Callable[[StepResult], None],
+        crash: Callable[[Exception], None],
+        min_step_s: float = 0.0,
+    ) -> None:
+        """`tell` and `crash` are called by this thread."""
+        self._begin = beginning(executor)
+        self._tell, self._crash = tell, crash
+        self._min_step_s = min_step_s
+        self._told_at = 0.0
+        self._plans: SimpleQueue[BatchPlan | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="ellm-step", daemon=True)
+        self._thread.start()
+
+    def start(self, plan: BatchPlan) -> None:
+        self._plans.put(plan)
+
+    def stop(self, *, wait: bool) -> None:
+        """End after the plans that were started; a device that hangs is not waited for."""
+        self._plans.put(None)
+        if wait:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._compute()
+        except Exception as error:  # the edge: whatever a device throws ends the worker
+            self._crash(error)
+
+    def _compute(self) -> None:
+        running: _Begun | None = None
+        while True:
+            if running is not None and running.step.ended:
+                self._finish(running)
+                running = None
+            try:
+                plan = self._plans.get(timeout=None if running is None else POLL_S)
+            except Empty:
+                continue
+            if running is not None and (plan is None or _reads_first(running.step, plan)):
+                self._finish(running)
+                running = None
+            if plan is None:
+                return
+            begun = _Begun(time.monotonic(), self._begin(plan))
+            if running is not None:
+                self._finish(running)
+            running = begun
+
+    def _finish(self, begun: _Begun) -> None:
+        result = begun.step.result()
+        left_s = max(begun.at, self._told_at) + self._min_step_s - time.monotonic()
+        if left_s > 0.0:
+            time.sleep(left_s)
+        self._told_at = time.monotonic()
+        self._tell(result)
+
+
+def _reads_first(running: BegunStep, plan: BatchPlan) -> bool:
+    """Whether `plan` must not begin before the one that runs has been read."""
+    return running.feeds_back or plan.waits or not plan.entries
