@@ -26,6 +26,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ellm.loadtest import step_fit
 from ellm.loadtest.bench_checkpoint import SHAPE, make_checkpoint
 from ellm.loadtest.open_loop import run_open_loop
 from ellm.loadtest.result import Result, Row, command_line
@@ -35,9 +36,8 @@ from ellm.loadtest.sim.executor import TimedExecutor
 from ellm.loadtest.sim.metrics import Metrics, measure
 from ellm.loadtest.sim.replica import Replica
 from ellm.loadtest.sim.workload import SimRequest, with_arrivals
-from ellm.loadtest.starved_rounds import Probe, Sample, has_time, in_turns, pace, slower
+from ellm.loadtest.starved_rounds import Probe, Sample, has_time, in_turns, pace
 from ellm.loadtest.starved_rows import BASELINE, OURS, rows_of
-from ellm.loadtest.step_fit import fit_periods, fit_steps, link_speed, notes_of, step_errors
 from ellm.loadtest.unforeseen import Offered, check_tokens, lengths, peak_context, stop_index
 from ellm.worker.api.config import CacheConfig, ModelConfig, SchedulerConfig, WorkerConfig
 from ellm.worker.api.cost_model import CostModel
@@ -207,11 +207,11 @@ def run_all(
         held_out = run.steps
         if fitted is None:  # of the first policy alone
             steps = run.steps[:half]
-            fitted = fit_steps(steps), fit_periods(steps)
+            fitted = step_fit.fit_steps(steps), step_fit.fit_periods(steps)
             held_out = run.steps[half:]
         real = measure(offered.arrivals, run.token_times, slo_s)
-        cost = slower(fitted[1], slowness)
-        sim = simulated(offered, limits, config, cost, link_speed(run.steps), slo_s)
+        cost = step_fit.slower(fitted[1], slowness)
+        sim = simulated(offered, limits, config, cost, step_fit.link_speed(run.steps), slo_s)
         samples.append(Sample(policy, host, number, real, sim, run, slowness))
         raw["runs"].append(
             {
@@ -222,7 +222,7 @@ def run_all(
                 "measured": asdict(real),
                 "simulated": asdict(sim),
                 "steps": len(run.steps),
-                "step_errors": step_errors(slower(fitted[0], slowness), held_out),
+                "step_errors": step_fit.step_errors(step_fit.slower(fitted[0], slowness), held_out),
                 "cost_model_error": engine.core.cost_model.error_median,
                 "report": {k: v for k, v in asdict(run.report).items() if isinstance(v, int | float)},
             }
@@ -284,7 +284,7 @@ def main() -> int:
         command=command_line("ellm.loadtest.starved_pool"),
         rows=rows,
         seed=arguments.seed,
-        notes=notes_of(raw),
+        notes=step_fit.notes_of(raw),
         raw=raw,
     )
     print(f"wrote {result.write()}")

@@ -18,7 +18,6 @@ import torch
 
 from ellm.loadtest.open_loop import OpenLoopRun
 from ellm.loadtest.sim.metrics import Metrics
-from ellm.worker.api.cost_model import CostModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +70,6 @@ def pace(run: OpenLoopRun) -> float:
     """Seconds of a probe during `run`, in the mean but for hiccups; 0 without probes."""
     kept = sorted(run.probe_s)[: -(len(run.probe_s) // 20) or None]
     return fmean(kept) if kept else 0.0
-
-
-def slower(model: CostModel, factor: float) -> CostModel:
-    """What `model` had learnt if every step had taken `factor` times as long (least squares of relative
-    errors: the matrix goes by 1 / time^2, the right-hand side by 1 / time)."""
-    data = model.to_dict()
-    data["theta"] = [factor * x for x in data["theta"]]
-    data["a"] = [[x / factor**2 for x in row] for row in data["a"]]
-    data["b"] = [x / factor for x in data["b"]]
-    return CostModel.from_dict(data)
 
 
 def mean_metrics(several: Sequence[Metrics]) -> Metrics:

@@ -24,13 +24,27 @@ def fit_steps(steps: Sequence[MeasuredStep]) -> CostModel:
 
 
 def fit_periods(steps: Sequence[MeasuredStep]) -> CostModel:
-    """From the start of a step to that of the next, where nothing was idle: what a step costs a queue."""
+    """From the start of a step to that of the next, where nothing was idle: what a step costs a queue. The
+    sum over the steps is that of the measured periods: a queue waits for hiccups too, which the fit forgives.
+    """
     periods = []
     for step, following in pairwise(steps):
         period = following.start_s - step.start_s
         if period - step.elapsed_s < _BACK_TO_BACK_S:
             periods.append((step, period))
-    return _fit(periods)
+    model = _fit(periods)
+    said = sum(model.predict(step.features) for step, _ in periods)
+    return slower(model, sum(seconds for _, seconds in periods) / said) if said else model
+
+
+def slower(model: CostModel, factor: float) -> CostModel:
+    """What `model` had learnt if every step had taken `factor` times as long (least squares of relative
+    errors: the matrix goes by 1 / time^2, the right-hand side by 1 / time)."""
+    data = model.to_dict()
+    data["theta"] = [factor * x for x in data["theta"]]
+    data["a"] = [[x / factor**2 for x in row] for row in data["a"]]
+    data["b"] = [x / factor for x in data["b"]]
+    return CostModel.from_dict(data)
 
 
 def _fit(timed: Sequence[tuple[MeasuredStep, float]]) -> CostModel:

@@ -10,9 +10,9 @@ import pytest
 from ellm.loadtest.open_loop import MeasuredStep, OpenLoopRun
 from ellm.loadtest.saturated import full_step, middle_rate
 from ellm.loadtest.sim.metrics import measure
-from ellm.loadtest.starved_rounds import Probe, Sample, in_turns, pace, slower
+from ellm.loadtest.starved_rounds import Probe, Sample, in_turns, pace
 from ellm.loadtest.starved_rows import rows_of, with_ratios
-from ellm.loadtest.step_fit import fit_periods, fit_steps, link_speed, step_errors
+from ellm.loadtest.step_fit import fit_periods, fit_steps, link_speed, slower, step_errors
 from ellm.loadtest.unforeseen import Offered, check_tokens, peak_context, stop_index
 from ellm.worker.api.cost_model import CostModel, StepFeatures
 from ellm.worker.api.report import WorkerReport
@@ -109,6 +109,10 @@ def test_a_fit_on_one_half_says_the_other_by_kind_of_step() -> None:
     assert wrong["mixed"]["p50_error"] > 10
     features = steps[7].features
     assert fit_periods(steps).predict(features) == pytest.approx(truth.predict(features) + 1e-3, rel=0.02)
+    late = [replace(s, start_s=s.start_s + 2e-3 * (i // 10)) for i, s in enumerate(steps)]  # a hiccup in ten
+    with_them = fit_periods(late).predict(features) / fit_periods(steps).predict(features)
+    whole = late[-1].start_s - late[0].start_s
+    assert with_them == pytest.approx(whole / (steps[-1].start_s - steps[0].start_s), rel=0.02)
     assert link_speed(steps).bytes_per_s == pytest.approx(1e6)
 
 
