@@ -39,6 +39,12 @@ def environment(config: EllmConfig, haproxy: bool) -> dict[str, str]:
         # Otherwise each actor without a GPU hides them all, and warns of it.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_TRAIN_V2_ENABLED": "0",
+        # Ray keeps what it knows of the last tasks for its state API: 100,000 by default, which a server that
+        # pings its own actors fills in hours.
+        "RAY_task_events_max_num_task_in_gcs": "1000",
+        # All threads of a process share one heap of the C library. Otherwise each of a rank's has its own,
+        # and what one has used at its peak and freed serves no other.
+        "MALLOC_ARENA_MAX": "1",
         "RAY_SERVE_ENABLE_HA_PROXY": "1" if haproxy else "0",
         # Each cluster has its own, so that two can live on one machine.
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_http),

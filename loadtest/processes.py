@@ -57,6 +57,33 @@ def unique_bytes(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
 
 
+@dataclass(frozen=True, slots=True)
+class ProcessMemory:
+    """Resident memory of one process now.
+
+    `held_bytes`: what it took for itself and nothing but the process can give back: anonymous and shared
+    memory, swapped out or not; what several processes share counts by its share in each. The rest of
+    `resident_bytes` are pages of files, the programs and libraries that run: the system reads them in as they
+    are used, drops them when it needs room, and another program that runs the same file shares them.
+    """
+
+    held_bytes: int
+    resident_bytes: int
+
+
+_HELD = ("Pss_Anon:", "Pss_Shmem:", "SwapPss:")
+
+
+def process_memory(pid: int) -> ProcessMemory:
+    """From smaps_rollup; zeros for a process that is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return ProcessMemory(0, 0)
+    sizes = {words[0]: int(words[1]) * 1024 for words in map(str.split, lines[1:])}
+    return ProcessMemory(sum(sizes.get(name, 0) for name in _HELD), sizes.get("Rss:", 0))
+
+
 def tree_use(root: int) -> dict[int, ProcessUse]:
     """Use of every process below `root`, by pid."""
     uses = (process_use(pid) for pid in process_tree(root))

@@ -7,7 +7,7 @@ over the last third is at most `tolerance` above its mean over the second, or `s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MIB_SLACK = 8.0  # what an allocator holds back and gives again
 HANDLE_SLACK = 4.0  # connections that happen to be open
@@ -20,18 +20,25 @@ class Sample:
     """The whole server at one moment."""
 
     time_s: float
-    memory_mib: Mapping[str, float]  # by what the process is; unique to it
+    held_mib: Mapping[str, float]  # by what the process is; see processes.ProcessMemory
+    resident_mib: Mapping[str, float]
     handles: int  # open files and sockets of all processes
     processes: int
     busy_blocks: int  # of KV, referenced
     num_blocks: int
     running: int
     waiting: int
+    parked: int = 0
+    parks: int = 0  # so far
 
 
 @dataclass(frozen=True, slots=True)
 class Trend:
-    """One series. `per_hour` is the least squares slope after the warm-up."""
+    """One series. `per_hour` is the least squares slope after the warm-up.
+
+    `resident` is a process's resident memory in the second and the last third, file pages that it shares with
+    others included: stated, not judged, since other programs change it.
+    """
 
     name: str
     unit: str
@@ -39,6 +46,7 @@ class Trend:
     after: float  # mean over the last
     per_hour: float
     flat: bool
+    resident: tuple[float, float] | None = None
 
 
 def trend(
@@ -50,14 +58,27 @@ def trend(
     tolerance: float = TOLERANCE,
 ) -> Trend:
     """Of at least six values in order of time."""
-    count = len(values)
-    assert count >= 6, f"{name}: {count} samples are too few"
-    third = count // 3
-    before, after = values[third : 2 * third], values[2 * third :]
-    first, last = sum(before) / len(before), sum(after) / len(after)
+    assert len(values) >= 6, f"{name}: {len(values)} samples are too few"
+    first, last = later_thirds(values)
     allowed = max(slack, tolerance * first)
+    third = len(values) // 3
     slope = 3600.0 * least_squares(times[third:], values[third:])
     return Trend(name, unit, first, last, slope, last - first <= allowed)
+
+
+def later_thirds(values: Sequence[float]) -> tuple[float, float]:
+    """Means over the second and the last third."""
+    third = len(values) // 3
+    before, after = values[third : 2 * third], values[2 * third :]
+    return sum(before) / len(before), sum(after) / len(after)
+
+
+def memory_trend(
+    name: str, times: Sequence[float], held: Sequence[float], resident: Sequence[float]
+) -> Trend:
+    """Judged by what is held, in MiB."""
+    found = trend(f"memory, {name}", "MiB", times, held, MIB_SLACK)
+    return replace(found, resident=later_thirds(resident))
 
 
 def least_squares(xs: Sequence[float], ys: Sequence[float]) -> float:
@@ -74,11 +95,13 @@ def trends(
 ) -> list[Trend]:
     """Memory in all and by process, handles, processes, and latency as (time, value) of requests."""
     times = [sample.time_s for sample in samples]
-    total = [sum(sample.memory_mib.values()) for sample in samples]
-    found = [trend("memory, all processes", "MiB", times, total, MIB_SLACK)]
-    for label in sorted({label for sample in samples for label in sample.memory_mib}):
-        values = [sample.memory_mib.get(label, 0.0) for sample in samples]
-        found.append(trend(f"memory, {label}", "MiB", times, values, MIB_SLACK))
+    held = [sum(sample.held_mib.values()) for sample in samples]
+    resident = [sum(sample.resident_mib.values()) for sample in samples]
+    found = [memory_trend("all processes", times, held, resident)]
+    for label in sorted({label for sample in samples for label in sample.held_mib}):
+        held = [sample.held_mib.get(label, 0.0) for sample in samples]
+        resident = [sample.resident_mib.get(label, 0.0) for sample in samples]
+        found.append(memory_trend(label, times, held, resident))
     found.append(trend("file handles", "", times, [float(s.handles) for s in samples], HANDLE_SLACK))
     found.append(trend("processes", "", times, [float(s.processes) for s in samples], 0.5))
     for name, points in (("TTFT", ttft_ms), ("TPOT", tpot_ms)):
