@@ -39,6 +39,7 @@ STARVED_STEP_TOKENS = 512
 CHAT_MEANS = (50, 100)
 CHAT_CAPS = (100, 150)  # the longest fits into the least budget
 SEED = 1
+ADAPTIVE = "adaptive"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             *(starved(trace, tokens) for tokens in BUDGETS),
         ]
         tasks = [(setting, policy, SEED) for setting in settings for policy in policies()]
+        tasks += [(with_holes(setting), ADAPTIVE, SEED) for setting in settings]
         figures = {tasks[i]: one for i, one in run_tasks(tasks, jobs=args.jobs)}
         rows = [row(setting, figures) for setting in settings]
     result = Result(
@@ -66,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "number of tokens below which recompute pays by the linear arithmetic, and `may pay` its verdict; "
         "`best r, by cost` what a step's true cost, with the rows it has to spare, makes best for the mean "
         "context. Holes are whole blocks of 16 tokens and their transient blocks come out of the budget. "
-        "`ratio` is adaptive over full-chunked.",
+        "`ratio` is adaptive over full-chunked; with transient blocks (as many as a step's rows fill) it may "
+        "recompute a share of its own choice.",
         command=command_line("ellm.loadtest.sim.ratio_sweep"),
         rows=rows,
         seed=SEED,
@@ -81,7 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def policies() -> list[str]:
-    return [*(literal(r) for r in RATIOS), "adaptive", "full-chunked"]
+    return [*(literal(r) for r in RATIOS), ADAPTIVE, "full-chunked"]
+
+
+def with_holes(setting: Setting) -> Setting:
+    """Transient blocks for the rows of a step, out of the same budget: `adaptive` may then make holes."""
+    return replace(setting, transient_blocks=setting.step_blocks)
 
 
 def literal(r: float) -> str:
@@ -118,6 +126,7 @@ def row(setting: Setting, figures: dict[Task, dict[str, Any]]) -> Row:
     rate = {policy: figures[setting, policy, SEED]["throughput_tok_s"] for policy in policies()}
     tokens = device.capacity_tokens
     full_step_s, recompute_s = device.full_step_s, device.row_s
+    holes = figures[with_holes(setting), ADAPTIVE, SEED]["throughput_tok_s"]
     held = max((r for r in RATIOS if r > 0.0), key=lambda r: rate[literal(r)])
     requests = offer(setting, SEED).requests
     mean = context_read(requests) / sum(request.output_tokens for request in requests)
@@ -128,12 +137,14 @@ def row(setting: Setting, figures: dict[Task, dict[str, Any]]) -> Row:
         "may pay": "yes" if may_pay(tokens, full_step_s, recompute_s) else "no",
         "best r, by cost": best_by_cost(device, mean),
         **{f"r = {r:g}": rate[literal(r)] for r in RATIOS},
-        "adaptive": rate["adaptive"],
+        ADAPTIVE: rate[ADAPTIVE],
+        "adaptive with transient blocks": holes,
         "full-chunked": rate["full-chunked"],
         "best r > 0": held,
         "its attainment": figures[setting, literal(held), SEED]["slo_attainment"],
         "it over r = 0": rate[literal(held)] / rate[literal(0.0)],
-        "ratio": rate["adaptive"] / rate["full-chunked"],
+        "ratio": rate[ADAPTIVE] / rate["full-chunked"],
+        "ratio with transient blocks": holes / rate["full-chunked"],
         "against": "full-chunked",
     }
 

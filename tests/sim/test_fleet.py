@@ -122,6 +122,6 @@ def test_the_command_compares_and_draws(trace: Path, tmp_path: Path) -> None:
     assert day.main([*words.split(), "--resume", str(keep), "--plot", str(picture)]) == 0
     assert picture.read_text().count("<svg") == 1
     kept = keep.read_text()
-    assert len(kept.splitlines()) == 2
+    assert len(kept.splitlines()) == 3
     assert day.main([*words.split(), "--resume", str(keep)]) == 0
     assert keep.read_text() == kept, "what was kept is not run again"

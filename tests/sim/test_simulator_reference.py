@@ -17,6 +17,7 @@ REFERENCE = {
     "full-chunked": (932, 371, 0.310, 1_200, 0.60),
     "full-recompute": (922, 314, 0.255, 1_180, 0.61),
 }
+HOSTED = {"full-swap": (942, 342, 0.263, 1_180, 0.0), "hcache": (975, 451, 0.371, 1_210, 0.0)}
 TUNED = "full-recompute(max_num_seqs=40)"  # goodput 896 at attainment 0.977
 
 
@@ -56,15 +57,18 @@ def test_recompute_in_every_step_loses_what_the_arithmetic_says() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_ten_seeds_are_the_reference() -> None:
-    result = simulate_all(prepare(SETTING, [*REFERENCE, TUNED], list(range(1, 11))), jobs=2)
-    for policy, (rate, goodput, attainment, preemptions, recomputed) in REFERENCE.items():
-        assert figures(result["policies"][policy]) == (
+    seeds = list(range(1, 11))
+    result = simulate_all(prepare(SETTING, [*REFERENCE, TUNED], seeds), jobs=2)["policies"]
+    result |= simulate_all(prepare(replace(SETTING, host_gb=64.0), [*HOSTED], seeds), jobs=2)["policies"]
+    for policy, (rate, goodput, attainment, preemptions, recomputed) in (REFERENCE | HOSTED).items():
+        # The last block of one that was moved is computed again unless it is full.
+        assert figures(result[policy]) == (
             pytest.approx(rate, rel=0.03),
             pytest.approx(goodput, rel=0.15),
             pytest.approx(attainment, rel=0.15),
             pytest.approx(preemptions, rel=0.12),
-            pytest.approx(recomputed, rel=0.12),
+            pytest.approx(recomputed, rel=0.12, abs=0.02),
         )
-    tuned = result["policies"][TUNED]
+    tuned = result[TUNED]
     assert tuned["goodput_tok_s"] == pytest.approx(896, rel=0.03)
     assert tuned["slo_attainment"] == pytest.approx(0.977, abs=0.02)

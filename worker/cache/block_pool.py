@@ -90,6 +90,13 @@ class BlockPool:
                 else:
                     self._free.append(block)
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Nobody will look for the content of these referenced blocks: once released, they are free."""
+        for block in blocks:
+            assert self._references[block], f"block {block} is forgotten, and nobody uses it"
+            if block in self.index:
+                self.index.forget(block)
+
     def check(self) -> None:
         """Raise AssertionError unless every invariant holds. O(num_blocks)."""
         free, cached = set(self._free), set(self._cached)

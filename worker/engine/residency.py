@@ -166,6 +166,18 @@ class Residency:
         self.close_gap(seq)
         return started
 
+    def forget_saved(self, seq: Sequence) -> None:
+        """Keep no copy on the host: whoever parks `seq` again copies it anew. Loads that have begun go on."""
+        if seq.saved:
+            assert self._state.host is not None
+            self._state.host.forget(seq.saved)
+            self._state.forget_saved(seq, 0)
+
+    def forget_released(self, seq: Sequence) -> None:
+        """What `seq` gives up will not be found on the device again, unless prefixes are cached there."""
+        if not self._state.prefix_caching:
+            self._state.pool.forget(seq.table.block_ids)
+
     def close_gap(self, seq: Sequence) -> None:
         """Go on behind the later run where both ends have met and every plan of the front has come back."""
         gap, size = seq.gap, self._state.block_size

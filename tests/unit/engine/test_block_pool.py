@@ -70,6 +70,10 @@ class Walker:
         if not self.held:
             return
         table = self.held.pop(self.rng.randrange(len(self.held)))
+        if self.rng.random() < 0.1:
+            self.pool.forget(table)
+            for block in table:
+                self.names.pop(block, None)
         self.pool.release(table)
         for block in reversed(table):
             if block in self.names and not any(block in other for other in self.held):

@@ -4,7 +4,8 @@ Admission looks ahead, as in `full-predictive`, but a request that can afford to
 steps that it needs. Who is resident is decided by slack (`planner.ranking`), anew every 0.1 s, when blocks
 run short and when somebody new may start. Whoever must give way is parked: its blocks stay until somebody
 takes them, from its end on, at no cost where the host has a copy. Without pressure it does what
-`full-chunked` does. Where pauses are dear (no host tier, no spare rows) the last to come gives way.
+`full-chunked` does. Where pauses are dear (no host tier, no spare rows) the last to come gives way. With
+transient blocks and a starved memory, part of each request is recomputed in every step (`in_step`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ellm.worker.engine.policies.base import Policy
 from ellm.worker.engine.policies.forecast import Forecast
 from ellm.worker.engine.policies.foresight import Foresight
 from ellm.worker.engine.policies.host_traffic import HostTraffic
+from ellm.worker.engine.policies.in_step import InStep, num_holed
 from ellm.worker.engine.policies.sharing import found_tokens, shared_tokens
 from ellm.worker.engine.residency import Residency
 from ellm.worker.engine.sequence import Sequence, SequenceState
@@ -53,11 +55,13 @@ class Adaptive(Policy):
         self.forecast = Forecast(cost_model)
         self.foresight = Foresight(state, residency, self.forecast)
         self.traffic = HostTraffic(state, residency)
+        self.in_step = InStep(state, self.holes, cost_model)
 
     # What the scheduler asks.
 
     def prepare(self, now: float) -> None:
         state = self.state
+        self.in_step.prepare(now)
         if state.parked or self._shortage() > 0 or self._is_tight():
             if now >= self._next_plan or self._somebody_new():
                 self._replan(now)
@@ -92,7 +96,7 @@ class Adaptive(Policy):
     def may_admit(self, state: EngineState, seq: Sequence, num_blocks: int, now: float) -> bool:
         if not state.running and not state.parked:
             return True
-        if num_blocks + self._reserve() > state.pool.num_available:
+        if num_blocks + self._reserve() > state.pool.num_available or not self.in_step.has_rows(seq):
             return False
         ahead = self.foresight.looks_ahead(now)
         self._blocked = ahead and not self.foresight.admits(seq, now)
@@ -157,10 +161,8 @@ class Adaptive(Policy):
         """Rank everybody, and the front of the queue if it may start; park who should give way."""
         state = self.state
         self._next_plan = now + _REPLAN_S
-        everybody = [*state.running, *state.parked]
         newcomer = self._admissible(now)
-        if newcomer is not None:
-            everybody.append(newcomer)
+        everybody = [*state.running, *state.parked, *([newcomer] if newcomer is not None else [])]
         num_running, more = len(state.running), self.foresight.growth(_REPLAN_S, now)
         ranked = by_arrival if self.foresight.pauses_are_dear(now) else in_order
         order = ranked(self._standing(i, s, i < num_running, now, more) for i, s in enumerate(everybody))
@@ -183,11 +185,11 @@ class Adaptive(Policy):
 
     def _standing(self, index: int, seq: Sequence, resident: bool, now: float, more: int) -> Standing:
         """`more`: tokens that it is left room for."""
-        state = self.state
-        blocks = num_blocks_for(len(seq.tokens) + more, state.block_size)
-        held = max(blocks, len(seq.table)) - shared_tokens(state.pool, seq) // state.block_size
+        state, size = self.state, self.state.block_size
+        blocks = num_blocks_for(len(seq.tokens) + more, size)
+        held = max(blocks, len(seq.table)) - num_holed(seq) - shared_tokens(state.pool, seq) // size
         if not resident and seq.state is not SequenceState.PARKED:
-            held -= found_tokens(state, self.residency, seq) // state.block_size
+            held -= found_tokens(state, self.residency, seq) // size
         if resident and not _can_pause(seq):
             return Standing(index, _BEFORE_ALL, seq.order, resident, False, False, None, held)
         slack_s = self.foresight.slack(seq, now)
@@ -235,9 +237,7 @@ class Adaptive(Policy):
             return
         # Those who run take theirs of the reserve before it is the newcomer's turn.
         need = num_blocks_for(len(newcomer.tokens), self.state.block_size) + 2 * self._reserve()
-        missing = need - self.state.pool.num_available
-        if missing > 0:
-            self._release(missing)
+        self._release(need - self.state.pool.num_available)
 
     def _bring_back(self, now: float) -> None:
         """Resume those who should run, in order; the first for whom there is no room waits for it."""
@@ -270,8 +270,7 @@ class Adaptive(Policy):
         parked = self.state.parked
         if not parked:
             return
-        kept = {id(seq) for seq in self._wanted}
-        kept.add(id(spare))
+        kept = {id(seq) for seq in (*self._wanted, spare)}
         ranked = {id(seq) for seq in self._order}
         unranked = [seq for seq in parked if id(seq) not in ranked]
         for seq in (*self._order, *unranked):
@@ -291,10 +290,10 @@ class Adaptive(Policy):
         available = state.pool.num_available
         if available >= len(state.running):
             return 0
-        size = state.block_size
-        return sum(seq.num_planned + 2 > len(seq.table) * size for seq in state.running) - available
+        short = sum(seq.num_planned + 2 > len(seq.table) * state.block_size for seq in state.running)
+        return short - available
 
 
 def _can_pause(seq: Sequence) -> bool:
-    """It has put out a token, and nothing is on its way to it."""
-    return seq.gap is None and seq.first_token_at is not None and not seq.prefill_only
+    """It has put out a token, all its KV is in blocks of its own, and nothing is on its way to it."""
+    return seq.gap is None and seq.hole is None and seq.first_token_at is not None and not seq.prefill_only

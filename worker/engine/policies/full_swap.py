@@ -1,12 +1,15 @@
 """`full-swap`: `full-recompute`, but the victim's KV moves to the host and back, and everybody waits for it.
 
-The swap of vLLM's first engine: when blocks run out, the last to arrive is moved out whole; nobody new
-starts while somebody is out; the first to have gone comes back first, as soon as there is room for all of it.
-Without a host tier, or where it is full, the victim is dropped and computed again.
+The swap of vLLM's first engine: when blocks run out, the last to arrive is moved out whole, and its place on
+the host is free as soon as it is back: who is moved twice is copied twice. Nobody new starts while somebody
+is out. While nobody must go, those who are out come back in the order of their arrival, if there is room for
+all of it, a block more and the watermark behind what the others need now. Without a host tier, or where it is
+full, the victim is dropped and computed again; so is its last block if that is not full.
 """
 
 from __future__ import annotations
 
+from ellm.worker.cache.block_table import num_blocks_for
 from ellm.worker.engine.policies.full_recompute import FullRecompute
 from ellm.worker.engine.sequence import Sequence, SequenceState
 from ellm.worker.engine.state import EngineState
@@ -23,10 +26,13 @@ class FullSwap(FullRecompute):
 
     def prepare(self, now: float) -> None:
         """Move out who was parked, once no plan names it; then bring back who fits."""
-        self._waits = False
+        copies = self.state.copies
+        self._waits = copies is not None and copies.any_new  # of a step that came to nothing
         for seq in list(self.state.parked):
             if seq.seq_id >= 0 and not seq.num_outstanding:
                 self._move_out(seq)
+        if any(seq.seq_id >= 0 for seq in self.state.parked):
+            return  # somebody still goes
         for seq in sorted(self.state.parked, key=lambda s: s.key):
             if not self._bring_back(seq, now):
                 break
@@ -71,19 +77,21 @@ class FullSwap(FullRecompute):
             self._waits = True
         if seq.num_saved < len(seq.saved):
             return  # released when the copies have ended
+        self.residency.forget_released(seq)
         self.residency.release_tail(seq, len(seq.table))
 
     def _bring_back(self, seq: Sequence, now: float) -> bool:
-        state = self.state
+        state, size = self.state, self.state.block_size
         need = self.residency.blocks_to_resume(seq)
-        # Those who run come first: else they would move it out again.
-        growing = sum(seq.num_planned >= len(seq.table) * state.block_size for seq in state.running)
-        spare = max(state.watermark_blocks, growing) if state.running else 0
-        if seq.seq_id >= 0 or need + spare > state.pool.num_available:
+        if state.running:  # else nobody competes for blocks, and it might need all there are
+            growing = sum(other.num_planned >= len(other.table) * size for other in state.running)
+            need = num_blocks_for(len(seq.tokens) - 1, size) + 1 + growing + state.watermark_blocks
+        if need > state.pool.num_available:
             return False
         if not self.residency.resume(seq, now):
             return False
         if seq.gap is not None:
             self.residency.load(seq, len(seq.table))
             self._waits = True
+        self.residency.forget_saved(seq)
         return seq.state is SequenceState.RUNNING

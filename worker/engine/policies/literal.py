@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from ellm.worker.api.cost_model import CostModel
 from ellm.worker.api.errors import ConfigError
-from ellm.worker.engine.hole import Hole
 from ellm.worker.engine.policies.base import Policy
+from ellm.worker.engine.policies.prefix_holes import PrefixHoles
 from ellm.worker.engine.residency import Residency
 from ellm.worker.engine.sequence import Sequence
 from ellm.worker.engine.state import EngineState
@@ -45,42 +45,18 @@ class Literal(Policy):
                 f"literal: stream = {self._stream:g} needs a host tier (cache.host_bytes)",
                 param="cache.host_bytes",
             )
+        self._prefixes = PrefixHoles(state, self.holes, self._ratio, self._stream)
 
     def prepare(self, now: float) -> None:
         if self._stream:
             self._save()
-        for seq in self.state.running:
-            if seq.first_token_at is not None and seq.gap is None:
-                self._widen(seq)
+        self._prefixes.widen_all()
 
     def may_admit(self, state: EngineState, seq: Sequence, num_blocks: int, now: float) -> bool:
         """As optimistic as ever, but as many rows as a step has must do for all holes."""
         if not state.running:
             return True
-        rows = sum(self._ratio * (1.0 - self._stream) * len(other.tokens) for other in (*state.running, seq))
-        if rows + len(state.running) + 1 > state.config.max_step_tokens:
-            return False
-        return super().may_admit(state, seq, num_blocks, now)
-
-    def _widen(self, seq: Sequence) -> None:
-        """By whole blocks, once no plan names it; it rests for a step until then."""
-        size = self.state.block_size
-        end = min(int(self._ratio * len(seq.tokens)), seq.num_computed) // size
-        held = seq.hole.end if seq.hole is not None else 0
-        if len(seq.tokens) - seq.num_computed > 1 or end <= held:
-            seq.rests = False
-            return
-        split = end - int(self._stream * end)
-        if split < end and seq.num_saved < end:
-            seq.rests = False
-            return  # not yet on the host
-        hole = Hole(0, split, end)
-        if end > len(self.state.transient) + held or hole.num_rows(size) >= self.state.config.max_step_tokens:
-            seq.rests = False
-            return  # it stays as wide as it is
-        seq.rests = bool(seq.num_outstanding)
-        if not seq.rests:
-            self.holes.open(seq, hole)
+        return self._prefixes.have_rows(seq) and super().may_admit(state, seq, num_blocks, now)
 
     def _save(self) -> None:
         copies = self.state.copies
