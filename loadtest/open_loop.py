@@ -21,13 +21,19 @@ from ellm.worker.step_thread import beginning
 
 @dataclass(frozen=True, slots=True)
 class MeasuredStep:
-    """One step as it ran. Seconds; `start_s` by the monotonic clock."""
+    """One step as it ran. Seconds; `start_s` and `end_s` by the monotonic clock. A step may start, that is be
+    asked for, before the one before it has ended."""
 
     features: StepFeatures
     start_s: float
     elapsed_s: float
     moved_bytes: int  # by copies that ended with it
     moving_s: float
+    told_s: float | None = None
+
+    @property
+    def end_s(self) -> float:
+        return self.start_s + self.elapsed_s if self.told_s is None else self.told_s
 
     @property
     def kind(self) -> str:
@@ -67,7 +73,9 @@ class RecordingExecutor:
             moved = (0, 0.0)
             if times is not None:
                 moved = (times.saved_bytes + times.loaded_bytes, times.saved_s + times.loaded_s)
-            self.steps.append(MeasuredStep(step_features(plan), start_s, result.elapsed_s, *moved))
+            self.steps.append(
+                MeasuredStep(step_features(plan), start_s, result.elapsed_s, *moved, time.monotonic())
+            )
             if self._probe is not None and len(self.steps) % PROBE_EVERY == 0:
                 self.probe_s.append(self._probe())
 

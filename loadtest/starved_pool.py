@@ -13,7 +13,8 @@ which is checked: a policy that changed a single one ends elsewhere.
 
 The simulator runs beside it: a cost model fitted on the first half of one policy's steps says how long the
 steps of the rest take, and the same arrivals through the same policies in simulated time say what goodput and
-TTFT should have been. Nothing is fitted anew for another policy.
+TTFT should have been. Nothing is fitted anew for another policy; what is measured in each run is how fast the
+machine is just then (`machine`), and how fast its link to the host tier.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ their peak where the pool is roomy. SLO {slo:.3g} ms per token, {ratio:g} times 
 measured before. All policies give the same tokens; means over {rounds} round(s), every second one backwards.
 `machine`: how long a fixed piece of work between the steps took, by the first run's. `sim` columns: the
 simulator's figures for the same arrivals by a cost model fitted once, on the first half of the steps of the
-first run of `full-recompute`, and scaled by `machine` for the others.
+first run of `full-recompute`, and scaled by `machine` for the others; the link is as fast as it was in each.
 `ratio`: goodput by the one of `full-recompute`, `ratio TTFT`: its mean TTFT by this one's."""
 
 

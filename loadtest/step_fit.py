@@ -24,14 +24,13 @@ def fit_steps(steps: Sequence[MeasuredStep]) -> CostModel:
 
 
 def fit_periods(steps: Sequence[MeasuredStep]) -> CostModel:
-    """From the start of a step to that of the next, where nothing was idle: what a step costs a queue. The
+    """From the end of a step to that of the next, where nothing was idle: what a step costs a queue. The
     sum over the steps is that of the measured periods: a queue waits for hiccups too, which the fit forgives.
     """
     periods = []
-    for step, following in pairwise(steps):
-        period = following.start_s - step.start_s
-        if period - step.elapsed_s < _BACK_TO_BACK_S:
-            periods.append((step, period))
+    for before, step in pairwise(steps):
+        if step.start_s - before.end_s < _BACK_TO_BACK_S:
+            periods.append((step, step.end_s - before.end_s))
     model = _fit(periods)
     said = sum(model.predict(step.features) for step, _ in periods)
     return slower(model, sum(seconds for _, seconds in periods) / said) if said else model

@@ -1,7 +1,7 @@
 """The thread that computes plans, one after the other.
 
 Where the executor can be asked for a step before the one before has been read, the device always has the next
-one queued: what the host does between two steps costs it nothing. It knows no engine and no requests.
+one queued, and need not wait for what the host does between two steps. It knows no engine and no requests.
 """
 
 from __future__ import annotations
@@ -91,10 +91,13 @@ class StepThread:
                 running = None
             if plan is None:
                 return
-            begun = _Begun(time.monotonic(), self._begin(plan))
-            if running is not None:
-                self._finish(running)
-            running = begun
+            at = time.monotonic()
+            try:
+                step = self._begin(plan)
+            finally:  # what had been asked for before is told even if this cannot be
+                if running is not None:
+                    self._finish(running)
+            running = _Begun(at, step)
 
     def _finish(self, begun: _Begun) -> None:
         result = begun.step.result()
@@ -106,5 +109,11 @@ class StepThread:
 
 
 def _reads_first(running: BegunStep, plan: BatchPlan) -> bool:
-    """Whether `plan` must not begin before the one that runs has been read."""
-    return running.feeds_back or plan.waits or not plan.entries
+    """Whether `plan` must not begin before the one that runs has been read: where it depends on that, has
+    nothing to run, or waits for the device as it begins, as the scores of a prompt do."""
+    return (
+        running.feeds_back
+        or plan.waits
+        or not plan.entries
+        or any(entry.prompt_logprobs for entry in plan.entries)
+    )

@@ -16,6 +16,7 @@ OUT="${OUT:-loadtest/results/gpu}"
 PYTHON="${PYTHON:-python3}"
 MODELS="${MODELS:-.cache/gpu-models}"
 mkdir -p "$OUT" .types/ellm
+rm -f "$OUT"/*.json # of another run: none of them may count as this one's
 for folder in kernels worker cluster router loadtest deploy; do ln -sfn "../../$folder" ".types/ellm/$folder"; done
 KERNELS="rms_norm layer_norm silu_mul rotary kv_store rotary_store linear kv_copy sample logprobs paged_attention
   fused_attention"

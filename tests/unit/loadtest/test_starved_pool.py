@@ -157,3 +157,14 @@ def test_the_pace_of_a_run_is_that_of_its_probes_without_hiccups() -> None:
     assert pace(replace(run, probe_s=[3.0])) == 3.0
     assert pace(replace(run, probe_s=[])) == 0.0
     assert Probe()() > 0.0
+
+
+def test_steps_that_are_asked_for_ahead_cost_what_lies_between_their_ends() -> None:
+    """As on a GPU: step i + 1 is asked for when step i - 1 has been told."""
+    truth = CostModel.known(overhead_s=5e-3, every_row_s=1e-4, kv_token_s=1e-6)
+    steps, ends = [], [0.0, 0.0]
+    for step in steps_of(200, truth, 0.0):
+        ends.append(ends[-1] + step.elapsed_s)
+        steps.append(replace(step, start_s=ends[-3], told_s=ends[-1]))
+    features = steps[6].features  # with a chunk, behind a step without
+    assert fit_periods(steps).predict(features) == pytest.approx(truth.predict(features), rel=0.02)

@@ -2,7 +2,8 @@
 
 Ten times a second the cost model says what share would give the most tokens per second within the SLO, rows
 that a step has to spare included (`planner.literal`): 0, but where memory holds hardly more than such rows.
-The share goes there by bounded steps. Holes widen as it grows; they stay with their requests as it shrinks.
+The share goes there by bounded steps. Holes widen as it grows; they stay with their requests as it shrinks,
+and who has one is not parked for another: it has no KV of its own to come back to.
 Without transient blocks there is nothing to make holes of, and nothing is asked.
 """
 
@@ -48,7 +49,7 @@ class InStep:
 
     def has_rows(self, seq: Sequence) -> bool:
         """A step has the rows for all holes if `seq` starts, too."""
-        return not self.ratio or self._prefixes.have_rows(seq)
+        return not self._state.limits.num_transient_blocks or self._prefixes.have_rows(seq)
 
     def _best(self) -> float:
         """Of requests as long as those are that have put out tokens; as many as there are want to run."""

@@ -37,8 +37,14 @@ class PrefixHoles:
         """As many rows as a step has do for all holes, `seq`'s too, which may start now."""
         state = self._state
         share = self.ratio * (1.0 - self._stream)
-        rows = share * sum([len(other.tokens) for other in (*state.running, seq)]) if share else 0.0
+        rows = sum(
+            [max(share * len(other.tokens), self._held_rows(other)) for other in (*state.running, seq)]
+        )
         return rows + len(state.running) + 1 <= state.config.max_step_tokens
+
+    def _held_rows(self, seq: Sequence) -> int:
+        """Holes stay as wide as they are when the share shrinks."""
+        return seq.hole.num_rows(self._state.block_size) if seq.hole is not None else 0
 
     def _widen(self, seq: Sequence) -> None:
         """By whole blocks, once no plan names it; it rests for a step until then."""
