@@ -44,17 +44,17 @@ def finish(daring: Daring, attained: bool, count: int, num_admitted: int = 10) -
 
 def test_few_who_are_late_change_nothing_and_one_more_brings_care() -> None:
     daring = Daring()
-    finish(daring, False, 4)
-    finish(daring, True, 59)
+    finish(daring, False, 2)
+    finish(daring, True, 61)
     assert not daring.careful
-    finish(daring, False, 1)  # the last 64 hold five of them
+    finish(daring, False, 1)  # the last 64 hold three of them
     assert daring.careful
 
 
 def test_who_was_late_long_ago_is_forgotten() -> None:
     daring = Daring()
     for _ in range(8):
-        finish(daring, False, 4)
+        finish(daring, False, 2)
         finish(daring, True, 64)
     assert not daring.careful
 
@@ -63,7 +63,7 @@ def test_each_time_of_care_is_longer_and_says_when_it_shows() -> None:
     """Those who were let in before it end first."""
     daring = Daring()
     for length in (64, 128, 256, 512, 1024, 1024):
-        finish(daring, False, 5)
+        finish(daring, False, 3)
         assert daring.careful
         finish(daring, False, 9)
         assert not daring.settled
@@ -74,3 +74,29 @@ def test_each_time_of_care_is_longer_and_says_when_it_shows() -> None:
         finish(daring, True, 1)
         assert not daring.careful
         assert not daring.settled
+
+
+def test_care_takes_a_margin_only_once_too_many_are_late_in_spite_of_it() -> None:
+    daring = Daring()
+    finish(daring, False, 3)
+    finish(daring, False, 10)  # who was let in before
+    assert daring.settled and daring.z == 0.0
+    finish(daring, False, 15)
+    assert daring.z == 0.0
+    finish(daring, False, 1)  # judged at every 16th
+    assert daring.z == 0.5
+    finish(daring, False, 16)
+    assert daring.z == 1.0
+
+
+def test_what_has_gone_well_for_long_counts_for_a_while() -> None:
+    daring = Daring()
+    for _ in range(8):
+        finish(daring, False, 3)
+        finish(daring, True, 10)
+        while daring.careful:
+            finish(daring, True, 1)
+    finish(daring, False, 3)
+    finish(daring, False, 10)
+    finish(daring, False, 32)  # fewer than nine of ten in time
+    assert daring.z == 0.0

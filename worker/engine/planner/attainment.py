@@ -11,17 +11,20 @@ from collections import deque
 _WINDOW = 64  # finishes
 _EVERY = 16  # finishes between two changes
 _TARGET = 0.965
-_FEW = 4  # late of the last 64
+_FEW = 2  # late of the last 64
 _LONGEST = 1024  # finishes
 _UP, _DOWN = 0.5, 0.1
 _LEAST, _START, _MOST = 0.0, 1.0, 3.0
+_DEAR_TARGET = 0.90  # where memory that is kept empty costs more than a request that is late
 
 
 class SafetyFactor:
     """z: up by 0.5 while too few attain, else down by 0.1, judged at every 16th finish by the last 64."""
 
-    def __init__(self) -> None:
-        self.z = _START
+    def __init__(self, start: float = _START, least: float = _LEAST, target: float = _TARGET) -> None:
+        self.z = start
+        self._least = least
+        self._target = target
         self._recent: deque[bool] = deque(maxlen=_WINDOW)
         self._num_attained = 0
         self._since = 0
@@ -41,18 +44,23 @@ class SafetyFactor:
         if self._since < _EVERY:
             return
         self._since = 0
-        if self.attainment < _TARGET:
+        if self.attainment < self._target:
             self.z = min(_MOST, self.z + _UP)
         else:
-            self.z = max(_LEAST, self.z - _DOWN)
+            self.z = max(self._least, self.z - _DOWN)
 
 
 class Daring:
     """Whether to let requests in as long as they fit now, so that some must give way later: as long as few of
-    them are late for it. Once more are, a time of care, each longer than the last."""
+    them are late for it. Once more are, a time of care, each longer than the last.
+
+    Care has a z of its own. It begins without a margin, since who does not fit after all loses its tail and
+    no more, and takes one only after a time in which too many are late in spite of care.
+    """
 
     def __init__(self) -> None:
         self.careful = False
+        self._care = SafetyFactor(start=0.0, least=-1.0, target=_DEAR_TARGET)
         self._recent: deque[bool] = deque(maxlen=_WINDOW)
         self._left = 0  # finishes until it dares again
         self._unsettled = 0  # of them, of requests that were let in before
@@ -64,8 +72,16 @@ class Daring:
         """Who ends now was let in with care."""
         return self.careful and self._unsettled <= 0
 
+    @property
+    def z(self) -> float:
+        """Standard deviations that care keeps free. What has gone well for long counts for a while when it
+        no longer does: the loop's own z goes below 0."""
+        return max(0.0, self._care.z)
+
     def finished(self, attained: bool, num_admitted: int) -> None:
         """A request with an SLO ended by itself, and `num_admitted` are left."""
+        if self.settled:
+            self._care.finished(attained)
         if self.careful:
             self._unsettled -= 1
             self._left -= 1

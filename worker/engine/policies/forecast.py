@@ -32,15 +32,15 @@ class Forecast:
         if num_output % BIN == 1 and num_output > 1 and seq.stop_ids:
             self.lengths.passed(num_output // BIN - 1)
 
-    def finished(self, seq: Sequence, settled: bool = True) -> None:
+    def finished(self, seq: Sequence, judged: bool = True) -> None:
         """`seq` has ended by itself. The length of one that nothing but max_tokens could stop says
-        nothing. `settled`: it was let in by the care that is taken now, which its being late speaks of."""
+        nothing. `judged`: whether it was late speaks of `safety`."""
         num_output = len(seq.tokens) - seq.num_prompt
         if seq.stop_ids:
             censored = seq.tokens[-1] not in seq.stop_ids
             self.lengths.finished(num_output, censored=censored, num_passed=(num_output - 1) // BIN)
         self.step_cost.finished(seq.num_prompt, seq.num_cached_tokens or 0, num_output)
-        if settled and self.could_be_kept(seq):
+        if judged and self.could_be_kept(seq):
             self.safety.finished(not seq.late)  # one that nobody could keep says nothing of admission
 
     def could_be_kept(self, seq: Sequence) -> bool:

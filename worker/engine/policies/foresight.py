@@ -58,7 +58,7 @@ class Foresight:
     def finished(self, seq: Sequence) -> None:
         """`seq` has ended by itself."""
         state = self._state
-        self._forecast.finished(seq, settled=not self._dear or self._daring.settled)
+        self._forecast.finished(seq, judged=not self._dear)
         if self._dear and self._forecast.could_be_kept(seq):
             self._daring.finished(not seq.late, len(state.running) + len(state.parked))
         self.forget()
@@ -170,7 +170,8 @@ class Foresight:
             0 if dear else self._restorable(admitted, now),
         )
         per_token_s = tightest(admitted, self._forecast)
-        admission = Admission(room, z=self._forecast.safety.z, per_token_s=per_token_s)
+        z = self._daring.z if dear else self._forecast.safety.z
+        admission = Admission(room, z=z, per_token_s=per_token_s)
         rows = min(len(admitted), state.max_num_seqs)
         self._full_step_s = self._speed.seconds(self._forecast.step_cost(rows, room.num_tokens))
         duties = [self._duty(seq, now) for seq in admitted]
