@@ -86,6 +86,7 @@ def with_ratios(outcomes: Sequence[Outcome]) -> list[Row]:
     neither better nor worse: its figures are no ratios that one could lose."""
     rows = []
     peers = {(outcome.host, outcome.slo): outcome for outcome in outcomes if outcome.side == VLLM}
+    alike = {(outcome.host, outcome.slo): outcome for outcome in outcomes if outcome.side == CHUNKED}
     for outcome in outcomes:
         row = row_of(outcome)
         rows.append(row)
@@ -96,6 +97,9 @@ def with_ratios(outcomes: Sequence[Outcome]) -> list[Row]:
         goodput = quotient(ours.goodput_tok_s, theirs.goodput_tok_s)
         if outcome.side == ADAPTIVE:
             row["ratio"] = goodput
+            like = alike.get((outcome.host, outcome.slo))
+            if like is not None:
+                row["by full-chunked"] = quotient(ours.goodput_tok_s, like.metrics.goodput_tok_s)
             row["ratio strict"] = quotient(ours.goodput_strict_tok_s, theirs.goodput_strict_tok_s)
             row["ratio TTFT"] = quotient(theirs.ttft_mean_s, ours.ttft_mean_s)
             row["against"] = VLLM

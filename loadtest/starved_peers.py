@@ -3,13 +3,14 @@
     python -m ellm.loadtest.starved_peers --vllm .cache/vllm/bin/vllm --trace azure_conv_2023.csv
 
 First both servers run with room for all. What each then says is what it must say with a starved pool; how
-much context they held at once, divided by `--times`, is the pool. All is judged by two SLOs. `unstarved` is
+much context they held at once, divided by `--times`, is the pool. All is judged by three SLOs. `unstarved` is
 the TPOT that the slower of the two keeps for 95 % of its requests with room for all, times `--slo-ratio`.
 `full pool` is the step of the slower of the two when as many run as the starved pool holds, times
 `--full-slo-ratio`: what a request gets that is admitted and never disturbed (1.13 is the paper's overload
-setting). Then the same requests come at the same times to each side on the starved pool: without a host tier,
-and with one where the sides without get its bytes as more pool. Ours runs once for each SLO, since it plans
-for it; what the others do does not depend on it.
+setting); `full pool, faster` is that of the faster of the two. Where it is ours, `full-chunked` is a rival
+that is no slower. Then the same requests come at the same times to each side on the starved pool: without a
+host tier, and with one where the sides without get its bytes as more pool. Ours runs once for each SLO, since
+it plans for it; what the others do does not depend on it.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ that no server can foresee under `max_tokens` {cap}. With room for all, {peak:,}
 once; the pool holds {pool:,}, {times:g} times less, the host tier as many bytes. Blocks of {block} tokens, at
 most {seqs} sequences and {step} tokens a step, no watermark, no prefix caching on any side. The SLO per
 output token is {ratio:g} times what 95 % of the requests of the slower side keep unstarved, and
-{full_ratio:g} times its step when as many run as the starved pool holds. `ratio`: our goodput over vLLM's,
+{full_ratio:g} times its step when as many run as the starved pool holds, and that of the faster side.
+`ratio`: our goodput over vLLM's, `by full-chunked`: over that of our own engine planning as vLLM does,
 `ratio TTFT`: its mean TTFT over ours; `same` is the share of answers that are, token by token, those of the
 same server unstarved; `by vLLM` is the figure over vLLM's."""
 
@@ -239,6 +241,7 @@ def main() -> int:
     slos = {
         "unstarved": arguments.slo_ratio * max(one.tpot_p95_s for one in found.values()),
         "full pool": arguments.full_slo_ratio * max(one.full_step_s for one in found.values()),
+        "full pool, faster": arguments.full_slo_ratio * min(one.full_step_s for one in found.values()),
     }
     said = ", ".join(f"SLO {1e3 * slo:.1f} ms ({name})" for name, slo in slos.items())
     print(f"{rate:.2f} requests/s, pool {pool} of {peak} tokens, {said}", flush=True)

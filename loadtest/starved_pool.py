@@ -64,6 +64,7 @@ CPU: dict[str, Any] = {
     "temperature": 0.0,
     "full": FULL,
     "rounds": 1,
+    "pairs": 0,
     "until": None,  # when no further policy begins, by time.monotonic
 }
 
@@ -72,11 +73,12 @@ ABOUT = """\
 {prompt:.0f} prompt and {output:.0f} output tokens, ended by a stop token that the engine cannot foresee under
 `max_tokens` {cap}. The pool holds {pool:,} tokens; the same arrivals hold {offered:,.0f} tokens of context at
 their peak where the pool is roomy. SLO {slo:.3g} ms per token, {ratio:g} times a step with the pool full as
-measured before. All policies give the same tokens; means over {rounds} round(s), every second one backwards.
+measured before. All policies give the same tokens; means over the runs, every second round backwards.
 `machine`: how long a fixed piece of work between the steps took, by the first run's. `sim` columns: the
 simulator's figures for the same arrivals by a cost model fitted once, on the first half of the steps of the
 first run of `full-recompute`, and scaled by `machine` for the others; the link is as fast as it was in each.
-`ratio`: goodput by the one of `full-recompute`, `ratio TTFT`: its mean TTFT by this one's."""
+`ratio`: goodput by the one of `full-recompute`, `ratio TTFT`: its mean TTFT by this one's, medians of the
+ratios within a round."""
 
 
 def parse() -> argparse.Namespace:
@@ -95,6 +97,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--slo-ratio", type=float, default=2.0, help="SLO over a step with a full pool")
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=POLICIES, metavar="POLICY")
     parser.add_argument("--rounds", type=int, default=1, help="each policy so often, forth and back in turns")
+    parser.add_argument("--pairs", type=int, default=0, help="then so often the two compared, alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="starved-pool", help="slug of the result file")
     parser.set_defaults(**CPU)
@@ -192,7 +195,8 @@ def run_all(
     raw: dict[str, Any] = {"runs": [], "load_average": [], "left_out": []}
     fitted: tuple[CostModel, CostModel] | None = None
     probe = Probe() if arguments.device == "cpu" else None  # a GPU of one's own is as fast as ever
-    for number, host, policy in in_turns(arguments.rounds, arguments.hosts, arguments.policies):
+    pairs = arguments.pairs, (BASELINE, OURS)
+    for number, host, policy in in_turns(arguments.rounds, arguments.hosts, arguments.policies, *pairs):
         if not has_time(arguments.until, raw["runs"]):
             raw["left_out"].append(policy)
             continue
@@ -276,7 +280,6 @@ def main() -> int:
         offered=peak,
         slo=1e3 * slo_s,
         ratio=arguments.slo_ratio,
-        rounds=arguments.rounds,
     )
     result = Result(
         name=arguments.name,

@@ -33,10 +33,12 @@ class Sample:
     slowness: float
 
 
-def in_turns(rounds: int, hosts: Sequence[str], policies: Sequence[str]) -> Iterator[tuple[int, str, str]]:
-    """(round, host tier, policy)."""
-    forth = list(product(hosts, policies))
-    for number in range(rounds):
+def in_turns(
+    rounds: int, hosts: Sequence[str], policies: Sequence[str], pairs: int = 0, pair: Sequence[str] = ()
+) -> Iterator[tuple[int, str, str]]:
+    """(round, host tier, policy): `rounds` of all, then `pairs` of those in `pair` alone."""
+    for number in range(rounds + pairs):
+        forth = list(product(hosts, policies if number < rounds else pair))
         for host, policy in reversed(forth) if number % 2 else forth:
             yield number, host, policy
 

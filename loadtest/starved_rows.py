@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, median
 
 from ellm.loadtest.result import Row
 from ellm.loadtest.starved_rounds import Sample, mean_metrics
@@ -12,11 +12,23 @@ BASELINE, OURS = "full-recompute", "adaptive"
 
 
 def rows_of(samples: Sequence[Sample]) -> list[Row]:
-    """A row per policy and host setting, means over the rounds, and ratios of means."""
+    """A row per policy and host setting, means over its runs; ratios are medians within a round."""
     names = dict.fromkeys((one.host, one.policy) for one in samples)
-    return with_ratios(
-        [_row([s for s in samples if (s.host, s.policy) == (host, policy)]) for host, policy in names]
-    )
+    rows = {
+        (host, policy): _row([s for s in samples if (s.host, s.policy) == (host, policy)])
+        for host, policy in names
+    }
+    for host in dict.fromkeys(one.host for one in samples):
+        base = {one.round: one.real for one in samples if (one.host, one.policy) == (host, BASELINE)}
+        ours = {one.round: one.real for one in samples if (one.host, one.policy) == (host, OURS)}
+        both = [(base[number], ours[number]) for number in base.keys() & ours.keys()]
+        if both:
+            rows[host, OURS] |= {
+                "ratio": median(b.goodput_tok_s / max(a.goodput_tok_s, 1e-9) for a, b in both),
+                "ratio TTFT": median(a.ttft_mean_s / b.ttft_mean_s for a, b in both),
+                "against": BASELINE,
+            }
+    return list(rows.values())
 
 
 def _row(rounds: Sequence[Sample]) -> Row:
@@ -25,6 +37,7 @@ def _row(rounds: Sequence[Sample]) -> Row:
     return {
         "policy": rounds[0].policy,
         "host tier": rounds[0].host,
+        "runs": len(rounds),
         "tok/s": real.throughput_tok_s,
         "goodput": real.goodput_tok_s,
         "attainment": real.slo_attainment,
@@ -43,15 +56,3 @@ def _row(rounds: Sequence[Sample]) -> Row:
         "sim goodput error": sim.goodput_tok_s / max(real.goodput_tok_s, 1e-9) - 1.0,
         "sim TTFT error": sim.ttft_mean_s / real.ttft_mean_s - 1.0,
     }
-
-
-def with_ratios(rows: list[Row]) -> list[Row]:
-    """Ours beside the baseline of the same host setting."""
-    for host in dict.fromkeys(row["host tier"] for row in rows):
-        of_host = {row["policy"]: row for row in rows if row["host tier"] == host}
-        if BASELINE in of_host and OURS in of_host:
-            base, ours = of_host[BASELINE], of_host[OURS]
-            ours["ratio"] = ours["goodput"] / max(base["goodput"], 1e-9)
-            ours["ratio TTFT"] = base["TTFT mean, s"] / ours["TTFT mean, s"]
-            ours["against"] = BASELINE
-    return rows

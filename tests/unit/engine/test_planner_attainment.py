@@ -80,7 +80,8 @@ def test_care_takes_a_margin_only_once_too_many_are_late_in_spite_of_it() -> Non
     daring = Daring()
     finish(daring, False, 3)
     finish(daring, False, 10)  # who was let in before
-    assert daring.settled and daring.z == 0.0
+    assert daring.settled
+    assert daring.z == 0.0
     finish(daring, False, 15)
     assert daring.z == 0.0
     finish(daring, False, 1)  # judged at every 16th

@@ -11,7 +11,7 @@ from ellm.loadtest.open_loop import MeasuredStep, OpenLoopRun
 from ellm.loadtest.saturated import full_step, middle_rate
 from ellm.loadtest.sim.metrics import measure
 from ellm.loadtest.starved_rounds import Probe, Sample, in_turns, pace
-from ellm.loadtest.starved_rows import rows_of, with_ratios
+from ellm.loadtest.starved_rows import rows_of
 from ellm.loadtest.step_fit import fit_periods, fit_steps, link_speed, slower, step_errors
 from ellm.loadtest.unforeseen import Offered, check_tokens, peak_context, stop_index
 from ellm.worker.api.cost_model import CostModel, StepFeatures
@@ -68,21 +68,6 @@ def test_capacity_is_of_the_middle_and_of_a_full_pool() -> None:
     assert full_step(replace(run, steps=steps), 1000) == pytest.approx(0.4)
     with pytest.raises(RuntimeError, match="never fills"):
         full_step(replace(run, steps=steps[:1]), 1000)
-
-
-def test_ours_is_compared_within_one_host_setting() -> None:
-    rows = [
-        {"policy": policy, "host tier": host, "goodput": goodput, "TTFT mean, s": ttft}
-        for policy, host, goodput, ttft in (
-            ("full-recompute", "off", 10.0, 4.0),
-            ("adaptive", "off", 30.0, 1.0),
-            ("full-recompute", "on", 10.0, 1.0),
-            ("adaptive", "on", 5.0, 2.0),
-        )
-    ]
-    _, off, _, on = with_ratios(rows)
-    assert (off["ratio"], off["ratio TTFT"]) == (3.0, 4.0)
-    assert (on["ratio"], on["ratio TTFT"]) == (0.5, 0.5)
 
 
 def steps_of(count: int, truth: CostModel, gap_s: float) -> list[MeasuredStep]:
@@ -147,8 +132,23 @@ def test_rounds_go_forth_and_back_and_a_row_is_their_mean() -> None:
         ("full-recompute", "on", 1.5),
         ("adaptive", "on", 2.5),
     ]
-    assert rows[1]["ratio TTFT"] == pytest.approx(0.6)
+    # Within a round and a host setting: 1 by 2 seconds, and 2 by 3.
+    assert [row.get("ratio TTFT") for row in rows] == [
+        None,
+        pytest.approx(7 / 12),
+        None,
+        pytest.approx(7 / 12),
+    ]
     assert (rows[0]["machine"], rows[0]["sim TTFT error"]) == (1.5, 0.0)
+
+
+def test_pairs_are_further_rounds_of_the_two_that_are_compared() -> None:
+    turns = list(in_turns(1, ["off", "on"], ["a", "b", "c"], 2, ("a", "b")))
+    assert [policy for number, _, policy in turns if number == 0] == ["a", "b", "c"] * 2
+    assert turns[6:] == [
+        *[(1, host, policy) for host in ("on", "off") for policy in ("b", "a")],
+        *[(2, host, policy) for host in ("off", "on") for policy in ("a", "b")],
+    ]
 
 
 def test_the_pace_of_a_run_is_that_of_its_probes_without_hiccups() -> None:
