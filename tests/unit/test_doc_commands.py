@@ -71,6 +71,7 @@ PARSES = {  # command -> why it is only parsed
     "ellm.loadtest.json_schemas": "needs a folder of schemas that is not part of this project",
     "ellm.loadtest.http_cost": _SERVER,
     "ellm.loadtest.paced_streaming": _SERVER,
+    "ellm.loadtest.ratio_engine": _SPEED,
     "ellm.loadtest.scale_up": _SERVER,
     "ellm.loadtest.schedule_agreement": _PEERS,
     "ellm.loadtest.serve_ingress": _SERVER,
