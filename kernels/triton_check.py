@@ -98,7 +98,7 @@ def judge(case: Case, device: torch.device) -> Verdict:
     begin = perf_counter()
     tolerance = 0.0 if case.again or case.exact else TOLERANCE[case.dtype]
     try:
-        with _poisoned_memory(), _placeless_products() if case.again else nullcontext():
+        with _poisoned_memory(), placeless_products() if case.again else nullcontext():
             got = case.run(Kernels(), device)
             expected = case.again(Kernels(), device) if case.again else None
     except Exception as error:  # whatever a kernel raises is this line's failure
@@ -122,7 +122,7 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 @contextmanager
-def _placeless_products() -> Iterator[None]:
+def placeless_products() -> Iterator[None]:
     """Matrix products whose rows have the same bits in every place, as a GPU's have: the interpreter's are
     numpy's, whose rounding depends on where in the tile a row stands."""
     if not INTERPRETED.value:

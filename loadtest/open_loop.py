@@ -97,6 +97,9 @@ class _RecordedStep:
     def feeds_back(self) -> bool:
         return self._step.feeds_back
 
+    def wait(self) -> None:
+        self._step.wait()
+
     def result(self) -> StepResult:
         result = self._step.result()
         self._owner.note(self._plan, self._start_s, result)

@@ -10,36 +10,33 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
-from ellm.worker.executor.base import BatchPlan, BeginningExecutor, BegunStep, Executor, StepResult
-
-POLL_S = 1e-4  # between two looks at whether a step has ended, while no next one has come
-
-
-@dataclass(frozen=True, slots=True)
-class _Whole:
-    """A step of an executor that computes at once."""
-
-    told: StepResult
-    ended = True
-    feeds_back = True
-
-    def result(self) -> StepResult:
-        return self.told
+from ellm.worker.executor.base import (
+    BatchPlan,
+    BeginningExecutor,
+    BegunStep,
+    EndedStep,
+    Executor,
+    StepResult,
+)
+from ellm.worker.executor.end_watch import EndWatch
 
 
 def beginning(executor: Executor) -> Callable[[BatchPlan], BegunStep]:
     """How a step is begun; an executor that cannot begin has ended it by then."""
     if isinstance(executor, BeginningExecutor):
         return executor.begin
-    return lambda plan: _Whole(executor.execute(plan))
+    return lambda plan: EndedStep(executor.execute(plan))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Begun:
     at: float
     step: BegunStep
+
+
+_Mail = BatchPlan | _Begun | None  # a plan; a step that has ended; the end
 
 
 class StepThread:
@@ -57,16 +54,18 @@ class StepThread:
         self._tell, self._crash = tell, crash
         self._min_step_s = min_step_s
         self._told_at = 0.0
-        self._plans: SimpleQueue[BatchPlan | None] = SimpleQueue()
+        self._mail: SimpleQueue[_Mail] = SimpleQueue()
+        self._watch = EndWatch("ellm-step-end")
+        self._watched: _Begun | None = None  # whose end will be told
         self._thread = threading.Thread(target=self._run, name="ellm-step", daemon=True)
         self._thread.start()
 
     def start(self, plan: BatchPlan) -> None:
-        self._plans.put(plan)
+        self._mail.put(plan)
 
     def stop(self, *, wait: bool) -> None:
         """End after the plans that were started; a device that hangs is not waited for."""
-        self._plans.put(None)
+        self._mail.put(None)
         if wait:
             self._thread.join()
 
@@ -75,6 +74,8 @@ class StepThread:
             self._compute()
         except Exception as error:  # the edge: whatever a device throws ends the worker
             self._crash(error)
+        finally:
+            self._watch.stop()
 
     def _compute(self) -> None:
         running: _Begun | None = None
@@ -82,22 +83,31 @@ class StepThread:
             if running is not None and running.step.ended:
                 self._finish(running)
                 running = None
-            try:
-                plan = self._plans.get(timeout=None if running is None else POLL_S)
-            except Empty:
+            mail = self._next(running)
+            if isinstance(mail, _Begun):
+                if mail is running:  # else it has been read meanwhile
+                    self._finish(mail)
+                    running = None
                 continue
-            if running is not None and (plan is None or _reads_first(running.step, plan)):
+            if running is not None and (mail is None or _reads_first(running.step, mail)):
                 self._finish(running)
                 running = None
-            if plan is None:
+            if mail is None:
                 return
             at = time.monotonic()
             try:
-                step = self._begin(plan)
+                step = self._begin(mail)
             finally:  # what had been asked for before is told even if this cannot be
                 if running is not None:
                     self._finish(running)
             running = _Begun(at, step)
+
+    def _next(self, running: _Begun | None) -> _Mail:
+        """What comes next: a plan, or the end of the step that runs."""
+        if running is not None and running is not self._watched and self._mail.empty():
+            self._watched = running
+            self._watch.tell(running.step.wait, lambda: self._mail.put(running))
+        return self._mail.get()
 
     def _finish(self, begun: _Begun) -> None:
         result = begun.step.result()

@@ -15,7 +15,6 @@ only where the kernels are interpreted, which takes minutes:
 from __future__ import annotations
 
 import argparse
-import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +24,16 @@ from typing import Any
 
 import torch
 
-from ellm.kernels import dispatch
 from ellm.loadtest.gpu.models import SHAPES, make_model
-from ellm.loadtest.gpu.observed import CallAgain, count_calls, counted, no_host_sync, taken
+from ellm.loadtest.gpu.observed import (
+    CallAgain,
+    count_calls,
+    counted,
+    interpreted,
+    interpreted_body,
+    no_host_sync,
+    taken,
+)
 from ellm.loadtest.gpu.timing import write
 from ellm.worker.api.config import CacheConfig, ModelConfig, SchedulerConfig, WorkerConfig
 from ellm.worker.api.request import SamplingParams
@@ -136,25 +142,20 @@ def load(args: argparse.Namespace, switches: dict[str, Any]) -> LocalExecutor:
     config = replace(config, **switches)
     if args.device == "cuda":
         return LocalExecutor.load(config)
-    body = None
-    if interpreted():
-        body = dispatch.triton_body("cpu", deterministic=True, fused=config.fused_attention != "off")
-    with taken(body):
+    with taken(interpreted_body(args.device, fused=config.fused_attention != "off")):
         executor = LocalExecutor.load(replace(config, cuda_graphs=False))
     if config.cuda_graphs:
         _replay_by_calling(config, executor)
     return executor
 
 
-def interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _replay_by_calling(config: WorkerConfig, executor: LocalExecutor) -> None:
     runner, alone, again = executor.runner, Alone(), CallAgain()
     if interpreted():  # other bodies than Triton's store rows that have no slot
         sizes = DecodeSizes((config.scheduler.max_num_seqs,), (512,))
-        runner.replay(DecodeGraphs(runner.model, runner.ops, runner.cache, sizes, alone, again))
+        decode = DecodeGraphs(runner.model, runner.ops, runner.cache, sizes, alone, again)
+        decode.record_all()
+        runner.replay(decode)
     rows = piece_rows(min(config.cuda_graph_rows, config.scheduler.max_step_tokens))[-1:]
     if rows:
         pieces = PieceGraphs(runner.model, runner.cache.num_layers, rows, runner.cache.device, alone, again)
@@ -245,7 +246,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.tiny:
         vars(args).update(
-            model="tiny", batch=2, context=35, holes=1, recomputed=1, chunk=5, steps=2, host_mib=1
+            model="least" if interpreted() else "tiny",
+            batch=2,
+            context=35,
+            holes=1,
+            recomputed=1,
+            chunk=5,
+            steps=2,
+            host_mib=1,
         )
     args.folder = make_model(args.model, args.models, args.device)
     return args

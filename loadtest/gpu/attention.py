@@ -31,7 +31,7 @@ from ellm.loadtest.gpu.attention_peers import (
     flashinfer_decode,
     flashinfer_prefill,
 )
-from ellm.loadtest.gpu.timing import aim, copy_rate, seconds, write
+from ellm.loadtest.gpu.timing import aim, beside, copy_rate, seconds, unmeasured, write
 
 BLOCK_SIZE = 16
 LARGE_MIB = 256  # of KV: from here on decode shall read it at nearly a copy's rate
@@ -143,14 +143,33 @@ def prefill(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def aims(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Of the tiles that are served; what a peer has not said is said to be missing."""
     made = []
-    for row in found["decode"]:
-        if row["served"] and row["kv_mib"] >= LARGE_MIB:
-            what = f"decode {row['batch']}x{row['context']}: share of the copy's rate"
-            made.append(aim(what, row["share_of_copy"], 0.85))
-    for row in found["prefill"]:
-        if row["served"] and "flash_over_ours" in row:
-            made.append(aim(f"prefill {row['tokens']}: of FlashAttention", row["flash_over_ours"], 0.9))
+    decode = [row for row in found["decode"] if row["served"]]
+    for row in decode:
+        what = f"decode {row['batch']}x{row['context']}"
+        if row["kv_mib"] >= LARGE_MIB:
+            made.append(aim(f"{what}: share of the copy's rate", row["share_of_copy"], 0.85))
+        if "flashinfer_ms" in row:
+            made.append(beside(f"{what}: FlashInfer's time over ours", row["flashinfer_ms"] / row["ms"]))
+        else:
+            made.append(unmeasured(f"{what}: beside FlashInfer", row.get("flashinfer_absent", "not run")))
+    if all(row["kv_mib"] < LARGE_MIB for row in decode):
+        what = f"decode with KV of {LARGE_MIB} MiB a layer: share of the copy's rate"
+        made.append(unmeasured(what, "no such shape was run"))
+    prefill = [row for row in found["prefill"] if row["served"]]
+    for row in prefill:
+        what = f"prefill {row['tokens']}"
+        if "flash_over_ours" in row:
+            made.append(aim(f"{what}: of FlashAttention", row["flash_over_ours"], 0.9))
+        else:
+            made.append(unmeasured(f"{what}: of FlashAttention", row.get("flash_absent", "not run")))
+        if "flashinfer_over_ours" in row:
+            made.append(beside(f"{what}: FlashInfer's time over ours", row["flashinfer_over_ours"]))
+        else:
+            made.append(unmeasured(f"{what}: beside FlashInfer", row.get("flashinfer_absent", "not run")))
+    if not prefill:
+        made.append(unmeasured("prefill: of FlashAttention", "no prompt was run"))
     return made
 
 

@@ -6,8 +6,9 @@
 # Checks every kernel against its torch twin, runs the golden tests that are marked `gpu` (models, holes, STRICT on
 # CUDA), then times attention by every tile, fused attention, the other kernels, decode steps with and without CUDA
 # graphs, the copies and streams of the host tier, every switch alone, STRICT in random mixes, the engine on random
-# weights (beside vLLM where VLLM_PYTHON names an interpreter that has it), and the policies on a starved pool; each
-# also checks what it times. At the end every aim is said to be met or missed ($OUT/summary.json). Everything printed
+# weights (beside vLLM where VLLM_PYTHON names an interpreter that has it), the policies on a starved pool, and two
+# ranks where there are two GPUs; each also checks what it times. At the end every aim is said to be met, missed or
+# not measured, with the reason ($OUT/summary.json). Everything printed
 # also goes to $OUT/checks.log. MODELS is where checkpoints of 18 GB are made. Exit code 1 where a check or a test
 # failed.
 set -uo pipefail
@@ -41,7 +42,7 @@ export PYTHONPATH="$PWD/.types:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_TH
   for name in attention fusion kernels graphs host_copies steps; do
     step "$name" "$PYTHON" -m "ellm.loadtest.gpu.$name" --out "$OUT/$name.json"
   done
-  for name in ablation strict; do
+  for name in ablation ranks strict; do
     step "$name" "$PYTHON" -m "ellm.loadtest.gpu.$name" --models "$MODELS" --out "$OUT/$name.json"
   done
   step "strict on a whole model" "$PYTHON" -m ellm.loadtest.gpu.strict --models "$MODELS" --model qwen3-0.6b \
@@ -56,6 +57,10 @@ export PYTHONPATH="$PWD/.types:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_TH
     engine=("$PYTHON" -m ellm.loadtest.gpu.engine --models "$MODELS" --model "$model"
       --out "$OUT/engine-$model.json")
     step "engine $model" "${engine[@]}" --only ellm
+    if [ "$model" = qwen3-0.6b ]; then
+      step "engine $model with STRICT" "$PYTHON" -m ellm.loadtest.gpu.engine --models "$MODELS" --model "$model" \
+        --only ellm --strict --batch 1 32 256 --rounds 1 --out "$OUT/engine-strict.json"
+    fi
     if [ -n "${VLLM_PYTHON:-}" ]; then
       step "vLLM $model" "${engine[@]}" --only vllm --vllm-python "$VLLM_PYTHON"
     fi

@@ -30,7 +30,7 @@ import torch
 
 from ellm.loadtest.engine_bench import one_sample
 from ellm.loadtest.gpu.models import SHAPES, Work, make_model, work_of
-from ellm.loadtest.gpu.timing import aim, copy_rate, seconds, write
+from ellm.loadtest.gpu.timing import aim, beside, copy_rate, seconds, unmeasured, write
 from ellm.loadtest.side import SIDES, Answer, Side
 from ellm.worker.api.config import CacheConfig, ModelConfig, SchedulerConfig, WorkerConfig
 from ellm.worker.api.output import SequenceOutput
@@ -48,14 +48,15 @@ class OwnSide:
     name = "ellm"
 
     def __init__(self, engine: LoadedEngine) -> None:
-        self._loop = EngineLoop(engine.core, engine.executor)
         self._done = threading.Event()
+        self._loop = EngineLoop(engine.core, engine.executor, on_failure=lambda _: self._done.set())
         self._tokens: dict[str, list[int]] = {}
         self._left = self._number = 0
         self._loop.start(self._publish)
 
-    def run(self, prompts: list[list[int]], max_tokens: int) -> Answer:
-        """Exactly `max_tokens` for every prompt."""
+    def run(self, prompts: list[list[int]], max_tokens: int, wait_s: float = WAIT_S) -> Answer:
+        """Exactly `max_tokens` for every prompt. Raises RuntimeError where the engine ends, because of what
+        ended it, and where that takes longer than `wait_s`."""
         sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
         self._number += 1
         names = [f"{self._number}-{i}" for i in range(len(prompts))]
@@ -65,7 +66,7 @@ class OwnSide:
         self._done.clear()
         begin = time.perf_counter()
         self._loop.submit("bench", self._number, requests)
-        if not self._done.wait(WAIT_S):
+        if not self._done.wait(wait_s) or self._loop.state != "running":
             raise RuntimeError(f"the engine is {self._loop.state}") from self._loop.failure
         elapsed = time.perf_counter() - begin
         tokens = [self._tokens[name] for name in names]
@@ -85,10 +86,12 @@ class OwnSide:
             self._done.set()
 
 
-def config_of(args: argparse.Namespace, folder: Path) -> WorkerConfig:
+def config_of(args: argparse.Namespace, folder: Path, *, strict: bool = False) -> WorkerConfig:
     most, length = max(args.batch), args.input + args.output + BLOCK
     return WorkerConfig(
-        model=ModelConfig(path=str(folder), device=args.device, max_model_len=length),
+        model=ModelConfig(
+            path=str(folder), device=args.device, max_model_len=length, deterministic=strict or None
+        ),
         cache=CacheConfig(num_blocks=most * -(-length // BLOCK), prefix_caching=False),
         scheduler=SchedulerConfig(
             policy="full-chunked", max_num_seqs=most, max_step_tokens=args.step_tokens, max_waiting=2 * most
@@ -151,6 +154,7 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     rows = points(args, side, work.arch.vocab_size)
     side.close()
     del side
+    strict = strict_points(args, folder, work.arch.vocab_size) if args.strict else []
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -158,10 +162,19 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     peak = product_rate(device, args.product, torch.bfloat16)
     sizes = {"weight_bytes": 2 * work.matrix_elements, "kv_token_bytes": work.kv_token_bytes}
     rates = {"copy_bytes_per_s": bandwidth, "product_flop_per_s": peak, "start_s": start_s}
-    return {"model": name, **sizes, **rates, "rows": rows, "notes": []}
+    return {"model": name, **sizes, **rates, "rows": rows, "strict_rows": strict, "notes": []}
 
 
-def beside(args: argparse.Namespace, found: dict[str, Any]) -> None:
+def strict_points(args: argparse.Namespace, folder: Path, vocab: int) -> list[dict[str, Any]]:
+    """The same with STRICT, in the same run."""
+    gc.collect()
+    side = OwnSide(load_engine(config_of(args, folder, strict=True), lambda what, share: None))
+    rows = points(args, side, vocab)
+    side.close()
+    return rows
+
+
+def with_vllm(args: argparse.Namespace, found: dict[str, Any]) -> None:
     """vLLM's rows to ours, where there is a vLLM."""
     if args.vllm_python is None:
         found["notes"].append("vLLM not run: no --vllm-python was given")
@@ -193,18 +206,37 @@ def finish(args: argparse.Namespace, found: dict[str, Any]) -> None:
 
 
 def aims(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What vLLM has not said is said to be missing."""
     made = []
     for found in models:
-        for row in found["rows"]:
-            what = f"{found['model']}, batch {row['batch']}"
-            if row["side"] != OwnSide.name:
-                continue
-            if found["model"] == "llama-3-8b" and row["batch"] == 1:
-                made.append(aim(f"{what}: decode, of the memory-bandwidth bound", row["decode_share"], 0.75))
+        if found.get("strict_rows"):  # a run for that alone
+            made += _cost_of_strict(found)
+            continue
+        own = [row for row in found["rows"] if row["side"] == OwnSide.name]
+        alone = next((row for row in own if row["batch"] == 1), None)
+        if found["model"] == "llama-3-8b":
+            what = f"{found['model']}, batch 1: decode, of the memory-bandwidth bound"
+            missing = unmeasured(what, "batch 1 was not run")
+            made.append(missing if alone is None else aim(what, alone["decode_share"], 0.75))
+        reason = "; ".join(found["notes"]) or "vLLM was not run (VLLM_PYTHON names its interpreter)"
+        for row in own:
             for kind in ("decode", "prefill"):
-                if f"{kind}_over_vllm" in row:
-                    made.append(aim(f"{what}: {kind} over vLLM's", row[f"{kind}_over_vllm"], 0.8))
+                what, ratio = f"{found['model']}, batch {row['batch']}: {kind}", row.get(f"{kind}_over_vllm")
+                missing = unmeasured(f"{what} over vLLM's", reason)
+                made.append(missing if ratio is None else aim(f"{what} over vLLM's", ratio, 0.8))
     return made
+
+
+def _cost_of_strict(found: dict[str, Any]) -> list[dict[str, Any]]:
+    strict = {row["batch"]: row for row in found["strict_rows"]}
+    return [
+        beside(
+            f"{found['model']}, batch {row['batch']}: {kind}, STRICT over plain",
+            strict[row["batch"]][f"{kind}_tok_s"] / row[f"{kind}_tok_s"],
+        )
+        for row in found["rows"]
+        for kind in ("decode", "prefill")
+    ]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -224,6 +256,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--product", type=int, default=8192, help="rows and columns of the matrix product")
     add("--only", choices=("ellm", "vllm"), help="one side; vllm is put beside what --out holds of ours")
     add("--vllm-python", type=Path, default=None, help="interpreter of an environment with vLLM")
+    add("--strict", action="store_true", help="the same with STRICT, too: what it costs")
     add("--tiny", action="store_true", help="a tiny model, short runs: shows that it works")
     add("--out", default="engine.json")
     args = parser.parse_args(argv)
@@ -238,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     found = earlier(args.out) if args.only == "vllm" else [measure(args, name) for name in args.model]
     for model in found:
         if args.only != "ellm":
-            beside(args, model)
+            with_vllm(args, model)
         finish(args, model)
     write(args.out, torch.device(args.device), vars(args), models=found, aims=aims(found))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from ellm.kernels import dispatch
 from ellm.kernels.ops import Ops
 from ellm.worker.executor.local import LocalExecutor
-from ellm.worker.model.graphs import Replay
+from ellm.worker.model.graphs import NotRecorded, Replay
 
 Launches = Counter[str]
 
@@ -31,6 +32,10 @@ class CallAgain:
 
     def warm(self, call: Callable[[], object]) -> None:
         call()
+
+    def agree(self, problem: str | None) -> None:
+        if problem is not None:
+            raise NotRecorded(problem)
 
     def capture(self, call: Callable[[], object]) -> Replay:
         call()
@@ -96,6 +101,27 @@ def no_host_sync(device: str) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run here without a GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def interpreted_body(device: str, *, fused: bool) -> Ops | None:
+    """STRICT on interpreted kernels, where they are; None: what an executor chooses by itself."""
+    if device == "cuda" or not interpreted():
+        return None
+    return dispatch.triton_body(device, deterministic=True, fused=fused)
+
+
+def placeless() -> AbstractContextManager[None]:
+    """Interpreted matrix products give a row the same bits wherever it stands, as a GPU's shall."""
+    if not interpreted():
+        return nullcontext()
+    from ellm.kernels.triton_check import placeless_products
+
+    return placeless_products()
 
 
 @contextmanager

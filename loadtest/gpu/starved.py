@@ -22,7 +22,7 @@ import torch
 
 from ellm.loadtest import starved_pool
 from ellm.loadtest.gpu.models import SHAPES, make_model
-from ellm.loadtest.gpu.timing import aim, write
+from ellm.loadtest.gpu.timing import aim, unmeasured, write
 from ellm.loadtest.open_loop import run_open_loop
 from ellm.loadtest.sim.metrics import measure
 from ellm.loadtest.starved_pool import BLOCK, POLICIES, config_of, load, offer, run_all
@@ -68,12 +68,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def aims(raw: dict[str, Any]) -> list[dict[str, Any]]:
     """The cost model's p50 and p95 of held-out steps within 10 %, as 1 less the error."""
-    return [
+    made = [
         aim(f"{run['policy']}, {kind}: cost model's {q}", 1.0 - abs(errors[f"{q}_error"]), 0.9)
         for run in raw["runs"]
         for kind, errors in run["step_errors"].items()
         for q in ("p50", "p95")
     ]
+    unfit = [run["policy"] for run in raw["runs"] if not run["step_errors"]]
+    made += [unmeasured(f"{policy}: cost model", "too few steps to hold some out") for policy in unfit]
+    left_out = "not run, for want of time"
+    return made + [unmeasured(f"{policy}: cost model", left_out) for policy in raw["left_out"]]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

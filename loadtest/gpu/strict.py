@@ -9,6 +9,10 @@ alone. Then KV: what a prompt of all the tokens writes at once must be what deco
 written.
 
     python -m ellm.loadtest.gpu.strict --device cpu --tiny
+
+With the kernels interpreted, on the smallest model, 200 mixes take about half an hour:
+
+    TRITON_INTERPRET=1 python -m ellm.loadtest.gpu.strict --device cpu --tiny --mixes 200
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ellm.loadtest.gpu.models import SHAPES, make_model
+from ellm.loadtest.gpu.observed import interpreted, interpreted_body, placeless, taken
 from ellm.loadtest.gpu.timing import aim, write
 from ellm.worker.api.config import CacheConfig, DType, ModelConfig, SchedulerConfig, WorkerConfig
 from ellm.worker.api.output import TokenLogprobs
@@ -210,13 +215,15 @@ def measure(args: argparse.Namespace, dtype: DType) -> dict[str, Any]:
         cuda_graphs=args.device == "cuda" and args.graphs,
         cuda_graph_rows=args.step_tokens if args.graphs else 0,
     )
-    executor = LocalExecutor.load(config)
-    assert executor.deterministic
-    vocab, begin = executor.limits.vocab_size, perf_counter()
-    found = mixes(args, executor, config, requests_of(args, vocab))
-    found |= compare_kv(args, executor, vocab)
-    executor.close()
-    return {"dtype": dtype, **found, "s": perf_counter() - begin}
+    with taken(interpreted_body(args.device, fused=args.fused)), placeless():
+        executor = LocalExecutor.load(config)
+        assert executor.deterministic
+        vocab, begin = executor.limits.vocab_size, perf_counter()
+        found = mixes(args, executor, config, requests_of(args, vocab))
+        found |= compare_kv(args, executor, vocab)
+        body = executor.runner.ops.name
+        executor.close()
+    return {"dtype": dtype, "body": body, **found, "s": perf_counter() - begin}
 
 
 def aims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -238,7 +245,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", nargs="+", default=["bfloat16", "float32"])
     add("--model", default="tiny", choices=list(SHAPES))
     add("--models", type=Path, default=Path(".cache/gpu-models"), help="where checkpoints are, or are made")
-    add("--mixes", type=int, default=200)
+    add("--mixes", type=int, help="200, or 12 of the tiny form")
     add("--requests", type=int, default=16, help="from which every mix takes some")
     add("--prompt", type=int, default=150, help="longest part of a prompt that is its own")
     add("--output", type=int, default=40)
@@ -253,8 +260,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", default="strict.json")
     args = parser.parse_args(argv)
     if args.tiny:
-        vars(args).update(mixes=12, requests=8, prompt=40, output=24, batch=6, step_tokens=200, kv_cases=2)
+        vars(args).update(requests=8, prompt=40, output=24, batch=6, step_tokens=200, kv_cases=2)
         vars(args).update(dtype=["float32"], host_mib=4)
+        if interpreted():
+            vars(args).update(model="least", requests=6, prompt=20, output=12, batch=6, step_tokens=64)
+    args.mixes = args.mixes or (12 if args.tiny else 200)
     return args
 
 

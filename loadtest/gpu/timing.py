@@ -51,9 +51,19 @@ def aim(what: str, figure: float, least: float) -> dict[str, Any]:
     return {"what": what, "figure": figure, "least": least, "met": figure >= least}
 
 
+def beside(what: str, figure: float) -> dict[str, Any]:
+    """A figure that nothing is asked of."""
+    return {"what": what, "figure": figure, "least": None, "met": None}
+
+
+def unmeasured(what: str, reason: object) -> dict[str, Any]:
+    """What should have been measured, and why it was not."""
+    return {"what": what, "figure": None, "least": None, "met": None, "reason": str(reason)}
+
+
 def write(path: str, device: torch.device, arguments: dict[str, Any], **found: Any) -> None:
     """One JSON file: device, versions, commit, command and arguments (the seed is one, or 0), what was found.
-    `aims`: as `aim` makes them."""
+    `aims`: as `aim`, `beside` and `unmeasured` make them."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
     versions = {"torch": torch.__version__, "triton": _version("triton"), "cuda": torch.version.cuda}
     made = {"date": date.today().isoformat(), "commit": _commit(), "command": " ".join(sys.argv)}

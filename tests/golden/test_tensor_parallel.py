@@ -103,13 +103,14 @@ def test_no_token_depends_on_residency(
     ranks: RankPool, checkpoint: Callable[[str], Checkpoint], case: str, size: int, overlap: bool
 ) -> None:
     """Parked, cut, saved, loaded, recomputed, streamed at random: bitwise the scores of the same ranks with
-    room for all, and the tokens of one rank."""
+    room for all, and the tokens of one rank. Rows of holes run beside the others, or one layer ahead."""
     folder, _ = checkpoint(case)
     alone = golden.executor(folder, jit=True, num_blocks=200)
     tokens = play(alone, requests(), plain(max_num_seqs=1)).streams
     alone.close()
     room = {"transient_blocks": 20, "host_bytes": 1 << 20}
     settings = {"jit": True, "tensor_parallel_size": size, "tp_overlap": overlap, "tp_overlap_rows": 16}
+    settings["recompute_ahead"] = "off" if overlap else "on"
     with ranks.group(golden.config(folder, num_blocks=200, **settings)) as executor:
         roomy = play(executor, requests(), plain(max_num_seqs=8, max_step_tokens=96))
     assert roomy.streams == tokens

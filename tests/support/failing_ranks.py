@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from multiprocessing.connection import Connection
 
+import torch
 from support import golden
 from support.plans import PlanDriver
 
 from ellm.worker.api.config import WorkerConfig
 from ellm.worker.api.errors import ConfigError
-from ellm.worker.executor.local import LocalExecutor
+from ellm.worker.engine.plan import BatchPlan
+from ellm.worker.executor.local import LocalExecutor, LocalStep
 from ellm.worker.parallel.follower import run_follower
 from ellm.worker.parallel.group import RankSpec, Timeouts
 from ellm.worker.parallel.local_group import LocalGroup
@@ -44,6 +46,24 @@ def fail_to_load(config: WorkerConfig, spec: RankSpec) -> None:
     try:
         run_follower(config, spec)
     except ConfigError:
+        time.sleep(60)
+
+
+def fill_up(config: WorkerConfig, spec: RankSpec) -> None:
+    """A follower whose device has no memory left at its twentieth step in service."""
+    begin, served = LocalExecutor.begin, 0
+
+    def begin_some(executor: LocalExecutor, plan: BatchPlan) -> LocalStep:
+        nonlocal served
+        served += 1
+        if served == 20:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return begin(executor, plan)
+
+    LocalExecutor.begin = begin_some  # type: ignore[method-assign]
+    try:
+        run_follower(config, spec)
+    except torch.OutOfMemoryError:
         time.sleep(60)
 
 

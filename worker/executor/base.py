@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from ellm.worker.engine.plan import BatchPlan, ModelLimits, StepResult
@@ -10,6 +11,7 @@ __all__ = [
     "BatchPlan",
     "BeginningExecutor",
     "BegunStep",
+    "EndedStep",
     "Executor",
     "GrammarCompiler",
     "ModelLimits",
@@ -45,9 +47,27 @@ class BegunStep(Protocol):
         """Whether the next plan may begin only when this one's result has been read."""
         ...
 
+    def wait(self) -> None:
+        """Until `result` returns at once; from any thread, without keeping a core busy."""
+        ...
+
     def result(self) -> StepResult:
         """Wait for its tokens. Once; in the order in which steps were begun."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class EndedStep:
+    """A plan that was computed at once: a BegunStep."""
+
+    told: StepResult
+    ended = True
+    feeds_back = True
+
+    def wait(self) -> None: ...
+
+    def result(self) -> StepResult:
+        return self.told
 
 
 @runtime_checkable

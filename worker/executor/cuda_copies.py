@@ -7,7 +7,7 @@ what is wrong with one is not the others' end.
 from __future__ import annotations
 
 import logging
-import time
+import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +17,12 @@ import torch
 
 from ellm.worker.engine.plan import BlockCopy
 from ellm.worker.executor.copies import EndedCopies, EndedCopy, attempt, summary
+from ellm.worker.executor.end_watch import EndWatch
 from ellm.worker.model.cuda_host_pool import NUM_STAGED
 from ellm.worker.model.host_pool import HostPool
 from ellm.worker.model.staged_moves import Move
 
 log = logging.getLogger(__name__)
-
-_POLL_S = 50e-6
 
 
 class BatchedHostPool(HostPool, Protocol):
@@ -45,9 +44,13 @@ class _Open:
     def ended(self) -> bool:
         return bool(self.end.query())  # type: ignore[no-untyped-call]
 
+    def wait(self) -> None:
+        self.end.synchronize()
+
 
 def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    """Whoever waits for it sleeps."""
+    return torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
 
 
 class _Lane:
@@ -57,6 +60,7 @@ class _Lane:
         self.save = save
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.open: deque[_Open] = deque()
+        self.watch = EndWatch("ellm-saves" if save else "ellm-loads")
 
     def start(self, host: BatchedHostPool, copies: Sequence[BlockCopy]) -> None:
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
@@ -107,13 +111,21 @@ class CudaCopier:
                 lane.start(self._host, copies)
 
     def wait_next(self) -> None:
-        heads = [lane.open[0] for lane in self._lanes if lane.open]
-        while heads and not any(head.ended for head in heads):
-            time.sleep(_POLL_S)
+        heads = [(lane, lane.open[0]) for lane in self._lanes if lane.open]
+        if not heads or any(head.ended for _, head in heads):
+            return
+        if len(heads) == 1:
+            heads[0][1].wait()
+            return
+        either = threading.Event()
+        for lane, head in heads:
+            lane.watch.tell(head.wait, either.set)
+        either.wait()
 
     def wait_all(self) -> None:
         for lane in self._lanes:
-            lane.stream.synchronize()
+            if lane.open:
+                lane.open[-1].wait()
 
     def ended(self) -> EndedCopies:
         ended = [copy for lane in self._lanes for copy in lane.ended()]
@@ -121,3 +133,5 @@ class CudaCopier:
 
     def close(self) -> None:
         self.wait_all()
+        for lane in self._lanes:
+            lane.watch.stop()

@@ -49,6 +49,9 @@ class LocalStep:
     def feeds_back(self) -> bool:
         return self._output.feeds_back
 
+    def wait(self) -> None:
+        self._output.wait()
+
     def result(self) -> StepResult:
         output = self._output.read()
         elapsed_s, ended = self._owner.read(self)

@@ -24,7 +24,7 @@ from ellm.worker.executor.loaded_model import LoadedModel, load_model
 from ellm.worker.executor.memory import PeakMemory, available_bytes
 from ellm.worker.executor.peers import Peers
 from ellm.worker.executor.pool_size import MemoryBudget, PoolSize, check_transient, share_of_rank, size_pool
-from ellm.worker.executor.recording import foreseen_bytes, record, recordable
+from ellm.worker.executor.recording import StepRecording
 from ellm.worker.executor.resolve import hole_ways, resolve_device, select_ops
 from ellm.worker.executor.warm_up import largest_plans, step_kinds
 from ellm.worker.model.architecture import Architecture
@@ -60,6 +60,7 @@ class _Parts:
     loaded: LoadedModel
     communicator: Communicator
     ways: tuple[HoleWay, ...]
+    recording: StepRecording
 
     def cache(self, num_blocks: int) -> KVCache:
         cache, loaded = self.config.cache, self.loaded
@@ -94,8 +95,9 @@ def load_rank(config: WorkerConfig, progress: Progress, peers: Peers) -> LoadedR
     share = available // peers.size if device.type == "cpu" else available
     with room_for("the weights are loaded", device, "a smaller dtype or more ranks make them fit"):
         loaded = load_model(config, ops, device, progress, communicator, share)
-    ways = hole_ways(config, ops, peers.size)
-    parts = _Parts(config, ops, loaded, communicator, ways)
+    ways = hole_ways(config, ops)
+    recording = StepRecording(config, communicator, lambda so: bool(peers.agree_least([so])[0]))
+    parts = _Parts(config, ops, loaded, communicator, ways, recording)
     cache_config = share_of_rank(config.cache, peers.size)
     budget = _budget(cache_config, loaded, available, host_available, peers.size)
     check_transient(cache_config, budget)
@@ -112,7 +114,7 @@ def load_rank(config: WorkerConfig, progress: Progress, peers: Peers) -> LoadedR
     runner.obey(grammars)
     if graphs is not None:
         with room_for("steps are recorded", device, "lower cache.memory_fraction or cuda_graph_rows"):
-            record(config, runner, limits.max_model_len, communicator, graphs, progress)
+            recording.record(runner, limits.max_model_len, graphs, progress)
     return LoadedRank(runner, limits, ops, loaded, tier, copier, grammars)
 
 
@@ -201,7 +203,7 @@ def _warm_up(parts: _Parts, progress: Progress) -> tuple[int, int | None]:
     except KernelError as error:
         raise ConfigError(str(error), param="model.deterministic") from None
     activations, graphs = peak.read(), None
-    if recordable(config, parts.ops, parts.loaded.device, parts.communicator.shard.size):
-        graphs = foreseen_bytes(config, runner, max_model_len, parts.communicator)
+    if parts.recording.possible(parts.ops, parts.loaded.device):
+        graphs = parts.recording.foreseen_bytes(runner, max_model_len)
     progress("warming up", 1.0)
     return activations, graphs

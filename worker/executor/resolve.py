@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 
 from ellm.kernels import dispatch
@@ -12,8 +10,6 @@ from ellm.worker.api.config import WorkerConfig
 from ellm.worker.api.errors import ConfigError
 from ellm.worker.engine.plan import HoleWay
 from ellm.worker.model.architecture import Architecture
-
-log = logging.getLogger(__name__)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -65,7 +61,7 @@ def select_ops(config: WorkerConfig, device: torch.device) -> Ops:
         raise ConfigError(str(error)) from None
 
 
-def hole_ways(config: WorkerConfig, ops: Ops, num_ranks: int) -> tuple[HoleWay, ...]:
+def hole_ways(config: WorkerConfig, ops: Ops) -> tuple[HoleWay, ...]:
     """How rows of holes may run beside the others; the first where nobody chooses. Empty where there are no
     holes.
 
@@ -76,9 +72,6 @@ def hole_ways(config: WorkerConfig, ops: Ops, num_ranks: int) -> tuple[HoleWay, 
         return ()
     fused = config.fused_attention if ops.name == "triton" else "off"
     ahead = config.recompute_ahead
-    if num_ranks > 1 and ahead != "off":
-        log.warning("recompute_ahead: several ranks are not supported, rows of holes run beside the others")
-        ahead = "off"
     if ahead == "on":
         return ("ahead",)
     ways: list[HoleWay] = ["fused"] if fused == "on" else ["apart"]

@@ -17,22 +17,45 @@ from dataclasses import replace
 from ellm.worker.api.config import WorkerConfig
 from ellm.worker.api.cost_model import CostModel
 from ellm.worker.engine.plan import BatchPlan, ModelLimits, StepResult
-from ellm.worker.executor.local import LocalExecutor
+from ellm.worker.executor.base import BegunStep, EndedStep
+from ellm.worker.executor.local import LocalExecutor, LocalStep
 from ellm.worker.model.grammar import Grammars
 from ellm.worker.model.hub import local_folder
 from ellm.worker.model.inspect import read_architecture
 from ellm.worker.model.loader import Progress, no_progress
 from ellm.worker.model.shard import check_sharding
 from ellm.worker.parallel.group import Group, GroupFailed
-from ellm.worker.parallel.messages import ALIVE, CLOSE, PLAN, Message, checksum
+from ellm.worker.parallel.messages import ALIVE, BEGIN, CLOSE, PLAN, READ, Message, checksum
 from ellm.worker.parallel.peers import GroupPeers
 from ellm.worker.parallel.plan_codec import PlanPacker
 
 log = logging.getLogger(__name__)
 
 
+class GroupStep:
+    """A step that every rank's device has been asked for: see BegunStep."""
+
+    def __init__(self, owner: TensorParallelExecutor, local: LocalStep) -> None:
+        self._owner, self._local = owner, local
+
+    @property
+    def ended(self) -> bool:
+        return self._local.ended
+
+    @property
+    def feeds_back(self) -> bool:
+        return self._local.feeds_back
+
+    def wait(self) -> None:
+        self._local.wait()
+
+    def result(self) -> StepResult:
+        """Raises GroupFailed as `execute`."""
+        return self._owner.read(self._local)
+
+
 class TensorParallelExecutor:
-    """`execute` and `close` may be called by any one thread at a time."""
+    """`execute`, `begin`, their results and `close` may be called by any one thread at a time."""
 
     def __init__(
         self,
@@ -51,6 +74,9 @@ class TensorParallelExecutor:
         self._lock = threading.Lock()  # whoever speaks to the group
         self._stopped = threading.Event()
         self.failure: Exception | None = None  # what ended the group
+        # Whether a step may be asked for before the one before has been read: what a CPU is asked for it has
+        # computed, and to read it apart would cost another message.
+        self.queues = local.device.startswith("cuda")
         self.device, self.dtype, self.deterministic = local.device, local.dtype, local.deterministic
         self.at_close: Callable[[], None] = lambda: None
         self._alive = threading.Thread(target=self._show_life, name="ellm-group", daemon=True)
@@ -104,9 +130,28 @@ class TensorParallelExecutor:
         start = time.perf_counter()
         with self._lock, self._ending_group():
             self._say(PLAN, self._packer.pack(plan))
-            result = self._local.execute(plan)
-            self._checksum = checksum(result.token_ids)
+            result = self._result_of(self._local.begin(plan))
         return replace(result, elapsed_s=time.perf_counter() - start)
+
+    def begin(self, plan: BatchPlan) -> BegunStep:
+        """Ask all ranks for a step; see BeginningExecutor. Raises as `execute`."""
+        if not self.queues:
+            return EndedStep(self.execute(plan))
+        with self._lock, self._ending_group():
+            self._say(BEGIN, self._packer.pack(plan))
+            return GroupStep(self, self._local.begin(plan))
+
+    def read(self, step: LocalStep) -> StepResult:
+        """Every rank reads the step that it began first and has not read."""
+        with self._lock, self._ending_group():
+            self._say(READ)
+            return self._result_of(step)
+
+    def _result_of(self, step: LocalStep) -> StepResult:
+        self._group.wait_for_device(step)
+        result = step.result()
+        self._checksum = checksum(result.token_ids)
+        return result
 
     def profile(self, config: WorkerConfig, progress: Progress) -> CostModel:
         """See LocalExecutor; steps are those of the group."""

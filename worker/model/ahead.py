@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ellm.worker.engine.plan import BatchPlan, PlanEntry
-from ellm.worker.model.computation import Alone, Computation, next_call
+from ellm.worker.model.computation import Communicator, Computation, next_call
 from ellm.worker.model.kv_cache import NUM_BANKS
 from ellm.worker.model.layers import PoolAttention
 
@@ -101,10 +101,11 @@ def run_ahead(
     again: tuple[Computation, PoolAttention],
     num_layers: int,
     lanes: Lanes,
+    communicator: Communicator,
 ) -> Tensor:
-    """The result of `others`, each layer of which reads what the same layer of `again` stores. One rank."""
+    """The result of `others`, each layer of which reads what the same layer of `again` stores. Ranks make the
+    sums of both in one order; a sum waits for what was asked for before it alone: none waits in vain."""
     (computation, attend), (before, attend_before) = others, again
-    alone = Alone()
     stored: list[Mark] = []
     read: list[Mark] = []
     begin = lanes.mark()  # the inputs
@@ -112,7 +113,7 @@ def run_ahead(
     value: Tensor | None = None
 
     def run_layer(layer: int) -> Tensor | None:
-        call = next_call(before, ahead, alone)
+        call = next_call(before, ahead, communicator)
         if layer >= NUM_BANKS:
             lanes.wait(read[layer - NUM_BANKS])
         if layer + 1 < num_layers:
@@ -130,18 +131,18 @@ def run_ahead(
         if layer + 1 < num_layers:
             with lanes.ahead():
                 ahead = run_layer(layer + 1)
-        call = next_call(computation, value, alone)
+        call = next_call(computation, value, communicator)
         lanes.wait(stored[layer])
         value = attend(call)
         read.append(lanes.mark())
     before.close()
     assert value is not None
-    return _finish(computation, value)
+    return _finish(computation, value, communicator)
 
 
-def _finish(computation: Computation, value: Tensor) -> Tensor:
+def _finish(computation: Computation, value: Tensor, communicator: Communicator) -> Tensor:
     try:
-        next_call(computation, value, Alone())
+        next_call(computation, value, communicator)
     except StopIteration as end:
         result: Tensor = end.value
         return result

@@ -47,6 +47,11 @@ class BegunStep:
         follow them. All others find the last token on the device."""
         return any(state.counts is not None or state.grammar is not None for _, state in self.sampling)
 
+    def wait(self) -> None:
+        """Until `read` returns at once; from any thread."""
+        if self.tokens is not None:
+            self.tokens.wait()
+
     def read(self) -> StepOutput:
         """Wait for the step's end; penalties and grammars see its tokens. Once."""
         told = [] if self.tokens is None else self.tokens.wait()

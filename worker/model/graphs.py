@@ -5,6 +5,9 @@ Rows that are left over have no slot and no context: they store nothing and read
 slots, lengths and tables lie at fixed addresses, so which sequences take part, and what they have parked,
 changes no graph. Steps with chunks, rows of a hole or streamed blocks run in recorded pieces (pieces.py) or
 as they always did; so does sampling.
+
+Ranks of a group record the same sizes in one order, the sums that they make together included; they record
+all, or none of them does.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice, product
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,13 +32,19 @@ log = logging.getLogger(__name__)
 
 LEAST_CONTEXT = 512  # tokens: one part of a decode row's keys
 Replay = Callable[[], None]
+_T = TypeVar("_T")
+
+
+class NotRecorded(Exception):
+    """Why a call cannot be replayed."""
 
 
 class Recorder(Protocol):
     """Turns calls into something that can be replayed on the same memory."""
 
     def record(self, call: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        """(what runs it again, the tensor that holds the result each time); `call` may run at once, too."""
+        """(what runs it again, the tensor that holds the result each time); `call` may run at once, too.
+        Raises NotRecorded."""
         ...
 
     def warm(self, call: Callable[[], object]) -> None:
@@ -43,7 +52,11 @@ class Recorder(Protocol):
         ...
 
     def capture(self, call: Callable[[], object]) -> Replay:
-        """Record a call that has been warmed; its results lie where it puts them."""
+        """Record a call that has been warmed; its results lie where it puts them. Raises NotRecorded."""
+        ...
+
+    def agree(self, problem: str | None) -> None:
+        """Raises NotRecorded where there is a problem, here or on another rank."""
         ...
 
 
@@ -70,10 +83,53 @@ class CudaRecorder:
 
     def capture(self, call: Callable[[], object]) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            call()
+        try:
+            # What other threads ask a device for meanwhile (NCCL's looks after its work) does no harm.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                call()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise NotRecorded(reason) from error
         self._pool = self._pool or graph.pool()
         return graph.replay
+
+    def agree(self, problem: str | None) -> None:
+        if problem is not None:
+            raise NotRecorded(problem)
+
+
+class RanksRecorder:
+    """One rank's recorder in a group: what one rank cannot record, no rank replays. All make the same calls
+    in the same order; recording itself moves nothing between ranks, but warming does: what fails there has
+    failed on the device, and ends the group."""
+
+    def __init__(self, own: Recorder, agree: Callable[[bool], bool]) -> None:
+        """`agree`: whether it is so on all ranks."""
+        self._own, self._agree = own, agree
+
+    def record(self, call: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        return self._together(lambda: self._own.record(call))
+
+    def warm(self, call: Callable[[], object]) -> None:
+        self._own.warm(call)
+
+    def capture(self, call: Callable[[], object]) -> Replay:
+        return self._together(lambda: self._own.capture(call))
+
+    def agree(self, problem: str | None) -> None:
+        if not self._agree(problem is None):
+            raise NotRecorded(problem or "another rank cannot")
+
+    def _together(self, make: Callable[[], _T]) -> _T:
+        try:
+            made = make()
+        except NotRecorded as error:
+            self.agree(str(error))
+            raise
+        self.agree(None)
+        return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +152,12 @@ def _doubled(least: int, most: int) -> tuple[int, ...]:
     return (*sizes[:-1], most) if sizes[-1] > most > least else tuple(sizes)
 
 
-def graph_problem(ops: Ops, device: torch.device, num_ranks: int) -> str | None:
-    """Why decode steps cannot be recorded, or None."""
+def graph_problem(ops: Ops, device: torch.device) -> str | None:
+    """Why decode steps cannot be recorded here, or None."""
     if device.type != "cuda":
         return f"CUDA graphs need a GPU, not {device.type}"
     if ops.name != "triton":
         return "CUDA graphs need the Triton kernels: torch's operations store rows that have no slot"
-    if num_ranks > 1:
-        return "CUDA graphs of several ranks are not supported"
     return None
 
 
@@ -154,7 +208,7 @@ class DecodeGraphs:
         rows, contexts = reversed(self._sizes.rows), tuple(reversed(self._sizes.contexts))
         with torch.inference_mode():
             for size in islice(product(rows, contexts), count):
-                self._graph(*size)
+                self._record(*size)
 
     def hidden(self, plan: BatchPlan, inputs: StepInputs) -> Tensor | None:
         """Final hidden states [n, E] of the rows that keep the LM head, to be read before the next step; None
@@ -167,7 +221,7 @@ class DecodeGraphs:
             return None
         rows = next(n for n in self._sizes.rows if n >= num_rows)
         context = next(n for n in self._sizes.contexts if n >= meta.max_kv_len)
-        graph = self._graph(rows, context)
+        graph = self._graphs.get((rows, context))
         if graph is None:
             return None
         self._fill(inputs, rows)
@@ -177,29 +231,26 @@ class DecodeGraphs:
         hidden = out[:num_rows]
         return hidden if inputs.rows is None else hidden.index_select(0, inputs.rows)
 
-    def _graph(self, rows: int, context: int) -> tuple[Replay, Tensor] | None:
-        if self._failed or self._unsafe():
-            return None
-        found = self._graphs.get((rows, context))
-        if found is None:
-            self._clear(0, rows)
-            try:
-                found = self._recorder.record(lambda: self._run(rows, context))
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                self._failed = True
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                log.warning("a decode step cannot be recorded as a CUDA graph, steps run without: %s", reason)
-                return None
-            if self._unsafe():  # found out on the way
-                return None
-            self._graphs[(rows, context)] = found
-        return found
+    def _record(self, rows: int, context: int) -> None:
+        if self._failed or (rows, context) in self._graphs:
+            return
+        self._clear(0, rows)
+        try:
+            self._recorder.agree(self._problem())
+            found = self._recorder.record(lambda: self._run(rows, context))
+            self._recorder.agree(self._problem())  # found out on the way
+        except NotRecorded as error:
+            self._failed = True
+            self._graphs.clear()
+            log.warning("a decode step cannot be recorded as a CUDA graph, steps run without: %s", error)
+            return
+        self._graphs[(rows, context)] = found
 
-    def _unsafe(self) -> bool:
-        """Whether torch's operations stand in for a kernel: rows without a slot would be stored."""
-        return bool(getattr(self._ops, "broken", ()))
+    def _problem(self) -> str | None:
+        """Where torch's operations stand in for kernels, rows without a slot would be stored. What breaks
+        later is in no graph."""
+        broken = sorted(getattr(self._ops, "broken", ()))
+        return f"torch's operations stand in for {', '.join(broken)}" if broken else None
 
     def _run(self, rows: int, context: int) -> Tensor:
         """The layers on the fixed inputs: [rows, E]."""

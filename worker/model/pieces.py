@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ellm.worker.model.computation import Attend, AttentionCall, Communicator, Computation, next_call
-from ellm.worker.model.graphs import Recorder, Replay
+from ellm.worker.model.graphs import NotRecorded, Recorder, Replay
 from ellm.worker.model.inputs import StepInputs
 from ellm.worker.model.layers import CausalModel
 
@@ -186,9 +186,7 @@ class PieceGraphs:
         try:
             self._recorder.warm(whole)
             self._chains[rows] = _Chain(walk, [piece(index) for index in range(count)])
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
+        except NotRecorded as error:
             self._failed = True
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            log.warning("a step cannot be recorded in pieces, mixed steps run without: %s", reason)
+            self._chains.clear()
+            log.warning("a step cannot be recorded in pieces, mixed steps run without: %s", error)

@@ -160,6 +160,7 @@ class ModelRunner:
             (self._computation(again), self._attention(plan, again.meta, None)),
             self._cache.num_layers,
             self._lanes,
+            self._communicator,
         )
 
     def _loads_of(self, plan: BatchPlan) -> LayerLoads | None:

@@ -33,7 +33,9 @@ class ToHost:
         self._tensors = tensors
         if device.type != "cpu":
             self._tensors = [_pinned_like(tensor).copy_(tensor, non_blocking=True) for tensor in tensors]
-            self._event = torch.cuda.current_stream(device).record_event()
+            # Whoever waits for it sleeps.
+            self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(device))
 
     @property
     def there(self) -> bool:
@@ -41,7 +43,7 @@ class ToHost:
         return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> Sequence[Tensor]:
-        """On the CPU. Waits for nothing that was asked for later."""
+        """On the CPU. Waits for nothing that was asked for later; from any thread."""
         if self._event is not None:
             self._event.synchronize()
         return self._tensors

@@ -2,7 +2,8 @@
 
 A ring adds the parts of an element in an order that depends on where it lies in the message: from three
 ranks on the sum of a row depends on its company. There under STRICT, and for small messages on a CPU where
-it is faster, every rank therefore gets all parts and adds them in the order of ranks, in float32.
+it is faster, every rank therefore gets all parts and adds them in the order of ranks, in float32. On a GPU
+STRICT does so with two ranks, too: NCCL adds half types in different ways, and chooses by a message's size.
 
 The GPU's way has not run on several GPUs yet.
 """
@@ -73,7 +74,8 @@ class GroupCommunicator:
         self.spent_s = 0.0  # by this rank's thread, on asking for sums and waiting for them
         self._group = group
         self._backend = backend
-        self._ordered = ordered and group.size > 2  # a sum of two is the same either way round
+        # gloo adds two parts the same either way round.
+        self._ordered = ordered and (on_gpu or group.size > 2)
         self._on_gpu = on_gpu
         self._small_bytes = 0 if on_gpu else SMALL_BYTES
 
@@ -118,7 +120,9 @@ def make_communicator(group: Group, device: torch.device, *, ordered: bool) -> G
     if device.type == "cpu":
         return GroupCommunicator(group, lambda: group.gloo, ordered=ordered, on_gpu=False)
     options = _distributed.ProcessGroupNCCL.Options()
-    options._timeout = timedelta(seconds=group.spec.timeouts.step_s)
+    # The last resort, behind the group's own limits: it ends the whole process without a word to the others.
+    timeouts = group.spec.timeouts
+    options._timeout = timedelta(seconds=max(timeouts.start_s, 2 * timeouts.step_s))
     store = _distributed.PrefixStore("nccl", group.store)
     nccl = _distributed.ProcessGroupNCCL(store, group.rank, group.size, options)
     group.at_end(nccl.abort)

@@ -3,11 +3,13 @@ what rank 0 must know it learns from the sums that they make together."""
 
 from __future__ import annotations
 
+from collections import deque
+
 from ellm.worker.api.config import WorkerConfig
-from ellm.worker.executor.local import LocalExecutor
+from ellm.worker.executor.local import LocalExecutor, LocalStep
 from ellm.worker.model.loader import Progress, no_progress
 from ellm.worker.parallel.group import Group, GroupFailed, RankSpec
-from ellm.worker.parallel.messages import ALIVE, CLOSE, PLAN, Message, checksum
+from ellm.worker.parallel.messages import ALIVE, BEGIN, CLOSE, PLAN, READ, Message, checksum
 from ellm.worker.parallel.peers import GroupPeers
 from ellm.worker.parallel.plan_codec import PlanUnpacker
 
@@ -33,6 +35,7 @@ def run_follower(config: WorkerConfig, spec: RankSpec, progress: Progress = no_p
 
 def _obey(group: Group, executor: LocalExecutor) -> None:
     unpacker, expected, sampled = PlanUnpacker(), 0, 0
+    begun: deque[LocalStep] = deque()
     while True:
         message = Message.unpack(group.receive())
         if message.number != expected:
@@ -40,10 +43,13 @@ def _obey(group: Group, executor: LocalExecutor) -> None:
         if message.checksum != sampled:
             raise GroupFailed(f"rank {group.rank} has sampled other tokens than rank 0")
         expected += 1
-        if message.kind == PLAN:
-            result = executor.execute(unpacker.unpack(message.payload))
-            sampled = checksum(result.token_ids)
-        else:
+        if message.kind in (PLAN, BEGIN):
+            begun.append(executor.begin(unpacker.unpack(message.payload)))
+        if message.kind in (PLAN, READ):
+            step = begun.popleft()
+            group.wait_for_device(step)
+            sampled = checksum(step.result().token_ids)
+        elif message.kind != BEGIN:
             group.barrier()
             if message.kind == CLOSE:
                 return

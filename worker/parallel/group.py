@@ -39,6 +39,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ellm.worker.api.errors import EllmError
+from ellm.worker.executor.base import BegunStep
+from ellm.worker.executor.end_watch import EndWatch
 from ellm.worker.parallel import rendezvous as meeting
 from ellm.worker.parallel.rendezvous import GroupFailed, RankSpec, Rendezvous, Timeouts, report_death
 
@@ -68,6 +70,7 @@ class Group:
         self._frame = torch.zeros(_FRAME_BYTES, dtype=torch.uint8)
         self._failed = False
         self._at_end: list[Callable[[], None]] = []
+        self._device_watch = EndWatch("ellm-group-device")
         self._listener = None if spec.rank == 0 else meeting.Listener(spec)
 
     @staticmethod
@@ -115,6 +118,23 @@ class Group:
             reason = self._reason()
             if reason is not None:
                 raise reason
+
+    def wait_for_device(self, step: BegunStep) -> None:
+        """Until this rank's device has ended a step. Devices wait for each other without an end, so the
+        others' last words are looked for meanwhile, and the step may take as long as a collective."""
+        if step.ended:
+            return
+        ended = threading.Event()
+        self._device_watch.tell(step.wait, ended.set)
+        until = time.monotonic() + self.spec.timeouts.step_s
+        while not ended.wait(_LOOK_EVERY.total_seconds()):
+            reason = self._reason()
+            if reason is not None:
+                raise reason
+            if time.monotonic() > until:
+                raise GroupFailed(
+                    f"rank {self.rank}: its device has not ended a step within {self.spec.timeouts.step_s} s"
+                )
 
     def at_end(self, act: Callable[[], None]) -> None:
         """Also when this rank leaves."""
@@ -178,6 +198,7 @@ class Group:
 
     def close(self) -> None:
         """Leave."""
+        self._device_watch.stop()
         if self._listener is not None:
             self._listener.stop()
         gloo, self._gloo = self._gloo, None

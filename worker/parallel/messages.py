@@ -1,7 +1,10 @@
-"""What rank 0 says to the others between collectives: a plan, a sign of life, or the end.
+"""What rank 0 says to the others between collectives: a plan, to read one, a sign of life, or the end.
+
+A plan is computed and read at once, or begun alone: then the others read it when they are told to, so that
+every rank begins and reads in one order.
 
 A message carries its number, so that a lost or foreign one is noticed, and a checksum of the tokens that
-rank 0 sampled in the step before, so that ranks that no longer agree end instead of going on.
+rank 0 sampled in the step that it read last, so that ranks that no longer agree end instead of going on.
 """
 
 from __future__ import annotations
@@ -12,13 +15,13 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-PLAN, ALIVE, CLOSE = 1, 2, 3
+PLAN, ALIVE, CLOSE, BEGIN, READ = 1, 2, 3, 4, 5
 _HEADER = struct.Struct("<IIQ")  # kind, checksum, number
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """`payload`: a packed plan, or nothing."""
+    """`payload`: of PLAN and BEGIN a packed plan, of others nothing."""
 
     kind: int
     number: int

@@ -5,10 +5,11 @@ Streams and events are the parts that a GPU would have; here everything has ende
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import ClassVar
 
 import pytest
 import torch
@@ -21,14 +22,26 @@ SIZE, HOST_BLOCKS = 1000, 40
 
 
 class Ended:
-    """An event that has passed, 2 ms after any other."""
+    """An event that has passed, 2 ms after any other; unless it is held."""
 
-    def __init__(self, **_: Any) -> None: ...
+    made: ClassVar[list[Ended]] = []
+
+    def __init__(self, *, enable_timing: bool, blocking: bool) -> None:
+        assert enable_timing
+        assert blocking, "who waits sleeps"
+        self.passed = threading.Event()
+        self.num_looks = 0
+        self.passed.set()
+        self.made.append(self)
 
     def record(self) -> None: ...
 
     def query(self) -> bool:
-        return True
+        self.num_looks += 1
+        return self.passed.is_set()
+
+    def synchronize(self) -> None:
+        assert self.passed.wait(30)
 
     def elapsed_time(self, end: Ended) -> float:
         return 2.0
@@ -99,6 +112,29 @@ def test_copies_that_start_together_move_together(pool: Pool, copier: CudaCopier
     assert ended.times.saved_s == pytest.approx(0.004)  # two batches of 2 ms
     assert ended.times.loaded_s == pytest.approx(0.002)
     assert copier.ended().done == ()
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_who_waits_for_the_next_copy_sleeps(copier: CudaCopier, both_ways: bool) -> None:
+    """Until one of either direction has ended."""
+    Ended.made.clear()
+    copier.start(copies(2), copies(1, 90) if both_ways else ())
+    ends = Ended.made[1::2]
+    for event in ends:
+        event.passed.clear()
+    told = threading.Event()
+    waiting = threading.Thread(target=lambda: (copier.wait_next(), told.set()))
+    waiting.start()
+    assert not told.wait(0.05)
+    ends[-1].passed.set()
+    assert told.wait(30)
+    waiting.join()
+    assert all(event.num_looks <= 1 for event in ends)
+    assert copier.ended().done == ((90,) if both_ways else (0, 1))
+    ends[0].passed.set()
+    copier.wait_all()
+    assert copier.ended().done == ((0, 1) if both_ways else ())
+    copier.close()
 
 
 def test_a_wrong_copy_ends_itself_and_nobody_else(

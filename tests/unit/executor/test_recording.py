@@ -19,7 +19,7 @@ from torch import Tensor
 from ellm.worker.api.errors import ConfigError
 from ellm.worker.executor import recording
 from ellm.worker.executor.local import LocalExecutor
-from ellm.worker.executor.recording import SAMPLED, foresee
+from ellm.worker.executor.recording import SAMPLED, Usage, foresee, taken
 from ellm.worker.model.graphs import DecodeSizes, Replay
 from ellm.worker.model.pieces import piece_rows
 
@@ -58,8 +58,27 @@ class Graphs:
 )
 def test_a_few_stand_for_all(sizes: tuple[int, ...], freed: int, expected: int) -> None:
     kinds = [Graphs(n, freed) for n in sizes]
-    assert foresee(kinds, lambda: 1000 + sum(kind.bytes for kind in kinds)) == expected
+
+    def in_use() -> Usage:
+        num_bytes = 1000 + sum(kind.bytes for kind in kinds)
+        return Usage(num_bytes, num_bytes)
+
+    assert foresee(kinds, in_use, 50) == expected
     assert [kind.recorded for kind in kinds] == [min(n, 1 + SAMPLED) for n in sizes]
+
+
+@pytest.mark.parametrize(
+    ("allocated", "device", "expected"),
+    [
+        (700, 700, 700),
+        (700, 740, 740),  # the driver keeps 40
+        (700, 9_000_700, 800),  # a neighbour has come
+        (700, -9_000_000, 700),  # one has left
+        (-50, 20, 70),  # a little was given back meanwhile
+    ],
+)
+def test_a_neighbour_on_the_device_disturbs_little(allocated: int, device: int, expected: int) -> None:
+    assert taken(Usage(5_000, 80_000), Usage(5_000 + allocated, 80_000 + device), 100) == expected
 
 
 class Device:
@@ -69,6 +88,8 @@ class Device:
         self._recorders: weakref.WeakSet[Recorder] = weakref.WeakSet()
         self.num_made = 0
         self.later_bytes = 0  # that a graph takes more when there is a pool
+        self.neighbour_bytes = 0
+        self.has_neighbour = False
 
     def recorder(self, device: torch.device) -> Recorder:
         made = Recorder(GRAPH_BYTES + (self.later_bytes if self.num_made else 0))
@@ -76,9 +97,12 @@ class Device:
         self._recorders.add(made)
         return made
 
-    def bytes_in_use(self, device: torch.device) -> int:
+    def bytes_in_use(self, device: torch.device) -> Usage:
+        """Its neighbour comes and goes."""
         gc.collect()
-        return 100 * MIB + sum(one.bytes for one in self._recorders)
+        self.neighbour_bytes = 200 * MIB - self.neighbour_bytes
+        seen = sum(one.bytes for one in self._recorders)
+        return Usage(seen, seen + 100 * MIB + (self.neighbour_bytes if self.has_neighbour else 0))
 
 
 class Recorder(CallAgain):
@@ -131,8 +155,17 @@ def test_the_pool_leaves_room_for_what_is_recorded(
     free = AVAILABLE // 2 // 2 - taken
     assert memory["KV pool"] == free // memory["KV block"] * memory["KV block"]
     assert device.num_made == 2, "once to see what they take, once for good"
-    assert device.bytes_in_use(torch.device("cpu")) - 100 * MIB == memory["CUDA graphs"]
+    assert device.bytes_in_use(torch.device("cpu")).allocated == memory["CUDA graphs"]
     assert "more than was foreseen" not in caplog.text
+    executor.close()
+
+
+def test_a_neighbour_that_grows_is_not_taken_for_graphs(folder: Path, device: Device) -> None:
+    device.has_neighbour = True
+    executor = load(folder, cuda_graphs=True)
+    of_graphs = dict(executor.limits.memory)["CUDA graphs"]
+    own = SHARED_BYTES + 4 * GRAPH_BYTES
+    assert own <= of_graphs <= own + 4 * LAYERS * recording.DRIVER_LAYER_BYTES
     executor.close()
 
 

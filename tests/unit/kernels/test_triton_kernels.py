@@ -20,6 +20,7 @@ from support.tree import ROOT
 from ellm.deploy import cli
 
 TIMEOUT_S = 900  # of a process: 15 s on an idle core, minutes on a loaded machine
+MIXES_S = 5400  # of 200 mixes: ten minutes and more on an idle core
 pytestmark = [pytest.mark.needs_module("triton"), pytest.mark.timeout(TIMEOUT_S + 60)]
 
 ROW_KERNELS = {
@@ -36,10 +37,10 @@ KERNELS = ROW_KERNELS | {"sample", "logprobs", "paged_attention", "fused_attenti
 COMPILED = ROW_KERNELS | {"sample", "bias", "penalise", "score", "attend", "attend_both", "join"}
 
 
-def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(*words: str, timeout_s: float = TIMEOUT_S, **environment: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "PYTHONWARNINGS": "ignore"} | environment
     command = [sys.executable, *words]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s)
 
 
 def check(*words: str, **environment: str) -> tuple[int, dict[str, Any]]:
@@ -152,6 +153,36 @@ def test_every_kernel_compiles_for_hopper(cache: str) -> None:
     by_matrix = {"attend", "attend_both", "linear"}
     chunks = [c for c in told["cases"] if c["kernel"] in by_matrix and "single" not in c["detail"]]
     assert {case["matrix"] for case in chunks} == {"wgmma"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(MIXES_S + 60)
+def test_two_hundred_strict_mixes_keep_their_bits(tmp_path: Path) -> None:
+    """Random mixes on interpreted kernels; the script itself compares them with what each request says
+    alone."""
+    out = tmp_path / "strict.json"
+    script = ("-m", "ellm.loadtest.gpu.strict", "--device", "cpu", "--tiny", "--models", str(tmp_path))
+    environment = {"TRITON_INTERPRET": "1", "XDG_CACHE_HOME": str(tmp_path)}
+    words = ("--mixes", "200", "--fused", "--out", str(out))
+    done = python(*script, *words, timeout_s=MIXES_S, **environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (row,) = json.loads(out.read_text())["rows"]
+    assert (row["body"], row["mixes"]) == ("triton", 200)
+    assert row["sharing a prefix"] >= 50
+    assert min(row[kind] for kind in ("with parking", "computed again", "streamed")) > 5
+    assert row["kv_tokens_compared"] > 0
+
+
+@pytest.mark.slow
+def test_each_switch_alone_changes_what_runs_and_no_token(tmp_path: Path) -> None:
+    """The script itself compares both."""
+    out = tmp_path / "ablation.json"
+    script = ("-m", "ellm.loadtest.gpu.ablation", "--device", "cpu", "--tiny", "--models", str(tmp_path))
+    environment = {"TRITON_INTERPRET": "1", "XDG_CACHE_HOME": str(tmp_path)}
+    done = python(*script, "--out", str(out), **environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    by = {row["switch"]: row for row in json.loads(out.read_text())["rows"]}
+    assert by["fused_attention"]["holes_launches"] != by["off"]["holes_launches"]
 
 
 UNFIT = """

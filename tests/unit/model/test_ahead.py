@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -116,44 +115,48 @@ def test_switches_say_what_there_is_to_choose_from(fused: Any, ahead: Any, ways:
     triton, strict = TorchOps(), TorchOps()
     triton.name = strict.name = "triton"
     strict.deterministic = True
-    assert hole_ways(config, triton, 1) == (), "no transient blocks, no holes"
+    assert hole_ways(config, triton) == (), "no transient blocks, no holes"
     object.__setattr__(config.cache, "transient_blocks", 4)
-    assert hole_ways(config, triton, 1) == ways
+    assert hole_ways(config, triton) == ways
     never = tuple(way for way in ways if way != "fused" or fused == "on")
-    assert hole_ways(config, strict, 1) == never, "with STRICT nothing is fused by time"
+    assert hole_ways(config, strict) == never, "with STRICT nothing is fused by time"
     other = tuple(dict.fromkeys("apart" if way == "fused" else way for way in ways))
-    assert hole_ways(config, TorchOps(), 1) == other, "no such launch"
-
-
-def test_several_ranks_do_without(caplog: pytest.LogCaptureFixture) -> None:
-    config = WorkerConfig(recompute_ahead="on")
-    object.__setattr__(config.cache, "transient_blocks", 4)
-    with caplog.at_level(logging.WARNING):
-        assert hole_ways(config, TorchOps(), 2) == ("apart",)
-    assert "several ranks" in caplog.text
+    assert hole_ways(config, TorchOps()) == other, "no such launch"
 
 
 def test_an_engine_that_chooses_says_the_same(tmp_path: Path) -> None:
-    """With holes, streams and copies at random, step by step in either way."""
+    """With holes, streams and copies at random, step by step in either way. When copies end is the machine's
+    to say, and with it what is computed again: it is tried until something was."""
     write_checkpoint(tmp_path, "llama", num_hidden_layers=3)
-    streams, ways = [], []
-    for switch in ("off", "auto"):
-        room = {"num_blocks": 10, "transient_blocks": 20, "host_bytes": 1 << 20}
-        executor = golden.executor(tmp_path, jit=False, recompute_ahead=switch, **room)
-        driver = EngineDriver(
-            executor.limits, scheduler=plain(max_num_seqs=8, max_step_tokens=96), policy=RandomResidency(3)
-        )
-        driver.executor = executor  # type: ignore[assignment]
-        for i in range(5):
-            sampling = SamplingParams(temperature=(0.0, 0.8)[i % 2], seed=i, max_tokens=25, ignore_eos=True)
-            driver.add(EngineRequest(f"r{i}", tuple(golden.prompt(10 + 11 * i, i)), sampling))
-            driver.turn()
-        driver.run(max_turns=20_000)
-        executor.close()
-        streams.append(driver.streams)
-        ways.append({plan.way for plan in driver.plans if plan.entries and plan.entries[-1].recompute})
-    assert streams[0] == streams[1]
-    assert ways == [{None}, {"apart", "ahead"}]
+    streams: list[dict[str, list[int]]] = []
+    for switch, expected in (("off", {None}), ("auto", {"apart", "ahead"})):
+        ways: set[str | None] = set()
+        for seed in range(3, 13):
+            said, seen = random_holes(tmp_path, switch, seed)
+            streams.append(said)
+            ways |= seen
+            if ways == expected:
+                break
+        assert ways == expected
+    assert all(said == streams[0] for said in streams)
+
+
+def random_holes(folder: Path, switch: str, seed: int) -> tuple[dict[str, list[int]], set[str | None]]:
+    """What an engine said, and the ways of its plans with rows of holes."""
+    room = {"num_blocks": 10, "transient_blocks": 20, "host_bytes": 1 << 20}
+    executor = golden.executor(folder, jit=False, recompute_ahead=switch, **room)
+    driver = EngineDriver(
+        executor.limits, scheduler=plain(max_num_seqs=8, max_step_tokens=96), policy=RandomResidency(seed)
+    )
+    driver.executor = executor  # type: ignore[assignment]
+    for i in range(5):
+        sampling = SamplingParams(temperature=(0.0, 0.8)[i % 2], seed=i, max_tokens=25, ignore_eos=True)
+        driver.add(EngineRequest(f"r{i}", tuple(golden.prompt(10 + 11 * i, i)), sampling))
+        driver.turn()
+    driver.run(max_turns=20_000)
+    executor.close()
+    again = [plan for plan in driver.plans if plan.entries and plan.entries[-1].recompute]
+    return driver.streams, {plan.way for plan in again}
 
 
 def test_no_hole_no_difference(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,15 @@ from torch import Tensor
 from ellm.kernels.ops import AttentionMeta, HeadTransform
 from ellm.kernels.reference import TorchOps
 from ellm.worker.model.computation import Alone, AttentionCall
-from ellm.worker.model.graphs import DecodeGraphs, DecodeSizes, Replay, graph_problem
+from ellm.worker.model.graphs import (
+    CudaRecorder,
+    DecodeGraphs,
+    DecodeSizes,
+    NotRecorded,
+    RanksRecorder,
+    Replay,
+    graph_problem,
+)
 
 CPU = torch.device("cpu")
 NOTHING = HeadTransform(None, None, 0.0, None)
@@ -28,10 +37,9 @@ def test_sizes_are_powers_of_two_and_the_limits() -> None:
 
 def test_what_stands_in_the_way_is_named() -> None:
     cuda, triton = torch.device("cuda"), SimpleNamespace(name="triton")
-    assert graph_problem(triton, cuda, 1) is None  # type: ignore[arg-type]
-    assert "need a GPU" in str(graph_problem(triton, CPU, 1))  # type: ignore[arg-type]
-    assert "need the Triton kernels" in str(graph_problem(TorchOps(), cuda, 1))
-    assert "several ranks" in str(graph_problem(triton, cuda, 2))  # type: ignore[arg-type]
+    assert graph_problem(triton, cuda) is None  # type: ignore[arg-type]
+    assert "need a GPU" in str(graph_problem(triton, CPU))  # type: ignore[arg-type]
+    assert "need the Triton kernels" in str(graph_problem(TorchOps(), cuda))
 
 
 class Recorder:
@@ -56,6 +64,10 @@ class Recorder:
             out.copy_(call())
 
         return replay, out
+
+    def agree(self, problem: str | None) -> None:
+        if problem is not None:
+            raise NotRecorded(problem)
 
 
 class Doubling:
@@ -105,19 +117,22 @@ def step(ids: list[int], **fields: Any) -> tuple[Any, Any]:
     return plan, inputs
 
 
+@torch.inference_mode()
 def test_steps_take_the_smallest_graph_with_room_and_leave_nothing_behind() -> None:
     recorder = Recorder()
     made = graphs(recorder)
+    assert made.hidden(*step([1])) is None, "nothing is recorded while requests are served"
+    made.record_largest(1)
+    made.record_all()
+    assert made.num_graphs == recorder.num_recorded == 3 * 2
     for ids in ([3, 5, 7], [1], [2, 4, 6, 8], [9, 9, 1]):
         hidden = made.hidden(*step(ids))
         assert hidden is not None
         assert hidden[:, 0].tolist() == [2.0 * i for i in ids]
-    assert (made.num_graphs, recorder.num_recorded, made.num_replays) == (2, 2, 4)
+    assert (recorder.num_recorded, made.num_replays) == (6, 4)
     chosen = made.hidden(*step([3, 5, 7], rows=torch.tensor([2])))
     assert chosen is not None
     assert chosen[:, 0].tolist() == [14.0]
-    made.record_all()
-    assert made.num_graphs == 3 * 2
 
 
 @pytest.mark.parametrize(
@@ -125,27 +140,100 @@ def test_steps_take_the_smallest_graph_with_room_and_leave_nothing_behind() -> N
     [{"num_recompute": 1}, {"streams": (1,)}, {"num_rows": 9}, {"max_kv_len": 601}],
 )
 def test_other_steps_run_as_they_always_did(other: dict[str, Any]) -> None:
-    recorder = Recorder()
-    assert graphs(recorder).hidden(*step([1, 2], **other)) is None
-    assert graphs(recorder).hidden(*step([1] * 5)) is None
-    assert recorder.num_recorded == 0
+    made = graphs(Recorder())
+    made.record_all()
+    assert made.hidden(*step([1, 2], **other)) is None
+    assert made.hidden(*step([1] * 5)) is None
+    assert made.num_replays == 0
 
 
 def test_what_cannot_be_recorded_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    recorder = Recorder(RuntimeError("operation not permitted when stream is capturing\nmore"))
+    recorder = Recorder()
     made = graphs(recorder)
+    made.record_largest(2)
+    recorder.error = NotRecorded("operation not permitted when stream is capturing")
     with caplog.at_level(logging.WARNING):
-        assert [made.hidden(*step([1])) for _ in range(3)] == [None] * 3
+        made.record_all()
+        made.record_all()
     (message,) = (r.getMessage() for r in caplog.records)
     assert message.endswith("steps run without: operation not permitted when stream is capturing")
-    assert recorder.num_recorded == 1
+    assert recorder.num_recorded == 3
+    assert made.num_graphs == 0
+    assert made.hidden(*step([1] * 4)) is None, "all steps run without"
     with pytest.raises(torch.OutOfMemoryError):
-        graphs(Recorder(torch.OutOfMemoryError("CUDA out of memory"))).hidden(*step([1]))
+        graphs(Recorder(torch.OutOfMemoryError("CUDA out of memory"))).record_all()
+    with pytest.raises(RuntimeError, match="illegal"):  # of the step itself: it would come again in service
+        graphs(Recorder(RuntimeError("an illegal memory access"))).record_all()
 
 
-def test_a_kernel_that_torch_stands_in_for_is_never_replayed() -> None:
+class Breaking(SeesNothing):
+    """A kernel that does not compile on its third call."""
+
+    broken: frozenset[str] = frozenset()
+    num_calls = 0
+
+    def paged_attention(self, q: Tensor, *_: Any) -> Tensor:
+        self.num_calls += 1
+        if self.num_calls == 3:
+            self.broken = frozenset({"kv_store"})
+        return q
+
+
+def test_a_kernel_that_torch_stands_in_for_is_never_replayed(caplog: pytest.LogCaptureFixture) -> None:
     """torch's store knows nothing of rows without a slot."""
-    ops = SimpleNamespace(broken=frozenset({"kv_store"}))
     recorder = Recorder()
-    assert graphs(recorder, ops).hidden(*step([1])) is None
-    assert recorder.num_recorded == 0
+    made = graphs(recorder, SimpleNamespace(broken=frozenset({"kv_store"})))
+    made.record_all()
+    assert (made.num_graphs, recorder.num_recorded) == (0, 0)
+    late = graphs(recorder, Breaking())
+    late.record_all()
+    assert (late.num_graphs, recorder.num_recorded) == (0, 3), "found out while it was recorded"
+    assert caplog.text.count("stand in for kv_store") == 2
+
+
+@pytest.mark.parametrize("problem", [RuntimeError("not while capturing\nmore"), NotRecorded("as it is")])
+def test_what_a_device_does_not_capture_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, problem: Exception
+) -> None:
+    """With a capture that is none: it runs what it is given."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(pool=lambda: 1, replay=lambda: None))
+    modes = []
+
+    @contextmanager
+    def graph(_: Any, pool: Any, capture_error_mode: str) -> Iterator[None]:
+        modes.append((pool, capture_error_mode))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    recorder = CudaRecorder(CPU)
+
+    def fail() -> None:
+        raise problem
+
+    with pytest.raises(NotRecorded, match=r"^(not while capturing|as it is)$"):
+        recorder.capture(fail)
+    recorder.capture(lambda: None)
+    recorder.capture(lambda: None)
+    assert [pool for pool, _ in modes] == [None, None, 1], "all graphs share one pool of memory"
+    full = torch.OutOfMemoryError("CUDA out of memory")
+    problem = full
+    with pytest.raises(torch.OutOfMemoryError):
+        recorder.capture(fail)
+
+
+@pytest.mark.parametrize("own", [None, NotRecorded("not here")])
+def test_no_rank_replays_what_another_cannot_record(own: Exception | None) -> None:
+    asked: list[bool] = []
+
+    def agree(so: bool) -> bool:
+        asked.append(so)
+        return so and len(asked) < 5
+
+    recorder = Recorder()
+    made = graphs(RanksRecorder(recorder, agree))  # type: ignore[arg-type]
+    made.record_largest(1)
+    assert (made.num_graphs, asked) == (1, [True] * 3), "before, after, and as it was found"
+    recorder.error = own
+    made.record_all()
+    assert made.num_graphs == 0
+    assert asked[3:] == [True, own is None]

@@ -116,10 +116,12 @@ def record(executor: LocalExecutor) -> None:
     """Steps are replayed, as far as they can be without a GPU."""
     runner = executor.runner
     sizes = DecodeSizes((4,), (512,))
-    runner.replay(DecodeGraphs(runner.model, runner.ops, runner.cache, sizes, Alone(), CallAgain()))
+    decode = DecodeGraphs(runner.model, runner.ops, runner.cache, sizes, Alone(), CallAgain())
     pieces = PieceGraphs(runner.model, LAYERS, (16, 64), runner.cache.device, Alone(), CallAgain())
     with host_reads():
+        decode.record_all()
         pieces.record_all()
+    runner.replay(decode)
     runner.replay_pieces(pieces)
 
 

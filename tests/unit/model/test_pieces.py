@@ -16,6 +16,7 @@ from support.replays import CallAgain
 
 from ellm.worker.executor.local import LocalExecutor
 from ellm.worker.model.computation import Alone
+from ellm.worker.model.graphs import NotRecorded
 from ellm.worker.model.pieces import PieceGraphs, piece_rows
 
 LAYERS = 3
@@ -70,7 +71,7 @@ def test_every_kind_of_step_says_the_same_in_pieces(tmp_path: Path, family: str)
 
 def test_what_cannot_be_recorded_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_checkpoint(tmp_path, "llama", num_hidden_layers=LAYERS)
-    failing = CallAgain(RuntimeError("operation not permitted when stream is capturing\nmore"))
+    failing = CallAgain(NotRecorded("operation not permitted when stream is capturing"))
     with caplog.at_level(logging.WARNING):
         outputs, replays = said(tmp_path, (16, 64), failing)
     assert (outputs, replays) == (said(tmp_path, None)[0], 0)

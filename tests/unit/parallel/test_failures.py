@@ -13,12 +13,17 @@ from dataclasses import replace
 import pytest
 from support import golden
 from support.checkpoints import write_checkpoint
-from support.failing_ranks import busy, drive, end_at_once, fail_to_load
+from support.failing_ranks import busy, drive, end_at_once, fail_to_load, fill_up
 from support.plans import PlanDriver
+from support.workers import wait_until
 
 from ellm.worker.api.config import ModelConfig, WorkerConfig
 from ellm.worker.api.errors import ConfigError
+from ellm.worker.api.output import SequenceOutput
+from ellm.worker.api.request import EngineRequest, SamplingParams
 from ellm.worker.build import load_engine
+from ellm.worker.engine.core import EngineCore
+from ellm.worker.loop import EngineLoop
 from ellm.worker.parallel.group import GroupFailed, RankSpec, Timeouts
 from ellm.worker.parallel.local_group import LocalGroup
 from ellm.worker.watchdog import process_start
@@ -118,6 +123,33 @@ def test_a_rank_that_cannot_load_fails_all(
     with pytest.raises(error, match=words):
         LocalGroup(config, timeouts=TIMEOUTS, follow=follow)
     assert set(multiprocessing.active_children()) <= before
+
+
+def test_a_rank_that_cannot_begin_a_step_ends_the_group_and_its_requests_are_kept(
+    config: WorkerConfig,
+) -> None:
+    """Without a word about them: their routers move what a failed worker has not answered."""
+    group = LocalGroup(config, timeouts=TIMEOUTS, follow=fill_up)
+    group.executor.queues = True
+    published: list[SequenceOutput] = []
+    failures: list[BaseException] = []
+    core = EngineCore(group.executor.limits, config)
+    loop = EngineLoop(core, group.executor, on_failure=failures.append)
+    try:
+        loop.start(published.extend)
+        sampling = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+        loop.submit("router", 0, [EngineRequest("r", tuple(golden.prompt(20, 1)), sampling)])
+        wait_until(lambda: bool(failures), 30)
+    finally:
+        group.end(0.0)
+        group.executor.close()
+    assert isinstance(loop.failure, GroupFailed)
+    assert str(loop.failure) == "rank 1: CUDA out of memory. Tried to allocate 2.00 GiB"
+    assert group.executor.failure is loop.failure
+    assert loop.state == "failed"
+    assert 10 < sum(len(output.token_ids) for output in published) < 20, "what was said stands"
+    assert all(output.error is None and output.finish_reason is None for output in published)
+    assert core.has_work
 
 
 @pytest.mark.parametrize(("size", "words"), [(4, "does not divide the model's 6 attention heads"), (6, "")])

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.group_threads import QUICK, ranks, specs
 
 from ellm.worker.api.errors import ConfigError
-from ellm.worker.parallel.communicator import SMALL_BYTES, make_communicator
+from ellm.worker.engine.plan import StepResult
+from ellm.worker.parallel.communicator import SMALL_BYTES, GroupCommunicator, make_communicator
 from ellm.worker.parallel.group import Group, GroupFailed, report_death
+from ellm.worker.parallel.peers import GroupPeers
 
 CPU = torch.device("cpu")
 
@@ -88,6 +92,44 @@ def test_a_follower_misses_rank_0() -> None:
             others[0].result(10)
 
 
+class Hanging:
+    """A device's step, which ends when it is let go."""
+
+    feeds_back = False
+
+    def __init__(self) -> None:
+        self.end = threading.Event()
+
+    @property
+    def ended(self) -> bool:
+        return self.end.is_set()
+
+    def wait(self) -> None:
+        self.end.wait(30)
+
+    def result(self) -> StepResult:
+        raise AssertionError("nobody gets that far")
+
+
+def test_a_device_that_waits_for_a_rank_that_has_failed_is_left() -> None:
+    """A device waits for the others' without an end: only their hosts can say that they are gone."""
+    step = Hanging()
+    quiet = replace(QUICK, step_s=30.0)
+    with ranks(2, lambda group: group.fail(ValueError("out of memory")), quiet) as (group, _):
+        with pytest.raises(GroupFailed, match="rank 1: out of memory"):
+            group.wait_for_device(step)
+        step.end.set()
+        group.wait_for_device(step)
+
+
+def test_a_device_that_hangs_is_not_waited_for() -> None:
+    step = Hanging()
+    with ranks(2, lambda group: None) as (group, _):
+        with pytest.raises(GroupFailed, match=r"rank 0: its device has not ended a step within 1\.0 s"):
+            group.wait_for_device(step)
+        step.end.set()
+
+
 def test_a_rank_that_never_comes_is_named() -> None:
     rendezvous, (spec, *_) = specs(3, replace(QUICK, start_s=0.3))
     with pytest.raises(GroupFailed, match=r"rank 1, 2 did not come within 0\.3 s"):
@@ -151,6 +193,28 @@ def test_two_ranks_have_one_sum(dtype: torch.dtype) -> None:
     assert all(torch.equal(one, want) for one in found)
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+def test_strict_leaves_no_sum_of_a_gpu_to_the_library(ordered: bool) -> None:
+    """Not of two ranks, either: how NCCL adds depends on a message's size. Asked for as on a GPU, with gloo
+    in the place of NCCL."""
+
+    def sums(group: Group) -> tuple[torch.Tensor, list[str]]:
+        asked: list[str] = []
+
+        class Backend:
+            def __getattr__(self, name: str) -> object:
+                asked.append(name)
+                return getattr(group.gloo, name)
+
+        communicator = GroupCommunicator(group, Backend, ordered=ordered, on_gpu=True)
+        return communicator.begin_sum(torch.full((2, 8), 1.5 + group.rank)).wait(), asked
+
+    with ranks(2, sums) as (group, others):
+        for total, asked in (sums(group), others[0].result(30)):
+            assert torch.equal(total, torch.full((2, 8), 4.0))
+            assert asked == (["_allgather_base"] if ordered else ["allreduce"])
+
+
 def test_an_ordered_sum_does_not_depend_on_a_rows_company() -> None:
     """Of three ranks and more; a ring's does (see the decision on tensor parallelism)."""
     row = torch.randn(4, 256, generator=torch.Generator().manual_seed(1)) * torch.logspace(-4, 4, 256)
@@ -170,3 +234,27 @@ def test_an_ordered_sum_does_not_depend_on_a_rows_company() -> None:
         assert [len(other.result(30)) for other in others] == [len(found)] * 3
     want = ((row[0] + row[1]) + row[2]) + row[3]
     assert all(torch.equal(one, want) for one in found)
+
+
+@pytest.mark.parametrize("uuids", [("a", "b"), ("a", "a")])
+def test_ranks_that_share_a_gpu_are_told_so(monkeypatch: pytest.MonkeyPatch, uuids: tuple[str, str]) -> None:
+    """Before anything is loaded, and on each of them. Every rank sees one GPU, as Ray gives them."""
+    own = threading.local()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=own.uuid))
+
+    def choose(group: Group) -> str:
+        own.uuid = uuids[group.rank]
+        try:
+            return str(GroupPeers(group).device(torch.device("cuda")))
+        except ConfigError as error:
+            return f"{error.param}: {error.message}"
+
+    with ranks(2, choose) as (group, others):
+        told = [choose(group), others[0].result(10)]
+    if uuids[0] != uuids[1]:
+        assert told == ["cuda:0"] * 2
+    else:
+        words = "ranks 0, 1 have the same GPU: tensor_parallel_size = 2 needs 2 GPUs"
+        assert told == [f"tensor_parallel_size: {words}"] * 2
