@@ -167,11 +167,22 @@ class Residency:
         return started
 
     def forget_saved(self, seq: Sequence) -> None:
-        """Keep no copy on the host: whoever parks `seq` again copies it anew. Loads that have begun go on."""
-        if seq.saved:
-            assert self._state.host is not None
-            self._state.host.forget(seq.saved)
-            self._state.forget_saved(seq, 0)
+        """Keep no copy on the host: whoever parks `seq` again copies it anew. Loads that have begun go on.
+        What others who are parked have in common with it stays theirs, under the same name."""
+        state = self._state
+        if not seq.saved:
+            return
+        assert state.host is not None
+        others = [other for other in state.parked if other is not seq and other.saved]
+        if not state.prefix_caching:
+            others = []  # nobody has anything in common
+        kept = {block for other in others for block in other.saved}
+        state.host.forget([block for block in seq.saved if block not in kept])
+        for other in others:  # a copy of the same content, made at the same time, had no name yet
+            for number, block in enumerate(other.saved[: other.num_saved]):
+                if block not in state.host.index:
+                    state.host.index.insert(other.block_hashes[number], block)
+        state.forget_saved(seq, 0)
 
     def forget_released(self, seq: Sequence) -> None:
         """What `seq` gives up will not be found on the device again, unless prefixes are cached there."""

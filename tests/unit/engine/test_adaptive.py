@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 from support.engine_driver import LIMITS, EngineDriver, plain, request
@@ -34,6 +35,40 @@ def test_without_pressure_it_plans_what_full_chunked_plans(monkeypatch: pytest.M
         driver.run()
         plans.append([(p.entries, p.new, p.released) for p in driver.plans])
     assert plans[0] == plans[1]
+
+
+def burst(scheduler: SchedulerConfig) -> tuple[float, list[float]]:
+    """Seventy requests decode, ten have just started, when forty prompts of 90 tokens come: mean seconds to
+    the first token of these, and of each step until all have theirs."""
+    driver = EngineDriver(starved(2300, 400), scheduler=scheduler, check=False)
+    for i in range(70):
+        driver.add(request(f"old{i}", 5, seed=i, max_tokens=110, ignore_eos=True))
+    for _ in range(30):
+        driver.turn()
+    for i in range(10):
+        driver.add(request(f"middle{i}", 60, seed=i, max_tokens=60, ignore_eos=True))
+    while not driver.streams["middle9"]:
+        driver.turn()
+    names, since, steps = [f"new{i}" for i in range(40)], driver.now, []
+    for i, name in enumerate(names):
+        driver.add(request(name, 90, seed=i, max_tokens=30, ignore_eos=True))
+    first: dict[str, float] = {}
+    while len(first) < len(names):
+        began = driver.now
+        driver.turn()
+        steps.append(driver.now - began)
+        first |= {name: driver.now - since for name in names if driver.streams[name] and name not in first}
+    return fmean(first.values()), steps
+
+
+def test_a_burst_that_is_admitted_waits_no_longer_than_it_must() -> None:
+    """Who has just started has no slack yet. Prompts got nothing but spare rows for it, although steps were
+    far shorter than a token may take: first tokens came 2.5 times as late as without any care."""
+    slo_s = 0.08
+    ours, steps = burst(adaptive(tpot_slo_ms=1000 * slo_s))
+    theirs, careless = burst(plain(tpot_slo_ms=1000 * slo_s))
+    assert ours <= 1.1 * theirs + 0.05
+    assert max(steps) <= slo_s < max(careless)
 
 
 def starved(num_blocks: int, host_blocks: int = 0) -> ModelLimits:

@@ -98,6 +98,16 @@ def test_spare_rows_end_where_a_step_gets_longer(knee: int, least: int, most: in
         assert step_s(rows + max(least, WITHIN) + 1) > 1.03 - 1e-9
 
 
+def test_rows_that_a_step_has_time_for() -> None:
+    def step_s(more: int) -> float:
+        return 0.02 + 0.0001 * more
+
+    assert spare_rows(step_s, 8, 2048) == 8
+    assert 300 - WITHIN < spare_rows(step_s, 8, 2048, 0.05) <= 300
+    assert spare_rows(step_s, 8, 100, 0.05) == 100
+    assert spare_rows(step_s, 8, 2048, 0.01) == 8  # it takes longer without any
+
+
 def test_a_link_is_learnt_from_its_copies() -> None:
     link = LinkCost(1000)
     for _ in range(50):

@@ -8,12 +8,13 @@ WITHIN = 16  # rows: nobody asks for more precision
 _TOLERANCE = 1.03  # rows are spare as long as the step takes no longer than this times itself without them
 
 
-def spare_rows(step_s: Callable[[int], float], least: int, most: int) -> int:
+def spare_rows(step_s: Callable[[int], float], least: int, most: int, allowed_s: float = 0.0) -> int:
     """The most rows beyond a step's own that are spare, to within 16; at least `least`, which prompts need in
-    any case so as to get on, and at most `most`. `step_s` takes the further rows."""
+    any case so as to get on, and at most `most`. `step_s` takes the further rows. Where a step may take
+    `allowed_s`, all that it can take by then."""
     if most <= least:
         return max(0, most)
-    limit_s = _TOLERANCE * step_s(0)
+    limit_s = max(allowed_s, _TOLERANCE * step_s(0))
     low, high = least, max(2 * least, WITHIN)
     while high <= most and step_s(high) <= limit_s:
         low, high = high, 2 * high

@@ -12,27 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ellm.worker.api.cost_model import CostModel, StepFeatures
+from ellm.worker.api.cost_model import CostModel
 from ellm.worker.cache.block_table import num_blocks_for
 from ellm.worker.engine.plan import BatchPlan, StepResult
 from ellm.worker.engine.planner.ranking import Rank, Standing, by_arrival, in_order, residents
-from ellm.worker.engine.planner.spare_rows import spare_rows
 from ellm.worker.engine.policies.base import Policy
 from ellm.worker.engine.policies.forecast import Forecast
 from ellm.worker.engine.policies.foresight import Foresight
 from ellm.worker.engine.policies.host_traffic import HostTraffic
 from ellm.worker.engine.policies.in_step import InStep, num_holed
 from ellm.worker.engine.policies.sharing import found_tokens, shared_tokens
+from ellm.worker.engine.policies.step_rows import free_rows, timely_rows
 from ellm.worker.engine.residency import Residency
 from ellm.worker.engine.sequence import Sequence, SequenceState
 from ellm.worker.engine.state import EngineState
 
 _BEFORE_ALL = -(2**40)  # a priority
 _REPLAN_S = 0.1
-_URGENT_S = 0.3  # with less slack than this somewhere, prompts take spare rows only
-# For prompts and restores whatever happens: they must get on, and where no row is spare a restore in small
-# pieces costs no less and holds its memory longer.
-_MIN_ROWS = 64
+_URGENT_S = 0.3  # with less slack than this somewhere, prompts lengthen no step beyond its deadline
 _WRITE_THROUGH = 0.5  # of the pool in use: below it nobody will be parked soon
 
 
@@ -77,21 +74,14 @@ class Adaptive(Policy):
                 self.traffic.save(self._save_order or state.running, step_s)
 
     def prefill_rows(self, state: EngineState, num_decode: int, now: float) -> int:
-        if self._blocked or self._least_slack < _URGENT_S:
-            return self.restore_rows(state, num_decode, now)
-        return state.config.max_step_tokens - num_decode
+        if not self._blocked and self._least_slack >= _URGENT_S:
+            return state.config.max_step_tokens - num_decode
+        if self._blocked or not self.foresight.has_time(now):
+            return free_rows(state, self.forecast, num_decode)
+        return timely_rows(state, self.forecast, num_decode)
 
     def restore_rows(self, state: EngineState, num_decode: int, now: float) -> int:
-        most = state.config.max_step_tokens - num_decode
-        if not num_decode or all(seq.tpot_slo_s is None for seq in state.running):
-            return most  # nobody who runs has a deadline that a long step could break
-        tokens = sum([seq.num_planned for seq in state.running])
-
-        def step_s(more: int) -> float:
-            features = StepFeatures(num_decode + more, num_decode, tokens, 0, num_decode)
-            return self.cost_model.predict(features)
-
-        return spare_rows(step_s, _MIN_ROWS, most)
+        return free_rows(state, self.forecast, num_decode)
 
     def may_admit(self, state: EngineState, seq: Sequence, num_blocks: int, now: float) -> bool:
         if not state.running and not state.parked:

@@ -20,6 +20,7 @@ class Forecast:
     """One per policy; its owner passes `emitted` and `finished` on."""
 
     def __init__(self, cost_model: CostModel) -> None:
+        self.cost_model = cost_model
         self.lengths = OutputLengths()
         self.step_cost = StepCost(cost_model)
         self.safety = SafetyFactor()

@@ -123,6 +123,11 @@ class Foresight:
         self._weigh(now)
         return self._dear
 
+    def has_time(self, now: float) -> bool:
+        """Whether prompts that are let in may lengthen steps. Not where nobody looked ahead: those who give
+        way for them take longer to come back; nor where pauses are dear."""
+        return self.looks_ahead(now) and not self._dear
+
     def _weigh(self, now: float) -> None:
         if now < self._weighed_until or self._speed.step_s <= 0.0:
             return

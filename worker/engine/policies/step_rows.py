@@ -1,0 +1,42 @@
+"""How many rows of a step prompts and restores may take beside its decode rows.
+
+Those that cost nothing, for the weights are read anyway; where somebody has little slack also all that a step
+as short as a token may take has room for: it puts nobody behind, and who has just started has never more.
+"""
+
+from __future__ import annotations
+
+from ellm.worker.api.cost_model import StepFeatures
+from ellm.worker.engine.planner.admission import TIMELY
+from ellm.worker.engine.planner.spare_rows import spare_rows
+from ellm.worker.engine.policies.forecast import Forecast
+from ellm.worker.engine.policies.sharing import tightest
+from ellm.worker.engine.state import EngineState
+
+# For prompts and restores whatever happens: they must get on, and where no row is spare a restore in small
+# pieces costs no less and holds its memory longer.
+_MIN_ROWS = 64
+
+
+def free_rows(state: EngineState, forecast: Forecast, num_decode: int) -> int:
+    """Rows that cost next to nothing; all, if nobody who runs has a deadline that a long step could break."""
+    return _rows(state, forecast, num_decode, 0.0)
+
+
+def timely_rows(state: EngineState, forecast: Forecast, num_decode: int) -> int:
+    """As many as leave every token on time, if each step of those to come takes as many."""
+    limit_s = tightest(state.running, forecast)
+    return _rows(state, forecast, num_decode, TIMELY * limit_s if limit_s is not None else 0.0)
+
+
+def _rows(state: EngineState, forecast: Forecast, num_decode: int, allowed_s: float) -> int:
+    most = state.config.max_step_tokens - num_decode
+    if not num_decode or all(seq.tpot_slo_s is None for seq in state.running):
+        return most
+    tokens = sum([seq.num_planned for seq in state.running])
+
+    def step_s(more: int) -> float:
+        features = StepFeatures(num_decode + more, num_decode, tokens, 0, num_decode)
+        return forecast.cost_model.predict(features)
+
+    return spare_rows(step_s, _MIN_ROWS, most, allowed_s)
