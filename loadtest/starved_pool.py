@@ -195,10 +195,11 @@ def run_all(
     raw: dict[str, Any] = {"runs": [], "load_average": [], "left_out": []}
     fitted: tuple[CostModel, CostModel] | None = None
     probe = Probe() if arguments.device == "cpu" else None  # a GPU of one's own is as fast as ever
-    pairs = arguments.pairs, (BASELINE, OURS)
+    pairs = arguments.pairs, [policy for policy in (BASELINE, OURS) if policy in arguments.policies]
     for number, host, policy in in_turns(arguments.rounds, arguments.hosts, arguments.policies, *pairs):
         if not has_time(arguments.until, raw["runs"]):
-            raw["left_out"].append(policy)
+            if policy not in [run["policy"] for run in raw["runs"]]:
+                raw["left_out"].append(policy)
             continue
         mib = arguments.host_mib if host == "on" else 0
         config = config_of(arguments, policy, arguments.pool_blocks, mib)

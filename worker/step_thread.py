@@ -110,6 +110,7 @@ class StepThread:
         return self._mail.get()
 
     def _finish(self, begun: _Begun) -> None:
+        self._watched = None  # what a step holds is not kept until the next
         result = begun.step.result()
         left_s = max(begun.at, self._told_at) + self._min_step_s - time.monotonic()
         if left_s > 0.0:

@@ -81,10 +81,18 @@ def requests_of(args: argparse.Namespace, vocab: int) -> list[EngineRequest]:
 
 
 def play(
-    executor: LocalExecutor, config: WorkerConfig, requests: list[EngineRequest], rng: Random
+    executor: LocalExecutor,
+    config: WorkerConfig,
+    requests: list[EngineRequest],
+    rng: Random,
+    num_blocks: int | None = None,
 ) -> tuple[dict[str, Said], EngineCore]:
-    """All requests through the engine, a few of them at a time; two plans outstanding."""
-    core = EngineCore(executor.limits, config)
+    """All requests through the engine, a few of them at a time; two plans outstanding. The engine uses the
+    pool, or its first `num_blocks` and then no transient ones, whose numbers begin behind the whole pool."""
+    limits = executor.limits
+    if num_blocks is not None:
+        limits = replace(limits, num_blocks=num_blocks, num_transient_blocks=0)
+    core = EngineCore(limits, config)
     waiting, outstanding = list(requests), []
     tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
     scores: dict[str, list[TokenLogprobs | None]] = {request.request_id: [] for request in requests}
@@ -129,6 +137,8 @@ def mixes(
         alone |= said
     totals: Counter[str] = Counter()
     shared = 0
+    longest = max(len(r.prompt_ids) + r.sampling.max_tokens for r in requests)
+    scarce = -(-longest // BLOCK) + 2  # so that those who run take blocks from each other
     for seed in range(args.mixes):
         rng = Random(1000 + seed)
         alike = seed % 3 == 0
@@ -140,7 +150,9 @@ def mixes(
             max_num_seqs=rng.randint(1, config.scheduler.max_num_seqs),
             max_step_tokens=rng.choice([n for n in (24, 33, 64, 200, 1024) if n <= args.step_tokens]),
         )
-        said, core = play(executor, replace(config, scheduler=scheduler), some, rng)
+        roomy = rng.random() < 0.5 or not scheduler.policy.startswith("full")
+        num_blocks = None if roomy else min(scarce, executor.limits.num_blocks)
+        said, core = play(executor, replace(config, scheduler=scheduler), some, rng, num_blocks)
         for name, got in said.items():
             assert got.tokens == alone[name].tokens, f"mix {seed} ({scheduler}), {name}: other tokens"
             assert got.scores == alone[name].scores, f"mix {seed} ({scheduler}), {name}: other scores"
@@ -232,6 +244,7 @@ def aims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         made.append(aim(f"{row['dtype']}: random mixes with equal bits", row["mixes"], 200))
         made.append(aim(f"{row['dtype']}: of them with a shared prefix", row["sharing a prefix"], 50))
+        made.append(aim(f"{row['dtype']}: of them with a preemption", row["with preemption"], 20))
         made.append(aim(f"{row['dtype']}: KV of prefill = of decode, tokens", row["kv_tokens_compared"], 1))
     return made
 

@@ -173,9 +173,10 @@ class Residency:
         if not seq.saved:
             return
         assert state.host is not None
-        others = [other for other in state.parked if other is not seq and other.saved]
-        if not state.prefix_caching:
-            others = []  # nobody has anything in common
+        others = []
+        if state.prefix_caching:  # else nobody has anything in common
+            own = set(seq.block_hashes[:1])
+            others = [o for o in state.parked if o is not seq and o.saved and own & set(o.block_hashes[:1])]
         kept = {block for other in others for block in other.saved}
         state.host.forget([block for block in seq.saved if block not in kept])
         for other in others:  # a copy of the same content, made at the same time, had no name yet

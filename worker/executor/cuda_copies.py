@@ -132,6 +132,8 @@ class CudaCopier:
         return summary(ended, self._block_bytes) if ended else EndedCopies()
 
     def close(self) -> None:
-        self.wait_all()
-        for lane in self._lanes:
-            lane.watch.stop()
+        try:
+            self.wait_all()
+        finally:
+            for lane in self._lanes:
+                lane.watch.stop()

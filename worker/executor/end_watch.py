@@ -1,7 +1,8 @@
 """A thread that waits for what a device was asked for, so that whoever asked can wait for other things, too.
 
 Waiting for a device cannot be interrupted, and looking at it again and again keeps a core busy: here a thread
-sleeps until the device is through, and then tells. It knows no steps and no devices.
+sleeps until the device is through, and then tells. It knows no steps, and of devices only that a new thread
+would otherwise wait with GPU 0 as its own, and so make room there for every rank that sees several.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
+
+import torch
 
 _Asked = tuple[Callable[[], object], Callable[[], object]]
 
@@ -26,14 +29,18 @@ class EndWatch:
         after the other."""
         self._asked.put((wait, then))
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+            gpu = torch.cuda.current_device() if on_gpu else None
+            self._thread = threading.Thread(target=self._run, args=(gpu,), name=self._name, daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
         """Soon; a device that hangs is not waited for."""
         self._asked.put(None)
 
-    def _run(self) -> None:
+    def _run(self, gpu: int | None) -> None:
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
         while (asked := self._asked.get()) is not None:
             wait, then = asked
             try:

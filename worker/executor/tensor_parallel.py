@@ -187,10 +187,10 @@ class TensorParallelExecutor:
             raise
 
     def _show_life(self) -> None:
-        """While nothing is executed: the others know that this rank is there, and this one that they are."""
+        """While nobody else speaks to the group: each side shows the other that it is there."""
         while not self._stopped.wait(self._group.spec.timeouts.heartbeat_s):
             if not self._lock.acquire(blocking=False):
-                continue  # a step is under way
+                continue  # somebody speaks
             try:
                 if self._stopped.is_set():
                     return

@@ -1,7 +1,8 @@
 """How many rows of a step prompts and restores may take beside its decode rows.
 
 Those that cost nothing, for the weights are read anyway; where somebody has little slack also all that a step
-as short as a token may take has room for: it puts nobody behind, and who has just started has never more.
+as short as a token may take has room for: who has just started has never more slack than that. A chunk that
+follows much of its own prompt counts with its attention. A few rows go to prompts whatever a step takes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def free_rows(state: EngineState, forecast: Forecast, num_decode: int) -> int:
 
 
 def timely_rows(state: EngineState, forecast: Forecast, num_decode: int) -> int:
-    """As many as leave every token on time, if each step of those to come takes as many."""
+    """As many as leave every token on time, if each step of those to come takes as many; those without which
+    no prompt would get on in any case."""
     limit_s = tightest(state.running, forecast)
     return _rows(state, forecast, num_decode, TIMELY * limit_s if limit_s is not None else 0.0)
 
@@ -34,9 +36,12 @@ def _rows(state: EngineState, forecast: Forecast, num_decode: int, allowed_s: fl
     if not num_decode or all(seq.tpot_slo_s is None for seq in state.running):
         return most
     tokens = sum([seq.num_planned for seq in state.running])
+    behind = [seq.num_planned for seq in state.running if seq.gap is not None or seq.first_token_at is None]
+    before = max(behind, default=0)  # keys that a chunk's rows see beside their own
 
     def step_s(more: int) -> float:
-        features = StepFeatures(num_decode + more, num_decode, tokens, 0, num_decode)
+        pairs = more * before + more * more // 2
+        features = StepFeatures(num_decode + more, num_decode, tokens, pairs, num_decode)
         return forecast.cost_model.predict(features)
 
     return spare_rows(step_s, _MIN_ROWS, most, allowed_s)
