@@ -56,7 +56,7 @@ SAMPLINGS = {
     "grammar": HELD,
 }
 CHOICES = {"`n` > 1": 3, "grammar": 2}  # of one prompt
-MAX_TURNS = 12
+MAX_TURNS = 40  # four to seven do as a rule: when copies end is the machine's to say
 WAYS = (
     "preempted",
     "holes, recomputed or streamed",
@@ -165,6 +165,9 @@ class Again:
 
         return replay, out
 
+    def agree(self, problem: str | None) -> None:
+        assert problem is None
+
 
 class Watched(DecodeGraphs):
     """Knows which sequences took part in a replay."""
@@ -185,6 +188,7 @@ def with_graphs(executor: LocalExecutor, folder: Checkpoint) -> Watched:
     ops, width = runner._sampler._ops, read_architecture(folder[0]).hidden_size
     made = Watched(runner._model, ops, runner.cache, sizes, runner._communicator, Again(8, width))
     made.replayed = set()
+    made.record_all()
     runner.replay(made)
     return made
 
