@@ -79,8 +79,9 @@ def servers(result: Row) -> list[str]:
         "",
         "The same arrivals to each server, three times more context than the pool holds when ours serves "
         "them with room for all (vLLM, whose steps are longer, then holds more); with the host tier on, vLLM "
-        "has its bytes as more pool. One SLO is 1.1 times what 95 % of the requests of the slower keep with "
-        "room for all, the other 1.13 times its step when as many run as the pool without a host tier holds:",
+        "has its bytes as more pool. `unstarved` is 1.1 times what 95 % of the requests of the slower keep "
+        "with room for all, `full pool` 1.13 times its step when as many run as the pool without a host tier "
+        "holds, `full pool, faster` (where it was run) 1.13 times that of the faster:",
         "",
         *_table(rows, _SERVERS),
         "",

@@ -198,7 +198,7 @@ def run_all(
     pairs = arguments.pairs, [policy for policy in (BASELINE, OURS) if policy in arguments.policies]
     for number, host, policy in in_turns(arguments.rounds, arguments.hosts, arguments.policies, *pairs):
         if not has_time(arguments.until, raw["runs"]):
-            if policy not in [run["policy"] for run in raw["runs"]]:
+            if policy not in [*raw["left_out"], *(run["policy"] for run in raw["runs"])]:
                 raw["left_out"].append(policy)
             continue
         mib = arguments.host_mib if host == "on" else 0

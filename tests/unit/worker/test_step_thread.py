@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,9 @@ def test_a_device_that_fails_while_it_is_waited_for_ends_the_thread(device: Devi
 
 
 @pytest.mark.parametrize(
-    "following", [{"entries": ()}, {"waits": True}, {}], ids=["no rows", "waits for copies", "feeds back"]
+    "following",
+    [{"entries": ()}, {"waits": True}, {"entries": (replace(ENTRY, prompt_logprobs=True),)}, {}],
+    ids=["no rows", "waits for copies", "scores a prompt", "feeds back"],
 )
 def test_what_must_be_read_first_is(device: Device, following: dict[str, object]) -> None:
     device.feeds_back = not following
@@ -169,6 +172,7 @@ def test_the_first_error_ends_the_thread(device: Device, event: str) -> None:
     device.end(1)
     wait_until(lambda: bool(running.crashes))
     assert [str(error) for error in running.crashes] == ["CUDA out of memory"]
+    assert running.told == ([] if event == "read 0" else [0]), "what had ended before is told"
     running.start(2)
     running.thread.stop(wait=True)
     assert "begin 2" not in device.events
