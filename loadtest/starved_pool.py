@@ -37,7 +37,7 @@ from ellm.loadtest.sim.executor import TimedExecutor
 from ellm.loadtest.sim.metrics import Metrics, measure
 from ellm.loadtest.sim.replica import Replica
 from ellm.loadtest.sim.workload import SimRequest, with_arrivals
-from ellm.loadtest.starved_rounds import Probe, Sample, has_time, in_turns, pace
+from ellm.loadtest.starved_rounds import Probe, Sample, has_time, in_turns, pace, paces
 from ellm.loadtest.starved_rows import BASELINE, OURS, rows_of
 from ellm.loadtest.unforeseen import Offered, check_tokens, lengths, peak_context, stop_index
 from ellm.worker.api.config import CacheConfig, ModelConfig, SchedulerConfig, WorkerConfig
@@ -193,7 +193,7 @@ def run_all(
 ) -> tuple[list[Row], dict[str, Any]]:
     samples: list[Sample] = []
     raw: dict[str, Any] = {"runs": [], "load_average": [], "left_out": []}
-    fitted: tuple[CostModel, CostModel] | None = None
+    fitted: step_fit.Fitted | None = None
     probe = Probe() if arguments.device == "cpu" else None  # a GPU of one's own is as fast as ever
     pairs = arguments.pairs, [policy for policy in (BASELINE, OURS) if policy in arguments.policies]
     for number, host, policy in in_turns(arguments.rounds, arguments.hosts, arguments.policies, *pairs):
@@ -208,15 +208,15 @@ def run_all(
         raw["load_average"].append(os.getloadavg()[0])
         run = run_open_loop(engine, offered.requests(slo_s), offered.arrivals, probe=probe)
         check_tokens(run, offered, policy)
-        slowness = pace(run) / pace(samples[0].run) if samples and pace(run) else 1.0
-        half = len(run.steps) // 2
-        held_out = run.steps
+        reference_s = pace(samples[0].run if samples else run) or 1.0
+        slowness = pace(run) / reference_s or 1.0
+        slow = [seconds / reference_s or 1.0 for seconds in paces(run)]
+        seen = 0  # steps that the fit knows
         if fitted is None:  # of the first policy alone
-            steps = run.steps[:half]
-            fitted = step_fit.fit_steps(steps), step_fit.fit_periods(steps)
-            held_out = run.steps[half:]
+            seen = len(run.steps) // 2
+            fitted = step_fit.fit_part(run.steps[:seen], slow[:seen])
         real = measure(offered.arrivals, run.token_times, slo_s)
-        cost = step_fit.slower(fitted[1], slowness)
+        cost = step_fit.slower(fitted.periods, slowness)
         sim = simulated(offered, limits, config, cost, step_fit.link_speed(run.steps), slo_s)
         samples.append(Sample(policy, host, number, real, sim, run, slowness))
         raw["runs"].append(
@@ -228,7 +228,7 @@ def run_all(
                 "measured": asdict(real),
                 "simulated": asdict(sim),
                 "steps": len(run.steps),
-                "step_errors": step_fit.step_errors(step_fit.slower(fitted[0], slowness), held_out),
+                "step_errors": step_fit.step_errors(fitted, run.steps[seen:], slow[seen:]),
                 "cost_model_error": engine.core.cost_model.error_median,
                 "report": {k: v for k, v in asdict(run.report).items() if isinstance(v, int | float)},
             }

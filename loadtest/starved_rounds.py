@@ -11,13 +11,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import torch
 
-from ellm.loadtest.open_loop import OpenLoopRun
+from ellm.loadtest.open_loop import PROBE_EVERY, OpenLoopRun
 from ellm.loadtest.sim.metrics import Metrics
+
+NEAREST = 9  # probes: over some seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,14 @@ def pace(run: OpenLoopRun) -> float:
     """Seconds of a probe during `run`, in the mean but for hiccups; 0 without probes."""
     kept = sorted(run.probe_s)[: -(len(run.probe_s) // 20) or None]
     return fmean(kept) if kept else 0.0
+
+
+def paces(run: OpenLoopRun) -> list[float]:
+    """Seconds of a probe at each step, the median of the nearest; 0 without probes."""
+    near = [median(run.probe_s[max(0, i - NEAREST // 2) :][:NEAREST]) for i in range(len(run.probe_s))] or [
+        0.0
+    ]
+    return [near[min(i // PROBE_EVERY, len(near) - 1)] for i in range(len(run.steps))]
 
 
 def mean_metrics(several: Sequence[Metrics]) -> Metrics:

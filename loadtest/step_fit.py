@@ -1,8 +1,14 @@
-"""Does a cost model that was fitted on one part of a run say how long the steps of another part take?"""
+"""Does a cost model that was fitted on one part of a run say how long the steps of another part take?
+
+What is said of a step is a distribution: what the model says, times how slow the machine is just then, times
+how steps of the fitted part scattered around the model. So are its percentiles; nothing of it is taken from
+the part that is judged but the machine's pace, which is measured by other work.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
 from typing import Any
@@ -18,19 +24,48 @@ _BACK_TO_BACK_S = 0.005  # a longer pause between two steps is idleness
 _PASSES = 3
 
 
-def fit_steps(steps: Sequence[MeasuredStep]) -> CostModel:
+KINDS = ("decode only", "mixed", "prefill only")
+_SCATTER = 100  # quantiles
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What a part of a run has taught, for a machine at its reference speed."""
+
+    steps: CostModel
+    periods: CostModel
+    scatter: dict[str, np.ndarray]  # by kind of step, and "any": (100,) quantiles of measured over said
+
+
+def fit_part(steps: Sequence[MeasuredStep], slowness: Sequence[float]) -> Fitted:
+    """`slowness`: of the machine at each step, 1 at its reference speed."""
+    model = fit_steps(steps, slowness)
+    measured = np.array([step.elapsed_s for step in steps]) / np.array(slowness)
+    ratios = measured / np.array([model.predict(step.features) for step in steps])
+    kinds = np.array([step.kind for step in steps])
+    places = (np.arange(_SCATTER) + 0.5) / _SCATTER
+    scatter = {"any": np.quantile(ratios, places)}
+    for kind in KINDS:
+        if (kinds == kind).sum() >= _FEWEST:
+            scatter[kind] = np.quantile(ratios[kinds == kind], places)
+    return Fitted(model, fit_periods(steps, slowness), scatter)
+
+
+def fit_steps(steps: Sequence[MeasuredStep], slowness: Sequence[float] | None = None) -> CostModel:
     """All count the same, in an order that says nothing."""
-    return _fit([(step, step.elapsed_s) for step in steps])
+    by = slowness or [1.0] * len(steps)
+    return _fit([(step, step.elapsed_s / slow) for step, slow in zip(steps, by, strict=True)])
 
 
-def fit_periods(steps: Sequence[MeasuredStep]) -> CostModel:
+def fit_periods(steps: Sequence[MeasuredStep], slowness: Sequence[float] | None = None) -> CostModel:
     """From the end of a step to that of the next, where nothing was idle: what a step costs a queue. The
     sum over the steps is that of the measured periods: a queue waits for hiccups too, which the fit forgives.
     """
+    by = slowness or [1.0] * len(steps)
     periods = []
-    for before, step in pairwise(steps):
+    for (before, step), slow in zip(pairwise(steps), by[1:], strict=True):
         if step.start_s - before.end_s < _BACK_TO_BACK_S:
-            periods.append((step, step.end_s - before.end_s))
+            periods.append((step, (step.end_s - before.end_s) / slow))
     model = _fit(periods)
     said = sum(model.predict(step.features) for step, _ in periods)
     return slower(model, sum(seconds for _, seconds in periods) / said) if said else model
@@ -54,19 +89,22 @@ def _fit(timed: Sequence[tuple[MeasuredStep, float]]) -> CostModel:
     return model
 
 
-def step_errors(model: CostModel, steps: Sequence[MeasuredStep]) -> dict[str, dict[str, Any]]:
-    """By kind of step: p50 and p95 of what was measured and of what the model says, and their relative
-    difference; the median error of single steps beside it. Kinds with too few steps are left out."""
+def step_errors(
+    fitted: Fitted, steps: Sequence[MeasuredStep], slowness: Sequence[float]
+) -> dict[str, dict[str, Any]]:
+    """By kind of step: p50 and p95 of what was measured and of what is said, and their relative difference;
+    beside it the median error of single steps. Kinds with too few steps are left out."""
     found: dict[str, dict[str, Any]] = {}
-    for kind in ("decode only", "mixed", "prefill only"):
-        of_kind = [step for step in steps if step.kind == kind]
+    for kind in KINDS:
+        of_kind = [(step, slow) for step, slow in zip(steps, slowness, strict=True) if step.kind == kind]
         if len(of_kind) < _FEWEST:
             continue
-        measured = np.array([step.elapsed_s for step in of_kind])
-        said = np.array([model.predict(step.features) for step in of_kind])
+        measured = np.array([step.elapsed_s for step, _ in of_kind])
+        said = np.array([fitted.steps.predict(step.features) * slow for step, slow in of_kind])
+        spread = np.outer(said, fitted.scatter.get(kind, fitted.scatter["any"]))
         figures: dict[str, Any] = {"steps": len(of_kind)}
         for q in (50, 95):
-            real, predicted = float(np.percentile(measured, q)), float(np.percentile(said, q))
+            real, predicted = float(np.percentile(measured, q)), float(np.percentile(spread, q))
             figures |= {
                 f"p{q}_s": real,
                 f"predicted_p{q}_s": predicted,
@@ -86,7 +124,7 @@ def link_speed(steps: Sequence[MeasuredStep]) -> LinkSpeed:
 def notes_of(raw: dict[str, Any]) -> list[str]:
     """How well the cost model says the steps that it has not seen, by kind, at worst over the runs."""
     notes = []
-    for kind in ("decode only", "mixed", "prefill only"):
+    for kind in KINDS:
         found = [run["step_errors"][kind] for run in raw["runs"] if kind in run["step_errors"]]
         if found:
             worst = {q: max((one[f"{q}_error"] for one in found), key=abs) for q in ("p50", "p95")}

@@ -46,6 +46,22 @@ def test_equals_its_definition(num_in: int, num_out: int, dtype: torch.dtype, st
 
 
 @pytest.mark.parametrize("strict", [False, True])
+def test_a_processor_without_bfloat16_computes_in_float32(
+    monkeypatch: pytest.MonkeyPatch, strict: bool
+) -> None:
+    monkeypatch.setattr(packed_linear, "is_packable", lambda dtype: dtype == torch.float32)
+    packed_linear._safe_rows.clear()
+    x, weight = torch.randn(40, 96).bfloat16(), torch.randn(48, 96).bfloat16()
+    try:
+        out = pack_linear(weight, weight[:, 0].contiguous(), strict=strict)(x)
+    finally:
+        packed_linear._safe_rows.clear()
+    expected = torch.nn.functional.linear(x.float(), weight.float(), weight[:, 0].float())
+    assert out.dtype == torch.bfloat16
+    assert torch.allclose(out.float(), expected.bfloat16().float(), rtol=2**-7, atol=1e-4)
+
+
+@pytest.mark.parametrize("strict", [False, True])
 def test_no_rows(strict: bool) -> None:
     linear = pack_linear(torch.randn(6, 2048), None, strict=strict)
     assert linear(torch.empty(0, 2048)).shape == (0, 6)
