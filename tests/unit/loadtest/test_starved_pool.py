@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import replace
+from random import Random
 
+import numpy as np
 import pytest
 
-from ellm.loadtest.open_loop import MeasuredStep, OpenLoopRun
+from ellm.loadtest.open_loop import PROBE_EVERY, MeasuredStep, OpenLoopRun
 from ellm.loadtest.saturated import full_step, middle_rate
 from ellm.loadtest.sim.metrics import measure
-from ellm.loadtest.starved_rounds import Probe, Sample, in_turns, pace
+from ellm.loadtest.starved_rounds import Probe, Sample, in_turns, pace, paces
 from ellm.loadtest.starved_rows import rows_of
-from ellm.loadtest.step_fit import fit_periods, fit_steps, link_speed, slower, step_errors
+from ellm.loadtest.step_fit import fit_part, fit_periods, fit_steps, link_speed, slower, step_errors
 from ellm.loadtest.unforeseen import Offered, check_tokens, peak_context, stop_index
 from ellm.worker.api.cost_model import CostModel, StepFeatures
 from ellm.worker.api.report import WorkerReport
@@ -85,12 +87,13 @@ def steps_of(count: int, truth: CostModel, gap_s: float) -> list[MeasuredStep]:
 def test_a_fit_on_one_half_says_the_other_by_kind_of_step() -> None:
     truth = CostModel.known(overhead_s=5e-3, every_row_s=1e-4, kv_token_s=1e-6)
     steps = steps_of(400, truth, 1e-3)
-    errors = step_errors(fit_steps(steps[:200]), steps[200:])
+    fitted = fit_part(steps[:200], [1.0] * 200)
+    errors = step_errors(fitted, steps[200:], [1.0] * 200)
     assert set(errors) == {"decode only", "mixed"}
     for figures in errors.values():
         assert abs(figures["p50_error"]) < 0.02
         assert abs(figures["p95_error"]) < 0.02
-    wrong = step_errors(CostModel.known(overhead_s=1.0), steps[200:])
+    wrong = step_errors(replace(fitted, steps=CostModel.known(overhead_s=1.0)), steps[200:], [1.0] * 200)
     assert wrong["mixed"]["p50_error"] > 10
     features = steps[7].features
     assert fit_periods(steps).predict(features) == pytest.approx(truth.predict(features) + 1e-3, rel=0.02)
@@ -99,6 +102,28 @@ def test_a_fit_on_one_half_says_the_other_by_kind_of_step() -> None:
     whole = late[-1].start_s - late[0].start_s
     assert with_them == pytest.approx(whole / (steps[-1].start_s - steps[0].start_s), rel=0.02)
     assert link_speed(steps).bytes_per_s == pytest.approx(1e6)
+
+
+def test_steps_scatter_as_they_did_and_the_machine_is_as_slow_as_its_probes_say() -> None:
+    truth = CostModel.known(overhead_s=5e-3, every_row_s=1e-4, kv_token_s=1e-6)
+    rng = Random(0)
+    slowness = [1.0 + 0.5 * (i >= 1000) for i in range(2000)]
+    steps = [
+        replace(step, elapsed_s=step.elapsed_s * slow * rng.lognormvariate(0.0, 0.2))
+        for step, slow in zip(steps_of(2000, truth, 1e-3), slowness, strict=True)
+    ]
+    fitted = fit_part(steps[:1000], slowness[:1000])
+    for figures in step_errors(fitted, steps[1000:], slowness[1000:]).values():
+        assert abs(figures["p50_error"]) < 0.05
+        assert abs(figures["p95_error"]) < 0.05
+    for figures in step_errors(fitted, steps[1000:], [1.0] * 1000).values():
+        assert figures["p50_error"] == pytest.approx(1 / 1.5 - 1.0, abs=0.05)
+    narrow = replace(fitted, scatter={"any": np.ones(100)})
+    assert step_errors(narrow, steps[1000:], slowness[1000:])["decode only"]["p95_error"] < -0.1
+    # A machine that was slow while the model learnt does not make it learn slow steps.
+    slow_first = fit_part([replace(s, elapsed_s=2 * s.elapsed_s) for s in steps[:1000]], [2.0] * 1000)
+    features = steps[7].features
+    assert slow_first.steps.predict(features) == pytest.approx(fitted.steps.predict(features), rel=1e-6)
 
 
 def test_a_slower_machine_scales_the_fit_and_what_it_learns_from_then_on() -> None:
@@ -157,6 +182,17 @@ def test_the_pace_of_a_run_is_that_of_its_probes_without_hiccups() -> None:
     assert pace(replace(run, probe_s=[3.0])) == 3.0
     assert pace(replace(run, probe_s=[])) == 0.0
     assert Probe()() > 0.0
+
+
+def test_the_pace_at_a_step_is_that_of_the_probes_around_it() -> None:
+    truth = CostModel.known(overhead_s=5e-3)
+    run = replace(run_of([[1]], ["stop"]), steps=steps_of(40 * PROBE_EVERY + 3, truth, 0.0))
+    run = replace(run, probe_s=[1.0] * 20 + [3.0] * 20)
+    found = paces(replace(run, probe_s=[*run.probe_s[:5], 900.0, *run.probe_s[6:]]))
+    assert len(found) == len(run.steps)
+    assert set(found[: 15 * PROBE_EVERY]) == {1.0}
+    assert set(found[25 * PROBE_EVERY :]) == {3.0}
+    assert set(paces(replace(run, probe_s=[]))) == {0.0}
 
 
 def test_steps_that_are_asked_for_ahead_cost_what_lies_between_their_ends() -> None:
