@@ -13,8 +13,8 @@ which is checked: a policy that changed a single one ends elsewhere.
 
 The simulator runs beside it: a cost model fitted on the first half of one policy's steps says how long the
 steps of the rest take, and the same arrivals through the same policies in simulated time say what goodput and
-TTFT should have been. Nothing is fitted anew for another policy; what is measured in each run is how fast the
-machine is just then (`machine`), and how fast its link to the host tier.
+TTFT should have been. Nothing is fitted anew for another policy; measured in each run is how fast the machine
+is just then (`machine`), and its link to the host tier.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ measured before. All policies give the same tokens; means over the runs, every s
 `machine`: how long a fixed piece of work between the steps took, by the first run's. `sim` columns: the
 simulator's figures for the same arrivals by a cost model fitted once, on the first half of the steps of the
 first run of `full-recompute`, and scaled by `machine` for the others; the link is as fast as it was in each.
+Steps are said to take what the model says, times the machine's pace around them, scattered as in that half.
 `ratio`: goodput by the one of `full-recompute`, `ratio TTFT`: its mean TTFT by this one's, medians of the
 ratios within a round."""
 
@@ -211,9 +212,8 @@ def run_all(
         reference_s = pace(samples[0].run if samples else run) or 1.0
         slowness = pace(run) / reference_s or 1.0
         slow = [seconds / reference_s or 1.0 for seconds in paces(run)]
-        seen = 0  # steps that the fit knows
-        if fitted is None:  # of the first policy alone
-            seen = len(run.steps) // 2
+        seen = 0 if fitted else len(run.steps) // 2  # steps that the fit knows: of the first policy alone
+        if fitted is None:
             fitted = step_fit.fit_part(run.steps[:seen], slow[:seen])
         real = measure(offered.arrivals, run.token_times, slo_s)
         cost = step_fit.slower(fitted.periods, slowness)
