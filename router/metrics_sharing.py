@@ -2,8 +2,10 @@
 
 Each router tells the controller once a second what has changed, and before it answers a scrape; a scrape
 shows what the controller's book then holds (cluster/counting.py). So two scrapes that reach different routers
-agree, and a router or worker that dies leaves its counts behind. Without a controller a router shows what it
-knows itself, and says so by `ellm_metrics_complete`.
+agree, and a router or worker that dies leaves its counts behind. A router that the controller does not answer
+says so by `ellm_metrics_complete`, and leaves its counters out: another router may have shown more, and who
+scrapes would take the difference for a restart and count everything twice. A gap does no harm. Where there is
+to be no controller, or no other router, it shows what it knows itself.
 """
 
 from __future__ import annotations
@@ -76,6 +78,7 @@ class ClusterView:
     series: Mapping[Key, float]
     reports: Reports
     complete: bool
+    counts: bool  # its counters are never less than what another router has shown
 
 
 class SharedMetrics:
@@ -111,6 +114,7 @@ class SharedMetrics:
         self._clock = clock
         self._book = CounterBook()
         self._term = 0
+        self._was_complete = False  # this router has once known all that there was
         self._resend = True  # the controller does not know what this book holds
         self._sent: dict[Key, float] = {}  # (source, *key) -> value that it knows
         self._busy = asyncio.Lock()
@@ -131,7 +135,8 @@ class SharedMetrics:
         """The scrape."""
         view = await self.look()
         models = [service.model for service in self._services]
-        return metrics_page.text(DECLARED, models, view.series)
+        families = DECLARED if view.counts else [m for m in DECLARED if m.kind == "gauge"]
+        return metrics_page.text(families, models, view.series)
 
     async def look(self) -> ClusterView:
         """Of all routers and workers, as the controller's book has them now; waits for it for a while."""
@@ -180,7 +185,9 @@ class SharedMetrics:
         models = [service.model for service in self._services]
         series.update(_derived(gauges, reports.values(), models))
         series[declared.COMPLETE.name,] = float(complete)
-        return ClusterView(series, reports, complete)
+        self._was_complete |= complete
+        only = self._line is None or (self._was_complete and self._guidance.num_routers <= 1)
+        return ClusterView(series, reports, complete, complete or only)
 
     async def _push_forever(self) -> None:
         while True:

@@ -213,6 +213,7 @@ def test_ray_exports_the_same_metrics(observed: Prometheus) -> None:
 def test_a_dead_worker_fires_and_nothing_runs_backwards(
     server: Served, client: httpx.Client, observed: Prometheus
 ) -> None:
+    assert complete(client).status_code == 200
     before = observed.wait_for("sum(ellm_generation_tokens_total)")
     lost = observed.value("sum(ellm_workers_lost_total)") or 0
     router = below(server, "ServeReplica:ellm:Router")[0]

@@ -51,7 +51,7 @@ def test_a_signal_during_the_start_takes_the_application_down() -> None:
 
 
 def test_a_start_that_fails_takes_the_application_down() -> None:
-    with served(*joining("--set", "cluster.start_timeout_s=8")) as server:
+    with served(*joining("--set", "cluster.start_timeout_s=20")) as server:
         until_loading(server)
         assert server.wait() == 1, server.output
         assert "did not start in time" in server.output

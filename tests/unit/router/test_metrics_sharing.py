@@ -50,14 +50,14 @@ class Cluster:
             raise LookupError("no controller")
         return self.desk.exchange(message, (), {"m": 2}, self.clock())
 
-    def router(self, timelines: dict[str, bytes] | None = None) -> SharedMetrics:
+    def router(self, timelines: dict[str, bytes] | None = None, num_routers: int = 2) -> SharedMetrics:
         metrics = RouterMetrics("m", self.clock)
         admission = SimpleNamespace(num_inflight=3)
         service: Any = SimpleNamespace(
             model="m", metrics=metrics, dispatcher=SimpleNamespace(admission=admission)
         )
         known = timelines or {}
-        return SharedMetrics([service], GuidanceBook(2), Outlet(self), known.get, self.clock)
+        return SharedMetrics([service], GuidanceBook(num_routers), Outlet(self), known.get, self.clock)
 
 
 def metrics_of(router: SharedMetrics) -> RouterMetrics:
@@ -152,7 +152,7 @@ def test_nothing_runs_backwards(seed: int) -> None:
     asyncio.run(run())
 
 
-def test_without_a_controller_a_router_speaks_for_itself() -> None:
+def test_without_a_controller_no_counter_is_less_than_another_router_has_shown() -> None:
     async def run() -> None:
         cluster = Cluster()
         one, two = cluster.router(), cluster.router()
@@ -161,15 +161,34 @@ def test_without_a_controller_a_router_speaks_for_itself() -> None:
         assert (await scraped(one))[COUNTED[0]] == 3
         cluster.desk = None
         metrics_of(one).finished["stop"] += 1
-        found = await scraped(one)
-        assert found[COUNTED[0]] == 4  # with what it has heard of others
-        assert found["ellm_metrics_complete"] == 0
+        for router in (one, two, cluster.router()):  # the last takes the place of one that died
+            found = await scraped(router)
+            assert not [name for name in found if name.endswith(("_total", "_count", "_sum", "_bucket"))]
+            assert found["ellm_metrics_complete"] == 0
+            assert found["ellm_router_inflight_requests"] == 3
         cluster.new_controller()
         found = await scraped(two)
         assert found["ellm_metrics_complete"] == 1
         assert found[COUNTED[0]] >= 3
         await one._try_exchange()
         assert (await scraped(two))[COUNTED[0]] == 4
+
+    asyncio.run(run())
+
+
+def test_the_only_router_shows_what_it_has_counted_once_it_knew_all() -> None:
+    async def run() -> None:
+        cluster = Cluster()
+        lone = cluster.router(num_routers=1)
+        cluster.desk = None
+        metrics_of(lone).finished["stop"] += 1
+        assert COUNTED[0] not in await scraped(lone)  # there may have been one before it
+        cluster.new_controller()
+        assert (await scraped(lone))[COUNTED[0]] == 1
+        cluster.desk = None
+        metrics_of(lone).finished["stop"] += 1
+        found = await scraped(lone)
+        assert (found[COUNTED[0]], found["ellm_metrics_complete"]) == (2, 0)
 
     asyncio.run(run())
 
