@@ -112,7 +112,7 @@ AUDIT_LINES = counter(
 )
 WORKERS = gauge("workers", f"Workers by state: {', '.join(STATES)}.", _M, "state")
 ROUTERS = gauge("routers", "Routers that this page speaks for.")
-COMPLETE = gauge("metrics_complete", "1 where this page speaks for all routers, 0 for the one that wrote it.")
+COMPLETE = gauge("metrics_complete", "1 where this page speaks for all routers, 0 where nobody adds them up.")
 
 COUNTERS = (
     *(SUCCESS, ERRORS, REJECTIONS, FAILOVERS, DECISIONS, FALLBACK_CHOICES, LOST),
