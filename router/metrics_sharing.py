@@ -2,10 +2,9 @@
 
 Each router tells the controller once a second what has changed, and before it answers a scrape; a scrape
 shows what the controller's book then holds (cluster/counting.py). So two scrapes that reach different routers
-agree, and a router or worker that dies leaves its counts behind. A router that the controller does not answer
-says so by `ellm_metrics_complete`, and leaves its counters out: another router may have shown more, and who
-scrapes would take the difference for a restart and count everything twice. A gap does no harm. Where there is
-to be no controller, or no other router, it shows what it knows itself.
+agree, and a router or worker that dies leaves its counts behind. A router without an answer says so by
+`ellm_metrics_complete` and leaves its counters out: another may have shown more, and who scrapes would take
+that for a restart and count twice. With no controller at all, or no other router, it shows its own.
 """
 
 from __future__ import annotations
@@ -93,8 +92,7 @@ class SharedMetrics:
         clock: Callable[[], float] = time.monotonic,
         others: Sequence[Source] = (),
     ) -> None:
-        """`lookup`: the timeline of one of this router's requests, as JSON. `others`: who counts beside the
-        services."""
+        """`lookup`: a timeline of one of its requests, as JSON. `others`: who counts beside the services."""
         self._others = others
         self.router_id = uuid.uuid4().hex[:12]
         self._services = tuple(services)
@@ -104,9 +102,7 @@ class SharedMetrics:
             [service.model for service in self._services],
         )
         self._lookup = lookup
-        self._finds: list[
-            tuple[str, bytes]
-        ] = []  # of this router's requests, those that another is asked for
+        self._finds: list[tuple[str, bytes]] = []  # of this router's, those that another is asked for
         self._guidance = book
         self._alone = outlet.line is None and book.num_routers <= 1
         self._line = outlet.line
@@ -114,7 +110,7 @@ class SharedMetrics:
         self._clock = clock
         self._book = CounterBook()
         self._term = 0
-        self._was_complete = False  # this router has once known all that there was
+        self._knew_all = False  # at some time
         self._resend = True  # the controller does not know what this book holds
         self._sent: dict[Key, float] = {}  # (source, *key) -> value that it knows
         self._busy = asyncio.Lock()
@@ -185,9 +181,9 @@ class SharedMetrics:
         models = [service.model for service in self._services]
         series.update(_derived(gauges, reports.values(), models))
         series[declared.COMPLETE.name,] = float(complete)
-        self._was_complete |= complete
-        only = self._line is None or (self._was_complete and self._guidance.num_routers <= 1)
-        return ClusterView(series, reports, complete, complete or only)
+        self._knew_all |= complete
+        alone = self._line is None or (self._knew_all and self._guidance.num_routers <= 1)
+        return ClusterView(series, reports, complete, complete or alone)
 
     async def _push_forever(self) -> None:
         while True:
