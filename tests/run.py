@@ -2,8 +2,7 @@
 
 A job is a folder, or a part of `unit`; each is a pytest process of its own (tests/jobs.py says which may run
 beside which). What a job prints is shown when it has ended. A folder over its budget is printed loudly; on CI
-(variable CI) more than three times the budget fails the run. Machines differ and are noisy: less than that
-never does.
+(variable CI) more than twice the budget fails the run. Machines are noisy: less than that never does.
 
 On CI, where whole clusters run (`CLUSTERS`), one or two tests of a folder that fail are run once more in a
 fresh process: a machine that stands still can break what such a test waits for. What passes only then is
@@ -150,7 +149,7 @@ def report(outcomes: Sequence[Outcome], budgets: dict[str, float], wall: str, fu
         seconds = sum(outcome.seconds for outcome in mine)
         over = seconds > budget and not full
         bad = any(outcome.code not in (0, NO_TESTS) for outcome in mine)
-        bad = bad or (over and seconds > 3 * budget and bool(os.environ.get("CI")))
+        bad = bad or (over and seconds > 2 * budget and bool(os.environ.get("CI")))
         remark = ("  FAILED" if bad else "") + ("  OVER BUDGET" if over else "")
         print(f"{folder:<10}{seconds:>9.1f}{budget:>9.0f}{remark}")
         failed += [folder] if bad else []

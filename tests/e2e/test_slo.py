@@ -141,6 +141,7 @@ def test_parked_requests_read_as_steady_streams(client: httpx.Client, url: str) 
 
     assert max(gaps(plain)) > 1.0  # somebody was set aside
     # One that fell behind its schedule may still wait; on a slow machine it does.
-    assert sum(gaps(paced)) < sum(gaps(plain)) / 2, (gaps(paced), gaps(plain))
+    assert max(gaps(paced)) < max(gaps(plain)), (gaps(paced), gaps(plain))
+    assert sum(gaps(paced)) < sum(gaps(plain)) / 4, (gaps(paced), gaps(plain))
     wait_for(lambda: metric(client, "ellm_parked_requests") == 0, 10)
     assert metric(client, "ellm_slo_attained_total", slo="tpot") > 0

@@ -90,7 +90,7 @@ def test_a_store_that_is_away_holds_nobody_up_and_loses_no_count(monkeypatch: py
         begun = time.monotonic()
         assert await FailureCount("w0:config").read() == 0
         await FailureCount("w0:config").failed()
-        assert time.monotonic() - begun < 8.0  # the store blocks for ten
+        assert time.monotonic() - begun < 2.0
         assert num_turns >= 5
         turning.cancel()
         assert not puts  # 1 would say that there were none before
