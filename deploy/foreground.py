@@ -3,6 +3,9 @@
 The driver runs in a process group of its own, so that Ctrl-C, a hangup and a SIGTERM to the group reach this
 process alone and not Ray's, which would fall over each other. The first signal asks the driver for an orderly
 end, the second ends everything at once. When the driver is gone, however it went, so is all that it started.
+
+The signals stay blocked and are waited for together with the driver's end: none can come between a look and
+the wait after it. The driver has no such wait, and is asked twice.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from ellm.worker.api.errors import EllmError
 
 INTERRUPTED = 130
 SAME_S = 0.5  # `make` passes on a signal that the whole group has had
+AGAIN_S = 1  # Python heeds a signal that came on the way into a long system call only after that call
 GRACE_S = 5.0  # for what the driver has ended to be gone
 
 
@@ -37,25 +41,16 @@ def serve(config: EllmConfig) -> int:
     if driver == 0:
         os._exit(_drive(config, here))
     session.adopt_orphans()
-    asked = _forward_signals(driver, session)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, server.SIGNALS)
-    status = _wait_for(driver)
+    signals = _Signals(driver, session)
+    status = signals.wait()
     killed = session.end(GRACE_S)
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
         print(f"ellm serve: the cluster fell ({signal.Signals(-code).name})", file=sys.stderr)
         return 1
-    if killed and not asked:
+    if killed and signals.first is None:
         print(f"ellm serve: had to end {', '.join(killed)}", file=sys.stderr)
     return code
-
-
-def _wait_for(driver: int) -> int:
-    """Its exit status; adopted orphans that end before it are cleared away."""
-    while True:
-        pid, status = os.waitpid(-1, 0)
-        if pid == driver:
-            return status
 
 
 def _drive(config: EllmConfig, parent: int) -> int:
@@ -73,22 +68,60 @@ def _drive(config: EllmConfig, parent: int) -> int:
     return 1
 
 
-def _forward_signals(driver: int, session: Session) -> list[float]:
-    """Install the handlers; the list holds when the first signal came."""
-    asked: list[float] = []
+class _Signals:
+    """What comes while the driver runs, and after it."""
 
-    def on_signal(number: int, frame: types.FrameType | None) -> None:
+    def __init__(self, driver: int, session: Session) -> None:
+        self.first: float | None = None  # when the first one came that asks for an end
+        self._driver: int | None = driver
+        self._session = session
+        self._names = {signal.SIGINT, signal.SIGTERM}
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            self._names.add(signal.SIGHUP)
+        for name in self._names:
+            signal.signal(name, self._on_signal)
+        for name in (signal.SIGCHLD, signal.SIGALRM):
+            signal.signal(name, _nothing)
+        self._waited = self._names | {signal.SIGCHLD, signal.SIGALRM}
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._waited)
+
+    def wait(self) -> int:
+        """The driver's exit status; from then on the signals come by themselves."""
+        while (status := self._reap()) is None:
+            number = signal.sigwait(self._waited)
+            if number in self._names:
+                self._on_signal(number, None)
+            elif number == signal.SIGALRM:
+                self._ask()
+        signal.alarm(0)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*server.SIGNALS, *self._waited})
+        return status
+
+    def _reap(self) -> int | None:
+        """Clear away who has ended: the driver's status, if it is among them, else an adopted orphan's is
+        nobody's."""
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            if ended[0] == self._driver:
+                self._driver = None
+                return ended[1]
+        return None
+
+    def _ask(self) -> None:
+        if self._driver is not None:
+            os.kill(self._driver, signal.SIGINT)
+
+    def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
         now = time.monotonic()
-        if not asked:
-            asked.append(now)
-            os.kill(driver, signal.SIGINT)
-        elif now - asked[0] > SAME_S:
-            os.kill(driver, signal.SIGKILL)
-            session.end(0.0)
+        if self.first is None:
+            self.first = now
+            self._ask()
+            signal.alarm(AGAIN_S)
+        elif now - self.first > SAME_S:
+            if self._driver is not None:
+                os.kill(self._driver, signal.SIGKILL)
+            self._session.end(0.0)
             os._exit(INTERRUPTED)
 
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, on_signal)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
-        signal.signal(signal.SIGHUP, on_signal)
-    return asked
+
+def _nothing(number: int, frame: types.FrameType | None) -> None:
+    """A signal that is only waited for still needs a handler, or some systems drop it."""

@@ -9,11 +9,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 PROGRAM = """
-import os, sys, time
+import os, signal, sys, time
 from ellm.deploy import foreground, server
 from ellm.deploy.tree import EllmConfig
 
@@ -25,7 +26,15 @@ def slow_fork():
     time.sleep(0.5)
     return pid
 
+def lost(pid, number, kill=os.kill):
+    if number != signal.SIGINT:
+        kill(pid, number)
+    elif "once" in sys.argv:
+        os.kill = kill
+
 os.fork = slow_fork
+if "lost" in sys.argv:
+    os.kill = lost
 server.check = lambda config: None
 server.start_ray = lambda config, progress: time.sleep(float(sys.argv[1]))
 server.start_application = lambda config, progress: None
@@ -35,10 +44,10 @@ sys.exit(foreground.serve(EllmConfig()))
 
 
 @contextmanager
-def forked(start_s: float) -> Iterator[subprocess.Popen[str]]:
+def forked(start_s: float, *also: str) -> Iterator[subprocess.Popen[str]]:
     """`ellm serve` in the middle of its fork."""
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(start_s)],
+        [sys.executable, "-c", PROGRAM, str(start_s), *also],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -48,10 +57,11 @@ def forked(start_s: float) -> Iterator[subprocess.Popen[str]]:
         assert process.stdout is not None
         assert process.stdout.readline() == "forked\n"
         yield process
-        process.stdout.close()
     finally:
         process.kill()
         process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def test_a_signal_that_comes_before_the_handlers_stand_is_not_lost() -> None:
@@ -62,6 +72,24 @@ def test_a_signal_that_comes_before_the_handlers_stand_is_not_lost() -> None:
             assert process.returncode == 130, output
             assert "Stopped" in output
             assert "Traceback" not in output
+
+
+def test_a_driver_that_did_not_heed_the_first_signal_is_asked_again() -> None:
+    with forked(30.0, "lost", "once") as process:
+        os.kill(process.pid, signal.SIGTERM)
+        output, _ = process.communicate(timeout=20.0)
+        assert process.returncode == 130, output
+        assert "Stopped" in output
+
+
+def test_a_second_signal_ends_all_at_once() -> None:
+    with forked(30.0, "lost") as process:
+        while process.poll() is None:
+            os.kill(process.pid, signal.SIGTERM)
+            time.sleep(0.7)  # later than the same signal passed on
+        output, _ = process.communicate(timeout=20.0)
+        assert process.returncode == 130, output
+        assert "Stopped" not in output
 
 
 def test_a_driver_whose_parent_died_before_it_looked_ends() -> None:
