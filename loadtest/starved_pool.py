@@ -11,10 +11,9 @@ place where it shall end. Every request asks for the same large `max_tokens`, th
 policy can see when. So the tokens of every policy must also be those of the roomy run up to that place,
 which is checked: a policy that changed a single one ends elsewhere.
 
-The simulator runs beside it: a cost model fitted on the first half of one policy's steps says how long the
-steps of the rest take, and the same arrivals through the same policies in simulated time say what goodput and
-TTFT should have been. Nothing is fitted anew for another policy; measured in each run is how fast the machine
-is just then (`machine`), and its link to the host tier.
+The simulator runs beside it (starved_predicted.py): a cost model fitted on a part of one policy's steps says
+how long the steps of all others take, and the same arrivals through the same policies in simulated time say
+what goodput and TTFT should have been.
 """
 
 from __future__ import annotations
@@ -32,21 +31,15 @@ from ellm.loadtest.bench_checkpoint import SHAPE, make_checkpoint
 from ellm.loadtest.open_loop import run_open_loop
 from ellm.loadtest.result import Result, Row, command_line
 from ellm.loadtest.saturated import FULL, measure_saturated
-from ellm.loadtest.sim.device import EOS, VOCAB_SIZE
-from ellm.loadtest.sim.executor import TimedExecutor
-from ellm.loadtest.sim.metrics import Metrics, measure
-from ellm.loadtest.sim.replica import Replica
+from ellm.loadtest.sim.metrics import measure
 from ellm.loadtest.sim.workload import SimRequest, with_arrivals
-from ellm.loadtest.starved_rounds import Probe, Sample, has_time, in_turns, pace, paces
+from ellm.loadtest.starved_predicted import predict
+from ellm.loadtest.starved_rounds import Probe, Taken, has_time, in_turns
 from ellm.loadtest.starved_rows import BASELINE, OURS, rows_of
 from ellm.loadtest.unforeseen import Offered, check_tokens, lengths, peak_context, stop_index
 from ellm.worker.api.config import CacheConfig, ModelConfig, SchedulerConfig, WorkerConfig
-from ellm.worker.api.cost_model import CostModel
 from ellm.worker.api.request import EngineRequest, SamplingParams
 from ellm.worker.build import LoadedEngine, load_engine
-from ellm.worker.engine.core import EngineCore
-from ellm.worker.engine.plan import ModelLimits
-from ellm.worker.executor.simulated_link import LinkSpeed
 
 POLICIES = (BASELINE, "full-swap", "full-chunked", "full-offload", "full-predictive", OURS)
 BLOCK = 16
@@ -75,9 +68,9 @@ ABOUT = """\
 their peak where the pool is roomy. SLO {slo:.3g} ms per token, {ratio:g} times a step with the pool full as
 measured before. All policies give the same tokens; means over the runs, every second round backwards.
 `machine`: how long a fixed piece of work between the steps took, by the first run's. `sim` columns: the
-simulator's figures for the same arrivals by a cost model fitted once, on the first half of the steps of the
-first run of `full-recompute`, and scaled by `machine` for the others; the link is as fast as it was in each.
-Steps are said to take what the model says, times the machine's pace around them, scattered as in that half.
+simulator's figures for the same arrivals by a cost model fitted once, on the first halves of the runs of
+`{fitted}`, and scaled by `machine` for each run; the link is as fast as it was in each.
+Steps are said to take what the model says, times the machine's pace around them, scattered as in those.
 `ratio`: goodput by the one of `full-recompute`, `ratio TTFT`: its mean TTFT by this one's, medians of the
 ratios within a round."""
 
@@ -151,25 +144,6 @@ def continuations(
     return [tokens[: stop_index(tokens, n - 1) + 1] for tokens, n in zip(run.tokens, wanted, strict=True)]
 
 
-def simulated(
-    offered: Offered,
-    limits: ModelLimits,
-    config: WorkerConfig,
-    cost: CostModel,
-    link: LinkSpeed,
-    slo_s: float,
-) -> Metrics:
-    """The same arrivals in simulated time, by `cost`."""
-    limits = replace(limits, eos_token_ids=(EOS,), vocab_size=VOCAB_SIZE)
-    own = CostModel.from_dict(cost.to_dict())  # the engine's learns on
-    requests = offered.sim_requests()
-    ends = [request.output_tokens for request in requests]
-    executor = TimedExecutor(limits, cost, lambda new: ends[new.sampling.seed], link)
-    replica = Replica(EngineCore(limits, config, cost_model=own), executor, requests, tpot_slo_s=slo_s)
-    trajectory = replica.run()
-    return measure(offered.arrivals, trajectory.token_times, slo_s)
-
-
 def offer(arguments: argparse.Namespace) -> tuple[Offered, float, float, float]:
     """What comes; the rate, the SLO and a full step, both in seconds."""
     rng = random.Random(arguments.seed)
@@ -192,53 +166,42 @@ def offer(arguments: argparse.Namespace) -> tuple[Offered, float, float, float]:
 def run_all(
     arguments: argparse.Namespace, offered: Offered, slo_s: float
 ) -> tuple[list[Row], dict[str, Any]]:
-    samples: list[Sample] = []
+    taken: list[Taken] = []
     raw: dict[str, Any] = {"runs": [], "load_average": [], "left_out": []}
-    fitted: step_fit.Fitted | None = None
     probe = Probe() if arguments.device == "cpu" else None  # a GPU of one's own is as fast as ever
     pairs = arguments.pairs, [policy for policy in (BASELINE, OURS) if policy in arguments.policies]
     for number, host, policy in in_turns(arguments.rounds, arguments.hosts, arguments.policies, *pairs):
-        if not has_time(arguments.until, raw["runs"]):
-            if policy not in [*raw["left_out"], *(run["policy"] for run in raw["runs"])]:
+        if not has_time(arguments.until, [one.real.duration_s for one in taken]):
+            if policy not in [*raw["left_out"], *(one.policy for one in taken)]:
                 raw["left_out"].append(policy)
             continue
         mib = arguments.host_mib if host == "on" else 0
         config = config_of(arguments, policy, arguments.pool_blocks, mib)
         engine = load(config)
-        limits = engine.executor.limits
         raw["load_average"].append(os.getloadavg()[0])
         run = run_open_loop(engine, offered.requests(slo_s), offered.arrivals, probe=probe)
         check_tokens(run, offered, policy)
-        reference_s = pace(samples[0].run if samples else run) or 1.0
-        slowness = pace(run) / reference_s or 1.0
-        slow = [seconds / reference_s or 1.0 for seconds in paces(run)]
-        seen = 0 if fitted else len(run.steps) // 2  # steps that the fit knows: of the first policy alone
-        if fitted is None:
-            fitted = step_fit.fit_part(run.steps[:seen], slow[:seen])
         real = measure(offered.arrivals, run.token_times, slo_s)
-        cost = step_fit.slower(fitted.periods, slowness)
-        sim = simulated(offered, limits, config, cost, step_fit.link_speed(run.steps), slo_s)
-        samples.append(Sample(policy, host, number, real, sim, run, slowness))
+        taken.append(Taken(policy, host, number, config, engine.executor.limits, run, real))
         raw["runs"].append(
             {
                 "round": number,
                 "policy": policy,
                 "host_mib": mib,
-                "slowness": slowness,
                 "measured": asdict(real),
-                "simulated": asdict(sim),
                 "steps": len(run.steps),
-                "step_errors": step_fit.step_errors(fitted, run.steps[seen:], slow[seen:]),
                 "cost_model_error": engine.core.cost_model.error_median,
                 "report": {k: v for k, v in asdict(run.report).items() if isinstance(v, int | float)},
             }
         )
         print(
             f"{number} {policy:16} host {host:3} {real.goodput_tok_s:7.0f} goodput, attains "
-            f"{real.slo_attainment:.3f}, TTFT {real.ttft_mean_s:6.3f} s, {real.duration_s:.1f} s; machine "
-            f"{slowness:.2f}; sim {sim.goodput_tok_s:7.0f}, {sim.ttft_mean_s:.3f} s",
+            f"{real.slo_attainment:.3f}, TTFT {real.ttft_mean_s:6.3f} s, {real.duration_s:.1f} s",
             flush=True,
         )
+    samples, said = predict(offered, taken, slo_s)
+    for entry, sample, errors in zip(raw["runs"], samples, said, strict=True):
+        entry |= {"slowness": sample.slowness, "simulated": asdict(sample.sim), "step_errors": errors}
     return rows_of(samples), raw
 
 
@@ -278,6 +241,7 @@ def main() -> int:
         output=fmean(map(len, offered.expected)),
         cap=arguments.cap,
         pool=pool,
+        fitted=arguments.policies[0],
         offered=peak,
         slo=1e3 * slo_s,
         ratio=arguments.slo_ratio,

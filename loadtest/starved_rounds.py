@@ -2,7 +2,7 @@
 
 Every second round goes backwards, so that a drift falls on the first and the last alike. Between the steps of
 a run the same short piece of work says how fast the machine is just then; the simulator beside the run takes
-the fitted steps times that, and nothing is fitted anew.
+the fitted steps times that.
 """
 
 from __future__ import annotations
@@ -12,19 +12,35 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from statistics import fmean, median
-from typing import Any
 
 import torch
 
 from ellm.loadtest.open_loop import PROBE_EVERY, OpenLoopRun
 from ellm.loadtest.sim.metrics import Metrics
+from ellm.worker.api.config import WorkerConfig
+from ellm.worker.engine.plan import ModelLimits
 
+SIMULATED = 0.1  # of a run's time, at most: the simulator's
 NEAREST = 9  # probes: over some seconds
 
 
 @dataclass(frozen=True, slots=True)
+class Taken:
+    """One run of a policy, as it was."""
+
+    policy: str
+    host: str
+    round: int
+    config: WorkerConfig
+    limits: ModelLimits
+    run: OpenLoopRun
+    real: Metrics
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
-    """One run of a policy. `slowness`: what a probe took during it, by what it took during the first."""
+    """A run with the simulator's beside it. `slowness`: what a probe took during it, by what it took during
+    those whose steps were fitted."""
 
     policy: str
     host: str
@@ -45,10 +61,12 @@ def in_turns(
             yield number, host, policy
 
 
-def has_time(until: float | None, runs: Sequence[dict[str, Any]]) -> bool:
-    """Whether another run as long as the longest so far ends by `until`, of time.monotonic."""
-    longest_s = max((run["measured"]["duration_s"] for run in runs), default=0.0)
-    return until is None or time.monotonic() + 1.2 * longest_s < until
+def has_time(until: float | None, durations_s: Sequence[float]) -> bool:
+    """Whether another run as long as the longest so far ends by `until`, of time.monotonic, and the
+    simulator's runs after it."""
+    longest_s = max(durations_s, default=0.0)
+    left_s = 1.2 * longest_s + SIMULATED * (sum(durations_s) + longest_s)
+    return until is None or time.monotonic() + left_s < until
 
 
 class Probe:

@@ -1,0 +1,85 @@
+"""What the simulator says of runs on a starved pool, by a cost model that knows a part of one policy's alone.
+
+The model is fitted once, on the first half of the steps of each run of the first policy: of several runs,
+since a machine is not equally fast at all times. It says the steps of the other halves and of all other
+policies. Nothing is fitted anew for another policy; measured in each run is how fast the machine was just
+then, by work that is none of its steps, and how fast its link to the host tier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+from ellm.loadtest.open_loop import MeasuredStep
+from ellm.loadtest.sim.device import EOS, VOCAB_SIZE
+from ellm.loadtest.sim.executor import TimedExecutor
+from ellm.loadtest.sim.metrics import Metrics, measure
+from ellm.loadtest.sim.replica import Replica
+from ellm.loadtest.starved_rounds import Sample, Taken, pace, paces
+from ellm.loadtest.step_fit import Fitted, fit_part, link_speed, slower, step_errors
+from ellm.loadtest.unforeseen import Offered
+from ellm.worker.api.config import WorkerConfig
+from ellm.worker.api.cost_model import CostModel
+from ellm.worker.engine.core import EngineCore
+from ellm.worker.engine.plan import ModelLimits
+from ellm.worker.executor.simulated_link import LinkSpeed
+
+
+def predict(
+    offered: Offered, taken: Sequence[Taken], slo_s: float
+) -> tuple[list[Sample], list[dict[str, dict[str, Any]]]]:
+    """Each run with the simulator's figures beside it; the errors of its steps that the fit has not seen."""
+    known = [one for one in taken if one.policy == taken[0].policy]
+    reference_s = fmean(pace(one.run) for one in known) or 1.0
+    fitted = _fit(known, reference_s)
+    samples, errors = [], []
+    for one in taken:
+        slowness = pace(one.run) / reference_s or 1.0
+        cost = slower(fitted.periods, slowness)
+        link = link_speed(one.run.steps)
+        sim = simulate(offered, one.limits, one.config, cost, link, slo_s)
+        samples.append(Sample(one.policy, one.host, one.round, one.real, sim, one.run, slowness))
+        seen = _half(one) if one.policy == taken[0].policy else 0
+        slow = _slowness(one, reference_s)
+        errors.append(step_errors(fitted, one.run.steps[seen:], slow[seen:]))
+    return samples, errors
+
+
+def _fit(known: Sequence[Taken], reference_s: float) -> Fitted:
+    steps: list[MeasuredStep] = []
+    slow: list[float] = []
+    for one in known:
+        steps += one.run.steps[: _half(one)]
+        slow += _slowness(one, reference_s)[: _half(one)]
+    return fit_part(steps, slow)
+
+
+def _half(one: Taken) -> int:
+    return len(one.run.steps) // 2
+
+
+def _slowness(one: Taken, reference_s: float) -> list[float]:
+    """Of the machine at each step."""
+    return [seconds / reference_s or 1.0 for seconds in paces(one.run)]
+
+
+def simulate(
+    offered: Offered,
+    limits: ModelLimits,
+    config: WorkerConfig,
+    cost: CostModel,
+    link: LinkSpeed,
+    slo_s: float,
+) -> Metrics:
+    """The same arrivals in simulated time, by `cost`."""
+    limits = replace(limits, eos_token_ids=(EOS,), vocab_size=VOCAB_SIZE)
+    own = CostModel.from_dict(cost.to_dict())  # the engine's learns on
+    requests = offered.sim_requests()
+    ends = [request.output_tokens for request in requests]
+    executor = TimedExecutor(limits, cost, lambda new: ends[new.sampling.seed], link)
+    replica = Replica(EngineCore(limits, config, cost_model=own), executor, requests, tpot_slo_s=slo_s)
+    trajectory = replica.run()
+    return measure(offered.arrivals, trajectory.token_times, slo_s)

@@ -1,0 +1,83 @@
+"""What is said of runs on a starved pool comes from halves of the first policy's runs alone."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import replace
+
+import pytest
+
+from ellm.loadtest.open_loop import PROBE_EVERY, MeasuredStep, OpenLoopRun
+from ellm.loadtest.sim.metrics import measure
+from ellm.loadtest.starved_predicted import predict
+from ellm.loadtest.starved_rounds import Taken
+from ellm.loadtest.unforeseen import Offered
+from ellm.worker.api.config import CacheConfig, ModelConfig, SchedulerConfig, WorkerConfig
+from ellm.worker.api.cost_model import StepFeatures
+from ellm.worker.api.report import WorkerReport
+from ellm.worker.engine.plan import ModelLimits
+
+OFFERED = Offered([0.0, 0.2], [(5, 6, 7), (7, 8)], [[1, 2, 3, 4], [4, 9]], 50)
+LIMITS = ModelLimits(num_blocks=64, block_size=16, max_model_len=256, vocab_size=100, eos_token_ids=(0,))
+STEPS = 320
+PROBE_S = 1e-4
+
+
+def taken(policy: str, host: str, halves_s: tuple[float, float], probe_s: float = PROBE_S) -> Taken:
+    """A run of steps of one kind: so long in its first half, and in its second."""
+    steps, now = [], 0.0
+    for i in range(STEPS):
+        rows = 1 + i % 7
+        step = MeasuredStep(StepFeatures(rows, rows, 100, 0, rows), now, halves_s[2 * i // STEPS], 0, 0.0)
+        steps.append(step)
+        now = step.end_s
+    times = [array("d", [0.5, 0.6, 0.7, 0.8]), array("d", [0.7, 0.8])]
+    run = OpenLoopRun(times, list(OFFERED.expected), ["stop"] * 2, steps, WorkerReport(0))
+    run = replace(run, probe_s=[probe_s] * (STEPS // PROBE_EVERY))
+    config = WorkerConfig(
+        model=ModelConfig(path="x"),
+        cache=CacheConfig(num_blocks=64),
+        scheduler=SchedulerConfig(policy=policy),
+    )
+    return Taken(policy, host, 0, config, LIMITS, run, measure(OFFERED.arrivals, times, 0.1))
+
+
+def errors_of(several: list[Taken]) -> list[float]:
+    """Of the median step, by run."""
+    return [errors["decode only"]["p50_error"] for errors in predict(OFFERED, several, 0.1)[1]]
+
+
+def test_the_fit_knows_the_first_halves_of_the_first_policys_runs() -> None:
+    first = [taken("full-recompute", host, (0.01, 0.02)) for host in ("off", "on")]
+    other = taken("adaptive", "off", (0.01, 0.01))
+    assert errors_of([first[0], other, first[1]]) == pytest.approx([-0.5, 0.0, -0.5], abs=0.02)
+    # Another policy's steps teach nothing, whatever they take.
+    slow = taken("adaptive", "off", (0.04, 0.04))
+    assert errors_of([first[0], slow, first[1]]) == pytest.approx([-0.5, -0.75, -0.5], abs=0.02)
+    # Of two runs of the first, the one that was slow without its probes' knowing counts like the other.
+    second = taken("full-recompute", "on", (0.012, 0.012))
+    found = errors_of([taken("full-recompute", "off", (0.01, 0.01)), second])
+    assert found[0] > 0.02
+    assert found[1] < -0.02
+
+
+def test_a_run_on_a_slower_machine_is_said_to_take_longer() -> None:
+    fast, slow = (
+        taken("full-recompute", "off", (0.01, 0.01)),
+        taken("adaptive", "off", (0.02, 0.02), 2 * PROBE_S),
+    )
+    assert errors_of([fast, slow]) == pytest.approx([0.0, 0.0], abs=0.02)
+    samples, _ = predict(OFFERED, [fast, slow], 0.1)
+    assert [sample.slowness for sample in samples] == pytest.approx([1.0, 2.0])
+    ttft = [sample.sim.ttft_mean_s for sample in samples]
+    assert ttft[1] == pytest.approx(2 * ttft[0], rel=0.05)
+    assert [sample.real for sample in samples] == [fast.real, slow.real]
+
+
+def test_without_probes_the_machine_counts_as_steady() -> None:
+    bare = [
+        replace(one, run=replace(one.run, probe_s=[]))
+        for one in (taken("full-recompute", "off", (0.01, 0.01)), taken("adaptive", "off", (0.01, 0.01)))
+    ]
+    samples, _ = predict(OFFERED, bare, 0.1)
+    assert [sample.slowness for sample in samples] == [1.0, 1.0]
