@@ -34,6 +34,7 @@ MOST_TRIED_AGAIN = 2
 MOST_LANES = 2  # more if asked for: cores that are counted may still be shared, and a job may hold a gigabyte
 BELOW = 10  # the niceness of what yields: it gets a tenth of a core that somebody else wants
 PATIENCE_S = 900  # and so long a test of it may take
+SLOWEST = ("--durations=8", "--durations-min=5")  # are named: what to mend or mark when a folder takes long
 
 
 @dataclass(slots=True)
@@ -103,7 +104,7 @@ class Suite:
     def _pytest(self, job: Job, scratch: Path, output: IO[bytes] | None) -> Outcome:
         # The console script: `python -m pytest` would put the top folders themselves on sys.path.
         pytest = str(Path(sys.executable).with_name("pytest"))
-        command = [pytest, "-q", *map(str, job.paths), *self._options]
+        command = [pytest, "-q", *SLOWEST, *map(str, job.paths), *self._options]
         if job.yields:
             command.insert(1, f"--timeout={PATIENCE_S}")
         if sys.stdout.isatty():

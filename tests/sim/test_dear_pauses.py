@@ -54,9 +54,10 @@ def run(policy: str, num_blocks: int, rate: float, slo_ratio: float) -> Metrics:
 @pytest.mark.parametrize("slo_ratio", [1.5, 2.0, 3.0])
 def test_no_worse_than_who_never_pauses(num_blocks: int, slo_ratio: float) -> None:
     """Taking turns and looking ahead, adaptive had up to 3.7 times the TTFT of full-recompute at a load that
-    hardly fills the memory, and 1.3 times in overload."""
+    hardly fills the memory, and 1.3 times in overload; letting in who fits before one who came sooner and
+    does not, up to 1.2 times, and it computed twice as much again."""
     for rate in (5.6, 9.0):
         ours, theirs = (run(policy, num_blocks, rate, slo_ratio) for policy in ("adaptive", "full-recompute"))
-        assert ours.goodput_tok_s >= 0.99 * theirs.goodput_tok_s
-        if theirs.slo_attainment >= 0.9:
-            assert ours.ttft_mean_s <= 1.1 * theirs.ttft_mean_s + 0.05
+        assert ours.goodput_tok_s >= theirs.goodput_tok_s
+        assert ours.goodput_strict_tok_s >= 1.2 * theirs.goodput_strict_tok_s
+        assert ours.ttft_mean_s <= theirs.ttft_mean_s

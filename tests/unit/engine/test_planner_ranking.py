@@ -84,6 +84,14 @@ def test_one_that_does_not_fit_is_passed_over() -> None:
     assert [s.index for s in residents(order, 100, 2)] == [0, 1]
 
 
+def test_in_turn_nobody_passes_one_that_does_not_fit() -> None:
+    order = by_arrival([standing(0, num_blocks=6), standing(1, num_blocks=6), standing(2, num_blocks=4)])
+    assert [s.index for s in residents(order, 10, 9, in_turn=True)] == [0]
+    assert [s.index for s in residents(order, 12, 9, in_turn=True)] == [0, 1]
+    assert [s.index for s in residents(order, 100, 2, in_turn=True)] == [0, 1]
+    assert [s.index for s in residents(order, 5, 9, in_turn=True)] == [0], "somebody goes on"
+
+
 @given(knee=st.integers(1, 5000), least=st.integers(0, 64), most=st.integers(0, 4096))
 def test_spare_rows_end_where_a_step_gets_longer(knee: int, least: int, most: int) -> None:
     def step_s(more: int) -> float:

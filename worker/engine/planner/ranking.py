@@ -77,11 +77,18 @@ def in_order(standings: Iterable[Standing]) -> list[tuple[Rank, Standing]]:
     return sorted(((rank(s), s) for s in standings), key=key)
 
 
-def residents(order: Iterable[tuple[Rank, Standing]], num_blocks: int, num_seqs: int) -> list[Standing]:
-    """As many of `order` as fit in `num_blocks`, at most `num_seqs`: one that does not fit is passed over."""
+def residents(
+    order: Iterable[tuple[Rank, Standing]], num_blocks: int, num_seqs: int, *, in_turn: bool = False
+) -> list[Standing]:
+    """As many of `order` as fit in `num_blocks`, at most `num_seqs`. One that does not fit is passed over,
+    or, `in_turn`, ends it: were one behind it let in, it would take the room that the one before waits for,
+    and give way again for it. Then the first stays in any case."""
     chosen: list[Standing] = []
     for _, standing in order:
-        if standing.num_blocks <= num_blocks and len(chosen) < num_seqs:
+        fits = standing.num_blocks <= num_blocks and len(chosen) < num_seqs
+        if fits or (in_turn and not chosen):
             chosen.append(standing)
             num_blocks -= standing.num_blocks
+        elif in_turn:
+            break
     return chosen

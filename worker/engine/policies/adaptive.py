@@ -4,8 +4,9 @@ Admission looks ahead, as in `full-predictive`, but a request that can afford to
 steps that it needs. Who is resident is decided by slack (`planner.ranking`), anew every 0.1 s, when blocks
 run short and when somebody new may start. Whoever must give way is parked: its blocks stay until somebody
 takes them, from its end on, at no cost where the host has a copy. Without pressure it does what
-`full-chunked` does. Where pauses are dear (no host tier, no spare rows) the last to come gives way. With
-transient blocks and a starved memory, part of each request is recomputed in every step (`in_step`).
+`full-chunked` does. Where pauses are dear (no host tier, no spare rows) the last to come gives way, and comes
+back in its turn. With transient blocks and a starved memory, part of each request is recomputed in every step
+(`in_step`).
 """
 
 from __future__ import annotations
@@ -154,10 +155,12 @@ class Adaptive(Policy):
         newcomer = self._admissible(now)
         everybody = [*state.running, *state.parked, *([newcomer] if newcomer is not None else [])]
         num_running, more = len(state.running), self.foresight.growth(_REPLAN_S, now)
-        ranked = by_arrival if self.foresight.pauses_are_dear(now) else in_order
-        order = ranked(self._standing(i, s, i < num_running, now, more) for i, s in enumerate(everybody))
+        dear = self.foresight.pauses_are_dear(now)
+        order = (by_arrival if dear else in_order)(
+            self._standing(i, s, i < num_running, now, more) for i, s in enumerate(everybody)
+        )
         room = state.pool.num_blocks - self._reserve()
-        chosen = {s.index for s in residents(order, room, state.max_num_seqs)}
+        chosen = {s.index for s in residents(order, room, state.max_num_seqs, in_turn=dear)}
         self._newcomer = newcomer if len(everybody) - 1 in chosen else None
         if newcomer is not None:
             order = [pair for pair in order if pair[1].index != len(everybody) - 1]
