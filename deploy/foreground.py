@@ -4,8 +4,9 @@ The driver runs in a process group of its own, so that Ctrl-C, a hangup and a SI
 process alone and not Ray's, which would fall over each other. The first signal asks the driver for an orderly
 end, the second ends everything at once. When the driver is gone, however it went, so is all that it started.
 
-The signals stay blocked and are waited for together with the driver's end: none can come between a look and
-the wait after it. The driver has no such wait, and is asked twice.
+The signals stay blocked and are waited for together with the driver's end, so that none is lost between a
+look and the wait after it; once a second it looks anyway, should a thread of some library have taken one.
+The driver has no such wait, and is asked twice.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from ellm.worker.api.errors import EllmError
 
 INTERRUPTED = 130
 SAME_S = 0.5  # `make` passes on a signal that the whole group has had
-AGAIN_S = 1  # Python heeds a signal that came on the way into a long system call only after that call
+LOOK_S = 1.0
+AGAIN_S = 1.0  # Python heeds a signal that came on the way into a long system call only after that call
 GRACE_S = 5.0  # for what the driver has ended to be gone
 
 
@@ -37,7 +39,7 @@ def serve(config: EllmConfig) -> int:
     # From before the fork until its handlers stand, each side keeps what comes for later.
     signal.pthread_sigmask(signal.SIG_BLOCK, server.SIGNALS)
     here = os.getpid()
-    driver = os.fork()  # no threads and no Ray yet
+    driver = os.fork()  # no Ray yet, nor threads that compute
     if driver == 0:
         os._exit(_drive(config, here))
     session.adopt_orphans()
@@ -60,7 +62,7 @@ def _drive(config: EllmConfig, parent: int) -> int:
         return server.run(config, parent)
     except EllmError as error:
         print(f"ellm serve: {error.message}", file=sys.stderr)
-    except Exception:  # the edge of the process
+    except BaseException:  # the edge of the process, which is a copy of the one before it
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -73,6 +75,7 @@ class _Signals:
 
     def __init__(self, driver: int, session: Session) -> None:
         self.first: float | None = None  # when the first one came that asks for an end
+        self._asked_again = False
         self._driver: int | None = driver
         self._session = session
         self._names = {signal.SIGINT, signal.SIGTERM}
@@ -84,6 +87,7 @@ class _Signals:
             signal.signal(name, _nothing)
         self._waited = self._names | {signal.SIGCHLD, signal.SIGALRM}
         signal.pthread_sigmask(signal.SIG_BLOCK, self._waited)
+        signal.setitimer(signal.ITIMER_REAL, LOOK_S, LOOK_S)
 
     def wait(self) -> int:
         """The driver's exit status; from then on the signals come by themselves."""
@@ -92,8 +96,8 @@ class _Signals:
             if number in self._names:
                 self._on_signal(number, None)
             elif number == signal.SIGALRM:
-                self._ask()
-        signal.alarm(0)
+                self._ask_again()
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {*server.SIGNALS, *self._waited})
         return status
 
@@ -110,12 +114,16 @@ class _Signals:
         if self._driver is not None:
             os.kill(self._driver, signal.SIGINT)
 
+    def _ask_again(self) -> None:
+        if self.first is not None and not self._asked_again and time.monotonic() - self.first >= AGAIN_S:
+            self._asked_again = True
+            self._ask()
+
     def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
         now = time.monotonic()
         if self.first is None:
             self.first = now
             self._ask()
-            signal.alarm(AGAIN_S)
         elif now - self.first > SAME_S:
             if self._driver is not None:
                 os.kill(self._driver, signal.SIGKILL)

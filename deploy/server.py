@@ -88,6 +88,7 @@ def run(config: EllmConfig, parent: int) -> int:
         progress.line("Stopping: running requests may end, Ctrl-C again ends them now")
         take_down(config)
     except (Stopped, Exception):
+        interrupt.started()  # a signal from now on cuts nothing short
         if not interrupt.cut_short:  # Ray's compiled code makes other errors of what a handler raises
             raise
         progress.line("Stopping")

@@ -26,6 +26,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
+from ellm.kernels.packed_linear import is_packable
 from ellm.loadtest import step_fit
 from ellm.loadtest.bench_checkpoint import SHAPE, make_checkpoint
 from ellm.loadtest.open_loop import run_open_loop
@@ -62,15 +65,16 @@ CPU: dict[str, Any] = {
 }
 
 ABOUT = """\
-{model} in {dtype} on {threads} threads; {requests} requests at {rate:.2f}/s (gamma gaps, cv {cv:g}), mean
-{prompt:.0f} prompt and {output:.0f} output tokens, ended by a stop token that the engine cannot foresee under
-`max_tokens` {cap}. The pool holds {pool:,} tokens; the same arrivals hold {offered:,.0f} tokens of context at
-their peak where the pool is roomy. SLO {slo:.3g} ms per token, {ratio:g} times a step with the pool full as
-measured before. All policies give the same tokens; means over the runs, every second round backwards.
-`machine`: how long a fixed piece of work between the steps took, by the first run's. `sim` columns: the
-simulator's figures for the same arrivals by a cost model fitted once, on the first halves of the runs of
-`{fitted}`, and scaled by `machine` for each run; the link is as fast as it was in each.
-Steps are said to take what the model says, times the machine's pace around them, scattered as in those.
+{model} in {dtype}{widened} on {threads} threads; {requests} requests at {rate:.2f}/s (gamma gaps, cv {cv:g}),
+mean {prompt:.0f} prompt and {output:.0f} output tokens, ended by a stop token that the engine cannot foresee
+under `max_tokens` {cap}. The pool holds {pool:,} tokens; the same arrivals hold {offered:,.0f} of context
+at their peak where the pool is roomy. SLO {slo:.3g} ms per token, {ratio:g} times a step with the pool full
+as measured before. All policies give the same tokens; means over the runs, every second round backwards.
+`machine`: how long a fixed piece of work between the steps took, by the runs of `{fitted}`. `sim` columns:
+the simulator's figures for the same arrivals by a cost model fitted once, on the first halves of the runs of
+`{fitted}`, and scaled by `machine` for each run; the link is as fast as it was in each. The steps of
+the other halves and of all other policies are said to take what the model says, times the machine's pace
+around them, scattered as in those.
 `ratio`: goodput by the one of `full-recompute`, `ratio TTFT`: its mean TTFT by this one's, medians of the
 ratios within a round."""
 
@@ -233,6 +237,7 @@ def main() -> int:
     about = ABOUT.format(
         model=arguments.model.name,
         dtype=arguments.dtype,
+        widened="" if is_packable(getattr(torch, arguments.dtype)) else ", linear layers in float32,",
         threads=arguments.threads,
         requests=arguments.requests,
         rate=rate,

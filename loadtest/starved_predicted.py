@@ -37,13 +37,13 @@ def predict(
     fitted = _fit(known, reference_s)
     samples, errors = [], []
     for one in taken:
-        slowness = pace(one.run) / reference_s or 1.0
+        slow = _slowness(one, reference_s)
+        slowness = fmean(slow) if slow else 1.0  # the statistic that the fit was normalised by
         cost = slower(fitted.periods, slowness)
         link = link_speed(one.run.steps)
         sim = simulate(offered, one.limits, one.config, cost, link, slo_s)
         samples.append(Sample(one.policy, one.host, one.round, one.real, sim, one.run, slowness))
         seen = _half(one) if one.policy == taken[0].policy else 0
-        slow = _slowness(one, reference_s)
         errors.append(step_errors(fitted, one.run.steps[seen:], slow[seen:]))
     return samples, errors
 

@@ -22,10 +22,8 @@ from ellm.worker.executor.simulated_link import LinkSpeed
 _FEWEST = 20  # steps of a kind, below which percentiles say nothing
 _BACK_TO_BACK_S = 0.005  # a longer pause between two steps is idleness
 _PASSES = 3
-
-
-KINDS = ("decode only", "mixed", "prefill only")
 _SCATTER = 100  # quantiles
+KINDS = ("decode only", "mixed", "prefill only")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +62,9 @@ def fit_periods(steps: Sequence[MeasuredStep], slowness: Sequence[float] | None 
     by = slowness or [1.0] * len(steps)
     periods = []
     for (before, step), slow in zip(pairwise(steps), by[1:], strict=True):
-        if step.start_s - before.end_s < _BACK_TO_BACK_S:
-            periods.append((step, (step.end_s - before.end_s) / slow))
+        period_s = step.end_s - before.end_s
+        if period_s > 0.0 and step.start_s - before.end_s < _BACK_TO_BACK_S:  # not two runs end to end
+            periods.append((step, period_s / slow))
     model = _fit(periods)
     said = sum(model.predict(step.features) for step, _ in periods)
     return slower(model, sum(seconds for _, seconds in periods) / said) if said else model
@@ -131,9 +130,9 @@ def notes_of(raw: dict[str, Any]) -> list[str]:
             first = found[0]
             notes.append(
                 f"steps, {kind}: p50 {1e3 * first['p50_s']:.3g} ms and p95 {1e3 * first['p95_s']:.3g} ms "
-                f"measured in the held-out half; the model is off by {first['p50_error']:+.1%} and "
-                f"{first['p95_error']:+.1%} there, by {worst['p50']:+.1%} and {worst['p95']:+.1%} at worst "
-                f"of {len(found)} runs"
+                "measured, of those that the fit had not seen; the model is off by "
+                f"{first['p50_error']:+.1%} and {first['p95_error']:+.1%} there, "
+                f"by {worst['p50']:+.1%} and {worst['p95']:+.1%} at worst of {len(found)} runs"
             )
     loads = raw["load_average"]
     notes.append(f"the machine's load average was {min(loads):.1f} to {max(loads):.1f} during the runs")

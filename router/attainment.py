@@ -70,7 +70,7 @@ class Attainment:
             (self._attained if attained else self._missed)[slo] += 1
             self._recent.setdefault(slo, deque(maxlen=LAST)).append(attained)
         count = len(sequence.output_ids)
-        if found["request"]:
+        if found.get("request"):
             self._good_tokens += count
         if level.tpot_slo_s is not None and count > 1 and not failed:
             decode_s = sequence.token_at - sequence.first_token_at

@@ -61,6 +61,7 @@ class GuidanceBook:
         """`num_routers` is believed until a controller knows better."""
         self.fallbacks: Counter[str] = Counter()
         self.num_routers = num_routers
+        self.told = 0  # routers, by a controller's word; 0 before there was any
         self._guidance: Guidance | None = None
         self._heard_at = 0.0
         self._workers: dict[str, WorkerGuidance] = {}
@@ -80,7 +81,8 @@ class GuidanceBook:
         self._workers = {worker.epoch: worker for worker in guidance.workers}
         self._budgets = {budget.tenant: budget for budget in guidance.budgets}
         self._granted.clear()
-        self.num_routers = guidance.num_routers or self.num_routers
+        self.told = guidance.num_routers or self.told
+        self.num_routers = self.told or self.num_routers
         return True
 
     def check(self, now: float) -> bool:

@@ -23,12 +23,11 @@ from ellm.cluster.api.counters import Counted, CounterBook, Push, router_source
 from ellm.router import metrics_declared as declared
 from ellm.router import metrics_page
 from ellm.router.guidance import GuidanceBook
-from ellm.router.link import STALL_S
+from ellm.router.metrics_derived import Reports, derived
 from ellm.worker.api import metrics as worker_metrics
 from ellm.worker.api import wire
 from ellm.worker.api.metric_export import MetricExport
-from ellm.worker.api.metrics import STATES, Key
-from ellm.worker.api.report import WorkerInfo, WorkerReport
+from ellm.worker.api.metrics import Key
 from ellm.worker.api.wire import Message
 
 if TYPE_CHECKING:
@@ -42,8 +41,6 @@ ANSWER_S = 2.0
 WAIT_S = 4.0  # a scrape waits so long for a controller that has just started
 AGAIN_S = 0.25
 FIND_S = 3.0  # a request is looked for so long: routers speak once a second
-
-Reports = dict[str, tuple[WorkerInfo, WorkerReport, float]]  # by epoch; with its age in seconds
 
 
 class CountersLine(Protocol):
@@ -110,7 +107,7 @@ class SharedMetrics:
         self._clock = clock
         self._book = CounterBook()
         self._term = 0
-        self._knew_all = False  # at some time
+        self._knew_all = False  # while it was the only one, as it is still
         self._resend = True  # the controller does not know what this book holds
         self._sent: dict[Key, float] = {}  # (source, *key) -> value that it knows
         self._busy = asyncio.Lock()
@@ -179,15 +176,22 @@ class SharedMetrics:
                     reports[info.epoch] = (info, report, age_s)
         series = self._book.totals()
         models = [service.model for service in self._services]
-        series.update(_derived(gauges, reports.values(), models))
+        series.update(derived(gauges, reports.values(), models))
         series[declared.COMPLETE.name,] = float(complete)
-        self._knew_all |= complete
-        alone = self._line is None or (self._knew_all and self._guidance.num_routers <= 1)
-        return ClusterView(series, reports, complete, complete or alone)
+        self._note_others(complete)
+        return ClusterView(series, reports, complete, complete or self._line is None or self._knew_all)
+
+    def _note_others(self, complete: bool = False) -> None:
+        """Beside another router this one does not hear all that is counted, nor after it until it is told."""
+        if self._guidance.told != 1:
+            self._knew_all = False
+        else:
+            self._knew_all |= complete
 
     async def _push_forever(self) -> None:
         while True:
             await asyncio.sleep(PUSH_S)
+            self._note_others()
             async with self._busy:
                 await self._try_exchange()
             if self._export is not None:
@@ -269,32 +273,3 @@ def _unpacked(reports: Iterable[Sequence[Any]]) -> Reports:
         made = wire.unpack_info(info)
         found[made.epoch] = (made, wire.unpack_report(report), age_s)
     return found
-
-
-def _derived(
-    gauges: dict[Key, float],
-    reports: Iterable[tuple[WorkerInfo, WorkerReport, float]],
-    models: Sequence[str],
-) -> dict[Key, float]:
-    """Gauges of routers, of workers, and those that are made of both."""
-    recent: dict[Key, list[float]] = {}
-    series: dict[Key, float] = {}
-    routers = set()
-    for key, value in gauges.items():
-        if key[0] in (declared.RECENT, declared.RECENT_KEPT):
-            recent.setdefault(key[1:3], [0.0, 0.0])[key[0] == declared.RECENT_KEPT] += value
-        else:
-            series[key] = value
-        if key[0] == declared.SEEN.name:
-            routers.add(key[1])
-    for place, (count, kept) in recent.items():
-        series[declared.ATTAINMENT.name, *place] = kept / count if count else 1.0
-    series[declared.ROUTERS.name,] = float(len(routers))
-    series.update(((declared.WORKERS.name, model, state), 0.0) for model in models for state in STATES)
-    # A worker and its successor may both be there: a gauge has one sample for each worker id.
-    for info, report, _ in sorted(reports, key=lambda entry: -entry[2]):
-        stalled = report.state == "ready" and report.since_last_step_s >= STALL_S
-        place = (declared.WORKERS.name, info.model, "failed" if stalled else report.state)
-        series[place] = series.get(place, 0.0) + 1.0
-        series.update(worker_metrics.gauges(info, report))
-    return series

@@ -116,6 +116,7 @@ class Replica:
         self.num_unseen -= num
         self.unseen_rows -= rows
         self.unseen_tokens -= tokens
+        self.admit_tokens += rows
 
     def sent(self, seq: int, num: int, rows: int, tokens: int, now: float) -> None:
         """What was placed has gone out as submission `seq`."""

@@ -17,6 +17,7 @@ PROGRAM = """
 import os, signal, sys, time
 from ellm.deploy import foreground, server
 from ellm.deploy.tree import EllmConfig
+from ellm.worker.api.errors import WorkerFailed
 
 fork = os.fork
 def slow_fork():
@@ -37,10 +38,19 @@ if "lost" in sys.argv:
     os.kill = lost
 server.check = lambda config: None
 server.start_ray = lambda config, progress: time.sleep(float(sys.argv[1]))
-server.start_application = lambda config, progress: None
+def start_application(config, progress):
+    if "falls" in sys.argv:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "fails" in sys.argv:
+        raise WorkerFailed("no room")
+
+server.start_application = start_application
 server.announce = server.take_down = lambda config: None
 sys.exit(foreground.serve(EllmConfig()))
 """
+
+START_S = 120.0
+WAIT_S = 60.0  # of which an idle machine takes two
 
 
 @contextmanager
@@ -66,34 +76,46 @@ def forked(start_s: float, *also: str) -> Iterator[subprocess.Popen[str]]:
 
 def test_a_signal_that_comes_before_the_handlers_stand_is_not_lost() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
-        with forked(start_s=30.0) as process:
+        with forked(START_S) as process:
             os.killpg(process.pid, number)
-            output, _ = process.communicate(timeout=20.0)
+            output, _ = process.communicate(timeout=WAIT_S)
             assert process.returncode == 130, output
             assert "Stopped" in output
             assert "Traceback" not in output
 
 
 def test_a_driver_that_did_not_heed_the_first_signal_is_asked_again() -> None:
-    with forked(30.0, "lost", "once") as process:
+    with forked(START_S, "lost", "once") as process:
         os.kill(process.pid, signal.SIGTERM)
-        output, _ = process.communicate(timeout=20.0)
+        output, _ = process.communicate(timeout=WAIT_S)
         assert process.returncode == 130, output
         assert "Stopped" in output
 
 
 def test_a_second_signal_ends_all_at_once() -> None:
-    with forked(30.0, "lost") as process:
-        while process.poll() is None:
-            os.kill(process.pid, signal.SIGTERM)
-            time.sleep(0.7)  # later than the same signal passed on
-        output, _ = process.communicate(timeout=20.0)
+    with forked(START_S, "lost") as process:
+        for _ in range(30):  # the driver hears nothing; and would end by itself with code 0
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGTERM)
+                time.sleep(0.7)  # later than the same signal passed on
+        output, _ = process.communicate(timeout=WAIT_S)
         assert process.returncode == 130, output
         assert "Stopped" not in output
+
+
+def test_what_becomes_of_the_driver_is_said() -> None:
+    with forked(0.0, "falls") as process:
+        output, _ = process.communicate(timeout=WAIT_S)
+        assert process.returncode == 1
+        assert "the cluster fell (SIGKILL)" in output
+    with forked(0.0, "fails") as process:
+        output, _ = process.communicate(timeout=WAIT_S)
+        assert process.returncode == 1
+        assert "ellm serve: no room" in output
 
 
 def test_a_driver_whose_parent_died_before_it_looked_ends() -> None:
     with forked(start_s=0.0) as process:
         process.kill()
-        output, _ = process.communicate(timeout=20.0)  # until the driver has let go of it too
+        output, _ = process.communicate(timeout=WAIT_S)  # until the driver has let go of it too
         assert "Stopped" in output

@@ -54,6 +54,7 @@ def test_a_processor_without_bfloat16_computes_in_float32(
     x, weight = torch.randn(40, 96).bfloat16(), torch.randn(48, 96).bfloat16()
     try:
         out = pack_linear(weight, weight[:, 0].contiguous(), strict=strict)(x)
+        assert packed_linear.PackedLinear(weight, None)._weight.dtype == torch.float32
     finally:
         packed_linear._safe_rows.clear()
     expected = torch.nn.functional.linear(x.float(), weight.float(), weight[:, 0].float())

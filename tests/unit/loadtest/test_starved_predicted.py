@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import replace
+from itertools import count, cycle
 
 import pytest
 
@@ -21,11 +22,13 @@ OFFERED = Offered([0.0, 0.2], [(5, 6, 7), (7, 8)], [[1, 2, 3, 4], [4, 9]], 50)
 LIMITS = ModelLimits(num_blocks=64, block_size=16, max_model_len=256, vocab_size=100, eos_token_ids=(0,))
 STEPS = 320
 PROBE_S = 1e-4
+_runs = count()
 
 
-def taken(policy: str, host: str, halves_s: tuple[float, float], probe_s: float = PROBE_S) -> Taken:
-    """A run of steps of one kind: so long in its first half, and in its second."""
-    steps, now = [], 0.0
+def taken(policy: str, host: str, halves_s: tuple[float, float], *probes_s: float) -> Taken:
+    """A run of steps of one kind: so long in its first half, and in its second. What its probes take goes
+    around."""
+    steps, now = [], 100.0 * next(_runs)  # one after another
     for i in range(STEPS):
         rows = 1 + i % 7
         step = MeasuredStep(StepFeatures(rows, rows, 100, 0, rows), now, halves_s[2 * i // STEPS], 0, 0.0)
@@ -33,7 +36,8 @@ def taken(policy: str, host: str, halves_s: tuple[float, float], probe_s: float 
         now = step.end_s
     times = [array("d", [0.5, 0.6, 0.7, 0.8]), array("d", [0.7, 0.8])]
     run = OpenLoopRun(times, list(OFFERED.expected), ["stop"] * 2, steps, WorkerReport(0))
-    run = replace(run, probe_s=[probe_s] * (STEPS // PROBE_EVERY))
+    probes = cycle(probes_s or [PROBE_S])
+    run = replace(run, probe_s=[next(probes) for _ in range(STEPS // PROBE_EVERY)])
     config = WorkerConfig(
         model=ModelConfig(path="x"),
         cache=CacheConfig(num_blocks=64),
@@ -72,6 +76,15 @@ def test_a_run_on_a_slower_machine_is_said_to_take_longer() -> None:
     ttft = [sample.sim.ttft_mean_s for sample in samples]
     assert ttft[1] == pytest.approx(2 * ttft[0], rel=0.05)
     assert [sample.real for sample in samples] == [fast.real, slow.real]
+
+
+def test_a_probe_that_now_and_then_takes_long_makes_no_run_longer() -> None:
+    def ttft(*probes_s: float) -> float:
+        runs = [taken(policy, "off", (0.01, 0.01), *probes_s) for policy in ("full-recompute", "adaptive")]
+        return predict(OFFERED, runs, 0.1)[0][1].sim.ttft_mean_s
+
+    skewed = ttft(*[PROBE_S] * 3, 2.5 * PROBE_S)  # their mean is 1.4 times their median
+    assert skewed == pytest.approx(ttft(PROBE_S), rel=0.02)
 
 
 def test_without_probes_the_machine_counts_as_steady() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from ellm.cluster.api.guidance import Guidance
 from ellm.cluster.counting import CounterDesk
 from ellm.router import metrics_sharing
 from ellm.router.guidance import GuidanceBook
@@ -33,7 +34,7 @@ class Cluster:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.term = 0
+        self.term = self.words = 0
         self.desk: CounterDesk | None = None
         self.new_controller()
 
@@ -49,6 +50,12 @@ class Cluster:
         if self.desk is None:
             raise LookupError("no controller")
         return self.desk.exchange(message, (), {"m": 2}, self.clock())
+
+    def tell(self, router: SharedMetrics, num_routers: int) -> None:
+        """The controller's word about how many there are."""
+        self.words += 1
+        guidance = Guidance(self.term, self.words, 5.0, num_routers)
+        assert router._guidance.take(guidance, self.clock())
 
     def router(self, timelines: dict[str, bytes] | None = None, num_routers: int = 2) -> SharedMetrics:
         metrics = RouterMetrics("m", self.clock)
@@ -163,7 +170,8 @@ def test_without_a_controller_no_counter_is_less_than_another_router_has_shown()
         metrics_of(one).finished["stop"] += 1
         for router in (one, two, cluster.router()):  # the last takes the place of one that died
             found = await scraped(router)
-            assert not [name for name in found if name.endswith(("_total", "_count", "_sum", "_bucket"))]
+            bare = {name.partition("{")[0] for name in found}
+            assert not [name for name in bare if name.endswith(("_total", "_count", "_sum", "_bucket"))]
             assert found["ellm_metrics_complete"] == 0
             assert found["ellm_router_inflight_requests"] == 3
         cluster.new_controller()
@@ -184,11 +192,50 @@ def test_the_only_router_shows_what_it_has_counted_once_it_knew_all() -> None:
         metrics_of(lone).finished["stop"] += 1
         assert COUNTED[0] not in await scraped(lone)  # there may have been one before it
         cluster.new_controller()
+        cluster.tell(lone, 1)
         assert (await scraped(lone))[COUNTED[0]] == 1
         cluster.desk = None
         metrics_of(lone).finished["stop"] += 1
         found = await scraped(lone)
         assert (found[COUNTED[0]], found["ellm_metrics_complete"]) == (2, 0)
+
+    asyncio.run(run())
+
+
+def test_one_that_is_left_alone_shows_no_less_than_the_other_had_shown() -> None:
+    async def run() -> None:
+        cluster = Cluster()
+        left, other = cluster.router(num_routers=1), cluster.router(num_routers=1)
+        for router in (left, other):  # each knew all while it was believed to be the only one
+            assert (await scraped(router))["ellm_metrics_complete"] == 1
+            cluster.tell(router, 1)
+            await scraped(router)
+            cluster.tell(router, 2)
+            router._note_others()  # as it does each second
+        metrics_of(other).finished["stop"] += 3
+        assert (await scraped(other))[COUNTED[0]] == 3
+        cluster.tell(left, 1)  # the other has died
+        desk, cluster.desk = cluster.desk, None
+        assert COUNTED[0] not in await scraped(left)
+        cluster.desk = desk
+        assert (await scraped(left))[COUNTED[0]] == 3
+        cluster.desk = None
+        assert (await scraped(left))[COUNTED[0]] == 3
+
+    asyncio.run(run())
+
+
+def test_one_that_has_just_come_does_not_take_itself_for_the_only_one() -> None:
+    async def run() -> None:
+        cluster = Cluster()
+        first, second = cluster.router(num_routers=1), cluster.router(num_routers=1)
+        cluster.tell(first, 1)
+        for router in (first, second):
+            await scraped(router)
+        metrics_of(first).finished["stop"] += 3
+        cluster.desk = None
+        assert (await scraped(first))[COUNTED[0]] == 3
+        assert COUNTED[0] not in await scraped(second)
 
     asyncio.run(run())
 

@@ -66,7 +66,7 @@ class Adaptive(Policy):
             self._relieve(now)
             self._let_in()
             self._bring_back(now)
-        elif self._next_plan:
+        elif self._next_plan or self._blocked:
             self._forget_plan()
         if state.host is not None:
             step_s = self.foresight.step_s
