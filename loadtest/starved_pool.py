@@ -70,7 +70,8 @@ mean {prompt:.0f} prompt and {output:.0f} output tokens, ended by a stop token t
 under `max_tokens` {cap}. The pool holds {pool:,} tokens; the same arrivals hold {offered:,.0f} of context
 at their peak where the pool is roomy. SLO {slo:.3g} ms per token, {ratio:g} times a step with the pool full
 as measured before. All policies give the same tokens; means over the runs, every second round backwards.
-`machine`: how long a fixed piece of work between the steps took, by the runs of `{fitted}`. `sim` columns:
+`machine`: how much slower it was than in the runs of `{fitted}`, by a fixed piece of work between the
+steps, as far as the fitted steps followed that. `sim` columns:
 the simulator's figures for the same arrivals by a cost model fitted once, on the first halves of the runs of
 `{fitted}`, and scaled by `machine` for each run; the link is as fast as it was in each. The steps of
 the other halves and of all other policies are said to take what the model says, times the machine's pace

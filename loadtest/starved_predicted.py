@@ -3,7 +3,8 @@
 The model is fitted once, on the first half of the steps of each run of the first policy: of several runs,
 since a machine is not equally fast at all times. It says the steps of the other halves and of all other
 policies. Nothing is fitted anew for another policy; measured in each run is how fast the machine was just
-then, by work that is none of its steps, and how fast its link to the host tier.
+then, by work that is none of its steps and as far as the fitted steps followed that, and how fast its link to
+the host tier.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ellm.loadtest.sim.executor import TimedExecutor
 from ellm.loadtest.sim.metrics import Metrics, measure
 from ellm.loadtest.sim.replica import Replica
 from ellm.loadtest.starved_rounds import Sample, Taken, pace, paces
-from ellm.loadtest.step_fit import Fitted, fit_part, link_speed, slower, step_errors
+from ellm.loadtest.step_fit import Fitted, fit_part, followed, link_speed, slower, step_errors
 from ellm.loadtest.unforeseen import Offered
 from ellm.worker.api.config import WorkerConfig
 from ellm.worker.api.cost_model import CostModel
@@ -34,10 +35,10 @@ def predict(
     """Each run with the simulator's figures beside it; the errors of its steps that the fit has not seen."""
     known = [one for one in taken if one.policy == taken[0].policy]
     reference_s = fmean(pace(one.run) for one in known) or 1.0
-    fitted = _fit(known, reference_s)
+    fitted, share = _fit(known, reference_s)
     samples, errors = [], []
     for one in taken:
-        slow = _slowness(one, reference_s)
+        slow = [slowness**share for slowness in _slowness(one, reference_s)]
         slowness = fmean(slow) if slow else 1.0  # the statistic that the fit was normalised by
         cost = slower(fitted.periods, slowness)
         link = link_speed(one.run.steps)
@@ -48,13 +49,15 @@ def predict(
     return samples, errors
 
 
-def _fit(known: Sequence[Taken], reference_s: float) -> Fitted:
+def _fit(known: Sequence[Taken], reference_s: float) -> tuple[Fitted, float]:
+    """And how far steps follow the probes."""
     steps: list[MeasuredStep] = []
     slow: list[float] = []
     for one in known:
         steps += one.run.steps[: _half(one)]
         slow += _slowness(one, reference_s)[: _half(one)]
-    return fit_part(steps, slow)
+    share = followed(steps, slow)
+    return fit_part(steps, [slowness**share for slowness in slow]), share
 
 
 def _half(one: Taken) -> int:

@@ -39,8 +39,7 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A run with the simulator's beside it. `slowness`: what a probe took during it, by what it took during
-    those whose steps were fitted."""
+    """A run, and the simulator's. `slowness`: of the machine, by that of the runs that were fitted."""
 
     policy: str
     host: str

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ellm.loadtest.open_loop import MeasuredStep
+from ellm.loadtest.open_loop import PROBE_EVERY, MeasuredStep
 from ellm.worker.api.cost_model import CostModel
 from ellm.worker.executor.simulated_link import LinkSpeed
 
@@ -23,6 +23,7 @@ _FEWEST = 20  # steps of a kind, below which percentiles say nothing
 _BACK_TO_BACK_S = 0.005  # a longer pause between two steps is idleness
 _PASSES = 3
 _SCATTER = 100  # quantiles
+_STEADY = 0.02  # a pace that varied less says little of how far steps follow it
 KINDS = ("decode only", "mixed", "prefill only")
 
 
@@ -47,6 +48,19 @@ def fit_part(steps: Sequence[MeasuredStep], slowness: Sequence[float]) -> Fitted
         if (kinds == kind).sum() >= _FEWEST:
             scatter[kind] = np.quantile(ratios[kinds == kind], places)
     return Fitted(model, fit_periods(steps, slowness), scatter)
+
+
+def followed(steps: Sequence[MeasuredStep], slowness: Sequence[float]) -> float:
+    """How far steps followed what was said of the machine's pace, 0 to 1: b of `slowness^b`, by least squares
+    over stretches of steps. A probe is so short that what slows it may be its own affair. What varied little
+    is believed: the steps have nothing to say of it."""
+    model = fit_steps(steps)
+    ratios = np.log([step.elapsed_s / model.predict(step.features) for step in steps])
+    stretches = range(0, len(steps), PROBE_EVERY)
+    y = np.array([np.median(ratios[i : i + PROBE_EVERY]) for i in stretches])
+    x = np.array([np.mean(np.log(slowness[i : i + PROBE_EVERY])) for i in stretches])
+    x, y, belief = x - x.mean(), y - np.median(y), len(x) * _STEADY**2
+    return min(1.0, max(0.0, (float(x @ y) + belief) / (float(x @ x) + belief)))
 
 
 def fit_steps(steps: Sequence[MeasuredStep], slowness: Sequence[float] | None = None) -> CostModel:

@@ -14,7 +14,7 @@ from ellm.loadtest.saturated import full_step, middle_rate
 from ellm.loadtest.sim.metrics import measure
 from ellm.loadtest.starved_rounds import Probe, Sample, in_turns, pace, paces
 from ellm.loadtest.starved_rows import rows_of
-from ellm.loadtest.step_fit import fit_part, fit_periods, fit_steps, link_speed, slower, step_errors
+from ellm.loadtest.step_fit import fit_part, fit_periods, fit_steps, followed, link_speed, slower, step_errors
 from ellm.loadtest.unforeseen import Offered, check_tokens, peak_context, stop_index
 from ellm.worker.api.cost_model import CostModel, StepFeatures
 from ellm.worker.api.report import WorkerReport
@@ -124,6 +124,19 @@ def test_steps_scatter_as_they_did_and_the_machine_is_as_slow_as_its_probes_say(
     slow_first = fit_part([replace(s, elapsed_s=2 * s.elapsed_s) for s in steps[:1000]], [2.0] * 1000)
     features = steps[7].features
     assert slow_first.steps.predict(features) == pytest.approx(fitted.steps.predict(features), rel=1e-6)
+
+
+def test_a_probes_pace_counts_as_far_as_steps_followed_it() -> None:
+    truth = CostModel.known(overhead_s=5e-3, every_row_s=1e-4, kv_token_s=1e-6)
+    rng = Random(0)
+    slowness = [1.0 + 0.5 * (i // 100 % 2) for i in range(1600)]
+    for share in (0.0, 0.5, 1.0):
+        steps = [
+            replace(step, elapsed_s=step.elapsed_s * slow**share * rng.lognormvariate(0.0, 0.1))
+            for step, slow in zip(steps_of(1600, truth, 1e-3), slowness, strict=True)
+        ]
+        assert followed(steps, slowness) == pytest.approx(share, abs=0.05)
+    assert followed(steps, [1.0] * 1600) == 1.0  # nothing speaks against it
 
 
 def test_a_slower_machine_scales_the_fit_and_what_it_learns_from_then_on() -> None:
