@@ -213,10 +213,17 @@ def test_ray_exports_the_same_metrics(observed: Prometheus) -> None:
 def test_a_dead_worker_fires_and_nothing_runs_backwards(
     server: Served, client: httpx.Client, observed: Prometheus
 ) -> None:
+    def counted() -> float:
+        """By the page itself, which knows it sooner than Prometheus."""
+        page = client.get("/metrics", headers=ADMIN_HEADERS)
+        assert page.status_code == 200
+        name = "ellm_generation_tokens_total{"
+        return sum(float(line.split()[-1]) for line in page.text.splitlines() if line.startswith(name))
+
+    start = counted()
     assert complete(client).status_code == 200
-    page = client.get("/metrics").text.splitlines()  # which knows it at once; Prometheus, with its next look
-    before = sum(float(line.split()[-1]) for line in page if line.startswith("ellm_generation_tokens_total{"))
-    assert before >= 8
+    wait_for(lambda: counted() >= start + 8, 30)  # with the worker's next report
+    before = counted()
     lost = observed.value("sum(ellm_workers_lost_total)") or 0
     router = below(server, "ServeReplica:ellm:Router")[0]
     os.kill(below(server, "RankActor")[0].pid, signal.SIGKILL)
