@@ -19,14 +19,16 @@ SLO_S = 50e-3
 DECODE = 10
 
 
-def sequence(num_planned: int, started: bool) -> Any:
+def sequence(num_planned: int, known: int, started: bool) -> Any:
     first = 0.0 if started else None
-    return SimpleNamespace(num_planned=num_planned, first_token_at=first, gap=None, tpot_slo_s=SLO_S)
+    return SimpleNamespace(
+        num_planned=num_planned, tokens=[0] * known, first_token_at=first, gap=None, tpot_slo_s=SLO_S
+    )
 
 
-def state(*prompts: int) -> EngineState:
-    """Ten that decode, and some that are at these places of their prompts."""
-    running = [sequence(500, True)] * DECODE + [sequence(n, False) for n in prompts]
+def state(*prompts: int, missing: int = 4096) -> EngineState:
+    """Ten that decode, and some that are at these places of their prompts and lack as much."""
+    running = [sequence(500, 501, True)] * DECODE + [sequence(n, n + missing, False) for n in prompts]
     return cast(EngineState, SimpleNamespace(running=running, config=SimpleNamespace(max_step_tokens=4096)))
 
 
@@ -45,6 +47,24 @@ def test_a_chunk_far_into_its_prompt_counts_with_its_attention() -> None:
     near, far = (timely_rows(state(n), forecast, DECODE) for n in (0, 16_000))
     assert far < near / 2
     assert 20e-3 + (far + DECODE - 100) * 20e-6 + far * 16_000 * 5e-9 <= SLO_S
+
+
+def test_each_row_counts_by_its_own_place() -> None:
+    """The end of a long prompt, then a short one: the short one's rows do not see the long one's keys."""
+    forecast = Forecast(COST)
+    nearly_done = timely_rows(state(16_000, 0, missing=20), forecast, DECODE)
+    assert nearly_done > 0.9 * timely_rows(state(0, 0), forecast, DECODE)
+    assert timely_rows(state(0, 16_000, missing=300), forecast, DECODE) > 300
+    assert timely_rows(state(16_000, 0, missing=300), forecast, DECODE) < 300
+
+
+def test_who_came_back_counts_too() -> None:
+    """It has put out tokens, and computes them again."""
+    again = state()
+    again.running.append(sequence(16_000, 18_000, True))
+    forecast = Forecast(COST)
+    assert free_rows(again, forecast, DECODE) == 64
+    assert timely_rows(again, forecast, DECODE) < timely_rows(state(), forecast, DECODE) / 2
 
 
 def test_a_prompt_gets_on_even_where_a_step_has_no_room() -> None:

@@ -1,8 +1,8 @@
 """How many rows of a step prompts and restores may take beside its decode rows.
 
 Those that cost nothing, for the weights are read anyway; where somebody has little slack also all that a step
-as short as a token may take has room for: who has just started has never more slack than that. A chunk that
-follows much of its own prompt counts with its attention. A few rows go to prompts whatever a step takes.
+as short as a token may take has room for: who has just started has never more slack than that. Each row counts with
+its attention, by its place in its own prompt. A few rows go to prompts whatever a step takes.
 """
 
 from __future__ import annotations
@@ -36,12 +36,32 @@ def _rows(state: EngineState, forecast: Forecast, num_decode: int, allowed_s: fl
     if not num_decode or all(seq.tpot_slo_s is None for seq in state.running):
         return most
     tokens = sum([seq.num_planned for seq in state.running])
-    behind = [seq.num_planned for seq in state.running if seq.gap is not None or seq.first_token_at is None]
-    before = max(behind, default=0)  # keys that a chunk's rows see beside their own
+    behind = _behind(state)
 
     def step_s(more: int) -> float:
-        pairs = more * before + more * more // 2
-        features = StepFeatures(num_decode + more, num_decode, tokens, pairs, num_decode)
+        features = StepFeatures(num_decode + more, num_decode, tokens, _pairs(behind, more), num_decode)
         return forecast.cost_model.predict(features)
 
     return spare_rows(step_s, _MIN_ROWS, most, allowed_s)
+
+
+def _behind(state: EngineState) -> list[tuple[int, int]]:
+    """Those who run and have more to compute than a decode row, in the order in which they get rows: the
+    tokens that each has, and those that it lacks."""
+    return [
+        (seq.num_planned, len(seq.tokens) - seq.num_planned)
+        for seq in state.running
+        if seq.num_planned + 1 < len(seq.tokens) or seq.gap is not None
+    ]
+
+
+def _pairs(behind: list[tuple[int, int]], rows: int) -> int:
+    """Keys that `rows` further rows see; what is left over goes to somebody who starts."""
+    pairs = 0
+    for before, missing in behind:
+        taken = min(rows, missing)
+        pairs += taken * before + taken * taken // 2
+        rows -= taken
+        if not rows:
+            return pairs
+    return pairs + rows * rows // 2
