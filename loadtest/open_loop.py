@@ -42,7 +42,7 @@ class MeasuredStep:
         return "mixed" if self.features.decode_rows else "prefill only"
 
 
-PROBE_EVERY = 16  # steps
+PROBE_EVERY = 32  # steps
 
 
 class RecordingExecutor:

@@ -44,7 +44,8 @@ from ellm.worker.api.config import CacheConfig, ModelConfig, SchedulerConfig, Wo
 from ellm.worker.api.request import EngineRequest, SamplingParams
 from ellm.worker.build import LoadedEngine, load_engine
 
-POLICIES = (BASELINE, "full-swap", "full-chunked", "full-offload", "full-predictive", OURS)
+FITTED = "full-chunked"  # the first: in its runs there are steps of every kind
+POLICIES = (FITTED, BASELINE, "full-swap", "full-offload", "full-predictive", OURS)
 BLOCK = 16
 CALIBRATION = 120  # requests at once, before the runs
 
@@ -70,8 +71,8 @@ mean {prompt:.0f} prompt and {output:.0f} output tokens, ended by a stop token t
 under `max_tokens` {cap}. The pool holds {pool:,} tokens; the same arrivals hold {offered:,.0f} of context
 at their peak where the pool is roomy. SLO {slo:.3g} ms per token, {ratio:g} times a step with the pool full
 as measured before. All policies give the same tokens; means over the runs, every second round backwards.
-`machine`: how much slower it was than in the runs of `{fitted}`, by a fixed piece of work between the
-steps, as far as the fitted steps followed that. `sim` columns:
+`machine`: how much slower it was than in the runs of `{fitted}`, by a step between the others that is
+always the same, as far as the fitted steps followed that. `sim` columns:
 the simulator's figures for the same arrivals by a cost model fitted once, on the first halves of the runs of
 `{fitted}`, and scaled by `machine` for each run; the link is as fast as it was in each. The steps of
 the other halves and of all other policies are said to take what the model says, times the machine's pace
@@ -173,7 +174,9 @@ def run_all(
 ) -> tuple[list[Row], dict[str, Any]]:
     taken: list[Taken] = []
     raw: dict[str, Any] = {"runs": [], "load_average": [], "left_out": []}
-    probe = Probe() if arguments.device == "cpu" else None  # a GPU of one's own is as fast as ever
+    probe = None  # a GPU of one's own is as fast as ever
+    if arguments.device == "cpu":
+        probe = Probe(load(config_of(arguments, FITTED, Probe.BLOCKS, 0)).executor)
     pairs = arguments.pairs, [policy for policy in (BASELINE, OURS) if policy in arguments.policies]
     for number, host, policy in in_turns(arguments.rounds, arguments.hosts, arguments.policies, *pairs):
         if not has_time(arguments.until, [one.real.duration_s for one in taken]):
@@ -204,6 +207,8 @@ def run_all(
             f"{real.slo_attainment:.3f}, TTFT {real.ttft_mean_s:6.3f} s, {real.duration_s:.1f} s",
             flush=True,
         )
+    if probe is not None:
+        probe.close()
     samples, said = predict(offered, taken, slo_s)
     for entry, sample, errors in zip(raw["runs"], samples, said, strict=True):
         entry |= {"slowness": sample.slowness, "simulated": asdict(sample.sim), "step_errors": errors}

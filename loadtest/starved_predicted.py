@@ -3,7 +3,7 @@
 The model is fitted once, on the first half of the steps of each run of the first policy: of several runs,
 since a machine is not equally fast at all times. It says the steps of the other halves and of all other
 policies. Nothing is fitted anew for another policy; measured in each run is how fast the machine was just
-then, by work that is none of its steps and as far as the fitted steps followed that, and how fast its link to
+then, by a step that is none of its own and as far as the fitted steps followed that, and how fast its link to
 the host tier.
 """
 
@@ -19,7 +19,7 @@ from ellm.loadtest.sim.device import EOS, VOCAB_SIZE
 from ellm.loadtest.sim.executor import TimedExecutor
 from ellm.loadtest.sim.metrics import Metrics, measure
 from ellm.loadtest.sim.replica import Replica
-from ellm.loadtest.starved_rounds import Sample, Taken, pace, paces
+from ellm.loadtest.starved_rounds import Sample, Taken, pace, paces, probing
 from ellm.loadtest.step_fit import Fitted, fit_part, followed, link_speed, slower, step_errors
 from ellm.loadtest.unforeseen import Offered
 from ellm.worker.api.config import WorkerConfig
@@ -40,7 +40,7 @@ def predict(
     for one in taken:
         slow = [slowness**share for slowness in _slowness(one, reference_s)]
         slowness = fmean(slow) if slow else 1.0  # the statistic that the fit was normalised by
-        cost = slower(fitted.periods, slowness)
+        cost = slower(fitted.periods, slowness * (1.0 + probing(one.run)))
         link = link_speed(one.run.steps)
         sim = simulate(offered, one.limits, one.config, cost, link, slo_s)
         samples.append(Sample(one.policy, one.host, one.round, one.real, sim, one.run, slowness))

@@ -1,8 +1,8 @@
 """The same runs again and again on a machine that is not equally fast at all times.
 
 Every second round goes backwards, so that a drift falls on the first and the last alike. Between the steps of
-a run the same short piece of work says how fast the machine is just then; the simulator beside the run takes
-the fitted steps times that.
+a run a step that is always the same says how fast the machine is just then; the simulator beside the run
+takes the fitted steps times that.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import product
+from itertools import count, product
 from statistics import fmean, median
-
-import torch
 
 from ellm.loadtest.open_loop import PROBE_EVERY, OpenLoopRun
 from ellm.loadtest.sim.metrics import Metrics
 from ellm.worker.api.config import WorkerConfig
 from ellm.worker.engine.plan import ModelLimits
+from ellm.worker.executor.base import Executor
+from ellm.worker.executor.profile import step_entries, time_step
 
 SIMULATED = 0.1  # of a run's time, at most: the simulator's
 NEAREST = 9  # probes: over some seconds
@@ -69,22 +69,33 @@ def has_time(until: float | None, durations_s: Sequence[float]) -> bool:
 
 
 class Probe:
-    """A fixed piece of work of some tenths of a millisecond, such as a step consists of: a few rows by
-    weights that lie in memory. Between the steps of a run it says how fast the machine is just then."""
+    """A decode step that is always the same, on an executor of its own. Between the steps of a run it says
+    how fast the machine is just then for such work: for the weights and the KV that it reads, for what lies
+    in caches, and for what the host does."""
 
-    ROWS, WIDTH, OUT, PARTS = 16, 512, 2048, 16
+    SEQUENCES, BLOCKS_EACH = 16, 10
+    BLOCKS = SEQUENCES * BLOCKS_EACH
 
-    def __init__(self) -> None:
-        self._x = torch.ones(self.ROWS, self.WIDTH)
-        self._parts = [torch.ones(self.OUT, self.WIDTH) for _ in range(self.PARTS)]
-        self._next = 0
+    def __init__(self, executor: Executor) -> None:
+        """`executor` has at least `BLOCKS` blocks, and serves nobody."""
+        self._executor, self._steps = executor, count()
+        size = executor.limits.block_size
+        start = (self.BLOCKS_EACH - 1) * size
+        self._entries = step_entries(self.SEQUENCES, 0, start, self.BLOCKS_EACH, size)
 
     def __call__(self) -> float:
         """Seconds."""
-        self._next = (self._next + 1) % self.PARTS  # not the one that the last call left in the cache
         start = time.perf_counter()
-        torch.nn.functional.linear(self._x, self._parts[self._next])
+        time_step(self._executor, self._steps, self._entries)
         return time.perf_counter() - start
+
+    def close(self) -> None:
+        self._executor.close()
+
+
+def probing(run: OpenLoopRun) -> float:
+    """What the probes of `run` took, as a share of what its steps took."""
+    return sum(run.probe_s) / (sum(step.elapsed_s for step in run.steps) or 1.0)
 
 
 def pace(run: OpenLoopRun) -> float:

@@ -52,8 +52,8 @@ def fit_part(steps: Sequence[MeasuredStep], slowness: Sequence[float]) -> Fitted
 
 def followed(steps: Sequence[MeasuredStep], slowness: Sequence[float]) -> float:
     """How far steps followed what was said of the machine's pace, 0 to 1: b of `slowness^b`, by least squares
-    over stretches of steps. A probe is so short that what slows it may be its own affair. What varied little
-    is believed: the steps have nothing to say of it."""
+    over stretches of steps. What slows a probe may be its own affair. What varied little is believed: the
+    steps have nothing to say of it."""
     model = fit_steps(steps)
     ratios = np.log([step.elapsed_s / model.predict(step.features) for step in steps])
     stretches = range(0, len(steps), PROBE_EVERY)

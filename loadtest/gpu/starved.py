@@ -26,6 +26,7 @@ from ellm.loadtest.gpu.timing import aim, unmeasured, write
 from ellm.loadtest.open_loop import run_open_loop
 from ellm.loadtest.sim.metrics import measure
 from ellm.loadtest.starved_pool import BLOCK, POLICIES, config_of, load, offer, run_all
+from ellm.loadtest.starved_rows import BASELINE, OURS
 from ellm.loadtest.step_fit import notes_of
 from ellm.loadtest.unforeseen import check_tokens, peak_context
 
@@ -115,7 +116,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         vars(args).update(checkpoint="tiny", dtype="float32", threads=1, requests=12, prompt=20, output=24)
         vars(args).update(cap=100, max_num_seqs=8, max_step_tokens=64, host_mib=4, literal=[0.5])
         # Blocks that are half empty are most of so small a pool.
-        vars(args).update(policies=[POLICIES[0], POLICIES[-1]], full=0.4, load=3.0)
+        vars(args).update(policies=[BASELINE, OURS], full=0.4, load=3.0)
     args.vocab = SHAPES[args.checkpoint]["vocab_size"]
     args.model = make_model(args.checkpoint, args.models, args.device)
     return args

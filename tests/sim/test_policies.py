@@ -16,6 +16,8 @@ from ellm.worker.engine.plan import ModelLimits
 from ellm.worker.engine.policies import POLICIES
 from ellm.worker.executor.simulated_link import LinkSpeed
 
+SCRIPTS, MORE = range(40), range(40, 120)
+
 
 @cache  # the policies have their scripts in common
 def said_alone(request: EngineRequest, limits: ModelLimits) -> tuple[list[int], str]:
@@ -24,7 +26,7 @@ def said_alone(request: EngineRequest, limits: ModelLimits) -> tuple[list[int], 
     return alone.streams[request.request_id], alone.reasons[request.request_id]
 
 
-@lru_cache(60)  # scripts of one policy
+@lru_cache(len(SCRIPTS))  # of one policy
 def play_with(policy: str, seed: int) -> EngineDriver:
     rng = Random(seed)
     setting = make_setting(rng, rng.choice([1.0, 1.3, 2.0, 4.0]))
@@ -50,7 +52,7 @@ def play_with(policy: str, seed: int) -> EngineDriver:
 
 def test_adaptive_parks_saves_and_restores_in_these_scripts() -> None:
     totals = {"num_parks": 0, "num_restores": 0, "saved_tokens": 0, "loaded_tokens": 0}
-    for seed in range(60):
+    for seed in SCRIPTS:
         report = play_with("adaptive", seed).core.report(0.0)
         for name in totals:
             totals[name] += getattr(report, name)
@@ -61,8 +63,9 @@ LITERAL = ["literal(0)", "literal(0.3)", "literal(0.6, stream=0.5)", "literal(0.
 
 
 @pytest.mark.parametrize("policy", [*sorted(set(POLICIES) - {"literal"}), *LITERAL])
-def test_tokens_do_not_depend_on_the_policy(policy: str) -> None:
-    for seed in range(60):
+@pytest.mark.parametrize("scripts", [SCRIPTS, pytest.param(MORE, marks=pytest.mark.slow)], ids=["", "more"])
+def test_tokens_do_not_depend_on_the_policy(policy: str, scripts: range) -> None:
+    for seed in scripts:
         driver = play_with(policy, seed)
         state = driver.core._state
         assert not driver.core.has_work

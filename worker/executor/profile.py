@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from importlib import metadata
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -57,16 +57,12 @@ def measure_steps(
     """Run the grid; the median of each. The executor must have served nothing yet: the steps write to its
     pool's blocks, and leave no sequence behind."""
     begun, rough = clock(), CostModel()
-    grid, step = list(profile_grid(executor.limits, scheduler)), 0
+    grid, steps = list(profile_grid(executor.limits, scheduler)), count()
     features = [step_features(_plan(0, entries)) for entries in grid]
     times: list[list[float]] = [[] for _ in grid]
 
     def run(index: int) -> float:
-        nonlocal step
-        elapsed_s = executor.execute(_plan(step, grid[index])).elapsed_s
-        executor.execute(_release(step + 1, grid[index]))
-        step += 2
-        return elapsed_s
+        return time_step(executor, steps, grid[index])
 
     run(0)  # what the first step of a device costs says nothing of the others
     for turn in range(REPEATS):
@@ -82,6 +78,14 @@ def measure_steps(
                 rough.update(features[index], times[index][-1])
     progress("measuring steps", 1.0)
     return [(f, median(taken)) for f, taken in zip(features, times, strict=True) if taken]
+
+
+def time_step(executor: Executor, steps: Iterator[int], entries: list[PlanEntry]) -> float:
+    """Seconds of a step of these entries, whose sequences are new; none of them stays. `steps` numbers it,
+    and what takes them away again."""
+    elapsed_s = executor.execute(_plan(next(steps), entries)).elapsed_s
+    executor.execute(_release(next(steps), entries))
+    return elapsed_s
 
 
 def fit(measured: Measured) -> CostModel:
@@ -117,10 +121,10 @@ def profile_grid(limits: ModelLimits, scheduler: SchedulerConfig) -> Iterator[li
         if blocks < 1 or (chunk and room < chunk) or (num_decode, chunk, start) in seen:
             continue
         seen.add((num_decode, chunk, start))
-        yield _entries(num_decode, chunk, start, blocks, size)
+        yield step_entries(num_decode, chunk, start, blocks, size)
 
 
-def _entries(num_decode: int, chunk: int, start: int, blocks: int, size: int) -> list[PlanEntry]:
+def step_entries(num_decode: int, chunk: int, start: int, blocks: int, size: int) -> list[PlanEntry]:
     """`num_decode` rows after `start` tokens each, and a chunk: after `start` tokens alone, else at 0."""
 
     def table(index: int) -> list[int]:

@@ -12,12 +12,13 @@ import pytest
 from ellm.loadtest.open_loop import PROBE_EVERY, MeasuredStep, OpenLoopRun
 from ellm.loadtest.saturated import full_step, middle_rate
 from ellm.loadtest.sim.metrics import measure
-from ellm.loadtest.starved_rounds import Probe, Sample, in_turns, pace, paces
+from ellm.loadtest.starved_rounds import Probe, Sample, in_turns, pace, paces, probing
 from ellm.loadtest.starved_rows import rows_of
 from ellm.loadtest.step_fit import fit_part, fit_periods, fit_steps, followed, link_speed, slower, step_errors
 from ellm.loadtest.unforeseen import Offered, check_tokens, peak_context, stop_index
 from ellm.worker.api.cost_model import CostModel, StepFeatures
 from ellm.worker.api.report import WorkerReport
+from ellm.worker.engine.plan import BatchPlan, ModelLimits, StepResult, step_features
 
 OFFERED = Offered([0.0, 0.1], [(5, 6), (7,)], [[1, 2, 3], [4, 9]], 50)
 
@@ -25,6 +26,21 @@ OFFERED = Offered([0.0, 0.1], [(5, 6), (7,)], [[1, 2, 3], [4, 9]], 50)
 def run_of(tokens: list[list[int]], reasons: list[str | None]) -> OpenLoopRun:
     times = [array("d", [1.0 + 0.1 * k for k in range(len(one))]) for one in tokens]
     return OpenLoopRun(times, tokens, reasons, [], WorkerReport(0))
+
+
+class Noting:
+    """An executor that keeps its plans."""
+
+    limits = ModelLimits(Probe.BLOCKS, 16, max_model_len=256, vocab_size=100, eos_token_ids=(0,))
+
+    def __init__(self) -> None:
+        self.plans: list[BatchPlan] = []
+
+    def execute(self, plan: BatchPlan) -> StepResult:
+        self.plans.append(plan)
+        return StepResult(plan.step, (), 0.0)
+
+    def close(self) -> None: ...
 
 
 def test_a_stop_token_appears_for_the_first_time_where_it_ends_the_request() -> None:
@@ -194,7 +210,28 @@ def test_the_pace_of_a_run_is_that_of_its_probes_without_hiccups() -> None:
     assert pace(run) == 2.0
     assert pace(replace(run, probe_s=[3.0])) == 3.0
     assert pace(replace(run, probe_s=[])) == 0.0
-    assert Probe()() > 0.0
+
+
+def test_a_probe_is_a_step_that_is_always_the_same_and_leaves_nothing() -> None:
+    executor = Noting()
+    probe = Probe(executor)
+    for _ in range(3):
+        assert probe() > 0.0
+    probe.close()
+    assert [plan.step for plan in executor.plans] == list(range(6))
+    steps, ends = executor.plans[::2], executor.plans[1::2]
+    assert {step_features(plan) for plan in steps} == {StepFeatures(16, 16, 16 * 145, 0, 16)}
+    named = [block for entry in steps[0].entries for block in entry.block_ids]
+    assert sorted(named) == list(range(Probe.BLOCKS))
+    for step, end in zip(steps, ends, strict=True):
+        assert {new.seq_id for new in step.new} == set(end.released)
+        assert not end.entries
+
+
+def test_what_probes_took_counts_as_a_share_of_the_steps() -> None:
+    run = replace(run_of([[1]], ["stop"]), steps=steps_of(10, CostModel.known(overhead_s=5e-3), 0.0))
+    assert probing(replace(run, probe_s=[2e-3, 3e-3])) == pytest.approx(0.1)
+    assert probing(run) == probing(run_of([[1]], ["stop"])) == 0.0
 
 
 def test_the_pace_at_a_step_is_that_of_the_probes_around_it() -> None:

@@ -1,8 +1,8 @@
 """How many rows of a step prompts and restores may take beside its decode rows.
 
 Those that cost nothing, for the weights are read anyway; where somebody has little slack also all that a step
-as short as a token may take has room for: who has just started has never more slack than that. Each row counts with
-its attention, by its place in its own prompt. A few rows go to prompts whatever a step takes.
+as short as a token may take has room for: who has just started has never more slack than that. Each row
+counts with its attention, by its place in its own prompt. A few rows go to prompts whatever a step takes.
 """
 
 from __future__ import annotations
