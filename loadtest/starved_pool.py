@@ -45,7 +45,7 @@ from ellm.worker.api.request import EngineRequest, SamplingParams
 from ellm.worker.build import LoadedEngine, load_engine
 
 FITTED = "full-chunked"  # the first: in its runs there are steps of every kind
-POLICIES = (FITTED, BASELINE, "full-swap", "full-offload", "full-predictive", OURS)
+POLICIES = (FITTED, "full-swap", "full-offload", "full-predictive", BASELINE, OURS)
 BLOCK = 16
 CALIBRATION = 120  # requests at once, before the runs
 

@@ -40,9 +40,10 @@ def predict(
     for one in taken:
         slow = [slowness**share for slowness in _slowness(one, reference_s)]
         slowness = fmean(slow) if slow else 1.0  # the statistic that the fit was normalised by
-        cost = slower(fitted.periods, slowness * (1.0 + probing(one.run)))
+        factor = slowness * (1.0 + probing(one.run))
+        cost, own = slower(fitted.periods, factor), slower(fitted.engine, factor)
         link = link_speed(one.run.steps)
-        sim = simulate(offered, one.limits, one.config, cost, link, slo_s)
+        sim = simulate(offered, one.limits, one.config, cost, own, link, slo_s)
         samples.append(Sample(one.policy, one.host, one.round, one.real, sim, one.run, slowness))
         seen = _half(one) if one.policy == taken[0].policy else 0
         errors.append(step_errors(fitted, one.run.steps[seen:], slow[seen:]))
@@ -74,12 +75,12 @@ def simulate(
     limits: ModelLimits,
     config: WorkerConfig,
     cost: CostModel,
+    own: CostModel,
     link: LinkSpeed,
     slo_s: float,
 ) -> Metrics:
-    """The same arrivals in simulated time, by `cost`."""
+    """The same arrivals in simulated time, by `cost`. `own` is what the engine begins with; it learns on."""
     limits = replace(limits, eos_token_ids=(EOS,), vocab_size=VOCAB_SIZE)
-    own = CostModel.from_dict(cost.to_dict())  # the engine's learns on
     requests = offered.sim_requests()
     ends = [request.output_tokens for request in requests]
     executor = TimedExecutor(limits, cost, lambda new: ends[new.sampling.seed], link)

@@ -33,12 +33,13 @@ class Fitted:
 
     steps: CostModel
     periods: CostModel
+    engine: CostModel  # the periods as an engine's own model knows them
     scatter: dict[str, np.ndarray]  # by kind of step, and "any": (100,) quantiles of measured over said
 
 
 def fit_part(steps: Sequence[MeasuredStep], slowness: Sequence[float]) -> Fitted:
     """`slowness`: of the machine at each step, 1 at its reference speed."""
-    model = fit_steps(steps, slowness)
+    model = fit_steps(steps, slowness, chunk_term=True)
     measured = np.array([step.elapsed_s for step in steps]) / np.array(slowness)
     ratios = measured / np.array([model.predict(step.features) for step in steps])
     kinds = np.array([step.kind for step in steps])
@@ -47,14 +48,15 @@ def fit_part(steps: Sequence[MeasuredStep], slowness: Sequence[float]) -> Fitted
     for kind in KINDS:
         if (kinds == kind).sum() >= _FEWEST:
             scatter[kind] = np.quantile(ratios[kinds == kind], places)
-    return Fitted(model, fit_periods(steps, slowness), scatter)
+    periods, engine = (fit_periods(steps, slowness, chunk_term=term) for term in (True, False))
+    return Fitted(model, periods, engine, scatter)
 
 
 def followed(steps: Sequence[MeasuredStep], slowness: Sequence[float]) -> float:
     """How far steps followed what was said of the machine's pace, 0 to 1: b of `slowness^b`, by least squares
     over stretches of steps. What slows a probe may be its own affair. What varied little is believed: the
     steps have nothing to say of it."""
-    model = fit_steps(steps)
+    model = fit_steps(steps, chunk_term=True)
     ratios = np.log([step.elapsed_s / model.predict(step.features) for step in steps])
     stretches = range(0, len(steps), PROBE_EVERY)
     y = np.array([np.median(ratios[i : i + PROBE_EVERY]) for i in stretches])
@@ -63,13 +65,17 @@ def followed(steps: Sequence[MeasuredStep], slowness: Sequence[float]) -> float:
     return min(1.0, max(0.0, (float(x @ y) + belief) / (float(x @ x) + belief)))
 
 
-def fit_steps(steps: Sequence[MeasuredStep], slowness: Sequence[float] | None = None) -> CostModel:
+def fit_steps(
+    steps: Sequence[MeasuredStep], slowness: Sequence[float] | None = None, *, chunk_term: bool = False
+) -> CostModel:
     """All count the same, in an order that says nothing."""
     by = slowness or [1.0] * len(steps)
-    return _fit([(step, step.elapsed_s / slow) for step, slow in zip(steps, by, strict=True)])
+    return _fit([(step, step.elapsed_s / slow) for step, slow in zip(steps, by, strict=True)], chunk_term)
 
 
-def fit_periods(steps: Sequence[MeasuredStep], slowness: Sequence[float] | None = None) -> CostModel:
+def fit_periods(
+    steps: Sequence[MeasuredStep], slowness: Sequence[float] | None = None, *, chunk_term: bool = False
+) -> CostModel:
     """From the end of a step to that of the next, where nothing was idle: what a step costs a queue. The
     sum over the steps is that of the measured periods: a queue waits for hiccups too, which the fit forgives.
     """
@@ -79,7 +85,7 @@ def fit_periods(steps: Sequence[MeasuredStep], slowness: Sequence[float] | None 
         period_s = step.end_s - before.end_s
         if period_s > 0.0 and step.start_s - before.end_s < _BACK_TO_BACK_S:  # not two runs end to end
             periods.append((step, period_s / slow))
-    model = _fit(periods)
+    model = _fit(periods, chunk_term)
     said = sum(model.predict(step.features) for step, _ in periods)
     return slower(model, sum(seconds for _, seconds in periods) / said) if said else model
 
@@ -94,8 +100,8 @@ def slower(model: CostModel, factor: float) -> CostModel:
     return CostModel.from_dict(data)
 
 
-def _fit(timed: Sequence[tuple[MeasuredStep, float]]) -> CostModel:
-    model, order = CostModel(forgetting=1.0), Random(0)
+def _fit(timed: Sequence[tuple[MeasuredStep, float]], chunk_term: bool) -> CostModel:
+    model, order = CostModel(forgetting=1.0, chunk_term=chunk_term), Random(0)
     for _ in range(_PASSES):
         for step, seconds in order.sample(timed, len(timed)):
             model.update(step.features, seconds)

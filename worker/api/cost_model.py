@@ -49,14 +49,19 @@ class StepFeatures:
 
 
 class CostModel:
-    """Predicts `elapsed_s` of a step. `forgetting` is the weight of the past per step."""
+    """Predicts `elapsed_s` of a step. `forgetting` is the weight of the past per step. `chunk_term`: a step
+    with a chunk may cost something for that alone, however small the chunk is, as on a CPU; else its rows
+    bear it."""
 
-    def __init__(self, *, knees: Iterable[int] = KNEES, forgetting: float = 0.995) -> None:
+    def __init__(
+        self, *, knees: Iterable[int] = KNEES, forgetting: float = 0.995, chunk_term: bool = False
+    ) -> None:
         assert 0.5 < forgetting <= 1.0
         self.knees = tuple(knees)
         self.forgetting = forgetting
+        self.chunk_term = chunk_term
         self.num_steps = 0
-        size = 6 + len(self.knees)
+        size = 6 + len(self.knees) + chunk_term
         self._theta = [0.0] * size
         self._a = [[0.0] * size for _ in range(size)]
         self._b = [0.0] * size
@@ -135,7 +140,8 @@ class CostModel:
             "pair_s": t[4] / _PAIRS,
             "logits_row_s": t[5] / _ROWS,
         }
-        return names | {f"row_above_{k}_s": v / _ROWS for k, v in zip(self.knees, t[6:], strict=True)}
+        names |= {f"row_above_{k}_s": v / _ROWS for k, v in zip(self.knees, t[6:], strict=False)}
+        return names | ({"chunk_s": t[-1]} if self.chunk_term else {})
 
     def to_dict(self) -> dict[str, Any]:
         """Builtins only; `from_dict` goes on where this one stood."""
@@ -143,6 +149,7 @@ class CostModel:
             "version": 1,
             "knees": list(self.knees),
             "forgetting": self.forgetting,
+            "chunk_term": self.chunk_term,
             "num_steps": self.num_steps,
             "theta": list(self._theta),
             "a": [list(row) for row in self._a],
@@ -154,7 +161,9 @@ class CostModel:
         """Raises ValueError for a dict that `to_dict` of this version did not write."""
         if data.get("version") != 1:
             raise ValueError(f"cost model of version {data.get('version')!r}, this one reads 1")
-        model = cls(knees=data["knees"], forgetting=data["forgetting"])
+        model = cls(
+            knees=data["knees"], forgetting=data["forgetting"], chunk_term=data.get("chunk_term", False)
+        )
         size = len(model._theta)
         if len(data["theta"]) != size or len(data["b"]) != size or any(len(row) != size for row in data["a"]):
             raise ValueError("cost model of another size")
@@ -165,7 +174,7 @@ class CostModel:
 
     def _vector(self, f: StepFeatures) -> list[float]:
         rows = f.rows
-        return [
+        vector = [
             1.0,
             rows / _ROWS,
             f.decode_rows / _ROWS,
@@ -174,6 +183,9 @@ class CostModel:
             f.logits_rows / _ROWS,
             *[(rows - knee) / _ROWS if rows > knee else 0.0 for knee in self.knees],
         ]
+        if self.chunk_term:
+            vector.append(float(rows > f.decode_rows))
+        return vector
 
     def _judge(self, residual: float) -> float:
         """How much a step with this residual counts; notices drift."""

@@ -127,6 +127,29 @@ def test_a_known_model_says_what_it_was_told() -> None:
     )
 
 
+def test_a_chunk_may_cost_something_for_being_there() -> None:
+    """However small it is: rows alone cannot say that."""
+
+    def device(f: StepFeatures) -> float:
+        return cpu(f) + (4e-3 if f.rows > f.decode_rows else 0.0)
+
+    rng, told, without = Random(1), CostModel(chunk_term=True), CostModel()
+    for _ in range(400):
+        decode, n = rng.randint(1, 30), rng.choice((0, 0, 0, 1, 3, 20, 64, 128, 200))
+        features = StepFeatures(decode + n, decode, 150 * decode + n, n * n // 2, decode)
+        told.update(features, device(features))
+        without.update(features, device(features))
+    small = StepFeatures(12, 10, 2_002, 0, 10)
+    assert told.predict(small) == pytest.approx(device(small), rel=0.02)
+    assert told.coefficients["chunk_s"] == pytest.approx(4e-3, rel=0.01)
+    assert abs(without.predict(small) / device(small) - 1.0) > 0.2
+    again = CostModel.from_dict(json.loads(json.dumps(told.to_dict())))
+    assert again.predict(small) == told.predict(small)
+    old = without.to_dict()
+    del old["chunk_term"]  # of a file that was written before
+    assert CostModel.from_dict(old).predict(small) == without.predict(small)
+
+
 def test_it_goes_on_from_a_file() -> None:
     model = CostModel()
     learn(model, gpu, 200)

@@ -100,6 +100,20 @@ def steps_of(count: int, truth: CostModel, gap_s: float) -> list[MeasuredStep]:
     return steps
 
 
+def test_a_small_chunk_costs_what_steps_with_one_say() -> None:
+    truth = CostModel.known(overhead_s=5e-3, every_row_s=1e-4, kv_token_s=1e-6)
+    rng, steps = Random(0), []
+    for step in steps_of(400, truth, 0.0):
+        rows = rng.choice((0, 0, 2, 16, 64))
+        features = replace(step.features, rows=step.features.decode_rows + rows)
+        elapsed_s = truth.predict(features) + 3e-3 * (rows > 0)
+        steps.append(replace(step, features=features, elapsed_s=elapsed_s))
+    fitted = fit_part(steps[::2], [1.0] * 200)
+    small = replace(steps[0].features, rows=steps[0].features.decode_rows + 2, attention_pairs=3)
+    assert fitted.steps.predict(small) == pytest.approx(truth.predict(small) + 3e-3, rel=0.02)
+    assert fitted.engine.chunk_term is False  # as the engine that ran
+
+
 def test_a_fit_on_one_half_says_the_other_by_kind_of_step() -> None:
     truth = CostModel.known(overhead_s=5e-3, every_row_s=1e-4, kv_token_s=1e-6)
     steps = steps_of(400, truth, 1e-3)
