@@ -30,6 +30,7 @@ class MeasuredStep:
     moved_bytes: int  # by copies that ended with it
     moving_s: float
     told_s: float | None = None
+    probed: bool = False  # a probe ran after it
 
     @property
     def end_s(self) -> float:
@@ -73,11 +74,13 @@ class RecordingExecutor:
             moved = (0, 0.0)
             if times is not None:
                 moved = (times.saved_bytes + times.loaded_bytes, times.saved_s + times.loaded_s)
+            probe = self._probe if (len(self.steps) + 1) % PROBE_EVERY == 0 else None
+            told_s, probed = time.monotonic(), probe is not None
             self.steps.append(
-                MeasuredStep(step_features(plan), start_s, result.elapsed_s, *moved, time.monotonic())
+                MeasuredStep(step_features(plan), start_s, result.elapsed_s, *moved, told_s, probed)
             )
-            if self._probe is not None and len(self.steps) % PROBE_EVERY == 0:
-                self.probe_s.append(self._probe())
+            if probe is not None:
+                self.probe_s.append(probe())
 
     def close(self) -> None:
         self._inner.close()

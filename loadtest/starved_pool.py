@@ -36,16 +36,15 @@ from ellm.loadtest.result import Result, Row, command_line
 from ellm.loadtest.saturated import FULL, measure_saturated
 from ellm.loadtest.sim.metrics import measure
 from ellm.loadtest.sim.workload import SimRequest, with_arrivals
-from ellm.loadtest.starved_predicted import predict
-from ellm.loadtest.starved_rounds import Probe, Taken, has_time, in_turns
+from ellm.loadtest.starved_predicted import FITTED, fitted_policy, predict
+from ellm.loadtest.starved_rounds import Probe, Taken, has_time, in_turns, probing
 from ellm.loadtest.starved_rows import BASELINE, OURS, rows_of
 from ellm.loadtest.unforeseen import Offered, check_tokens, lengths, peak_context, stop_index
 from ellm.worker.api.config import CacheConfig, ModelConfig, SchedulerConfig, WorkerConfig
 from ellm.worker.api.request import EngineRequest, SamplingParams
 from ellm.worker.build import LoadedEngine, load_engine
 
-FITTED = "full-chunked"  # the first: in its runs there are steps of every kind
-POLICIES = (FITTED, "full-swap", "full-offload", "full-predictive", BASELINE, OURS)
+POLICIES = (FITTED, BASELINE, OURS, "full-swap", "full-offload", "full-predictive")
 BLOCK = 16
 CALIBRATION = 120  # requests at once, before the runs
 
@@ -74,9 +73,9 @@ as measured before. All policies give the same tokens; means over the runs, ever
 `machine`: how much slower it was than in the runs of `{fitted}`, by a step between the others that is
 always the same, as far as the fitted steps followed that. `sim` columns:
 the simulator's figures for the same arrivals by a cost model fitted once, on the first halves of the runs of
-`{fitted}`, and scaled by `machine` for each run; the link is as fast as it was in each. The steps of
-the other halves and of all other policies are said to take what the model says, times the machine's pace
-around them, scattered as in those.
+`{fitted}`, and scaled by `machine` for each run; what those steps took is added in the mean of the fitted
+runs, and the link is as fast as it was in each. The steps of the other halves and of all other policies are
+said to take what the model says, times the machine's pace around them, scattered as in those.
 `ratio`: goodput by the one of `full-recompute`, `ratio TTFT`: its mean TTFT by this one's, medians of the
 ratios within a round."""
 
@@ -172,11 +171,26 @@ def offer(arguments: argparse.Namespace) -> tuple[Offered, float, float, float]:
 def run_all(
     arguments: argparse.Namespace, offered: Offered, slo_s: float
 ) -> tuple[list[Row], dict[str, Any]]:
-    taken: list[Taken] = []
     raw: dict[str, Any] = {"runs": [], "load_average": [], "left_out": []}
     probe = None  # a GPU of one's own is as fast as ever
     if arguments.device == "cpu":
         probe = Probe(load(config_of(arguments, FITTED, Probe.BLOCKS, 0)).executor)
+    try:
+        taken = _take_all(arguments, offered, slo_s, probe, raw)
+    finally:
+        if probe is not None:
+            probe.close()
+    samples, said, raw["followed"] = predict(offered, taken, slo_s)
+    for entry, sample, errors in zip(raw["runs"], samples, said, strict=True):
+        entry |= {"slowness": sample.slowness, "simulated": asdict(sample.sim), "step_errors": errors}
+    return rows_of(samples), raw
+
+
+def _take_all(
+    arguments: argparse.Namespace, offered: Offered, slo_s: float, probe: Probe | None, raw: dict[str, Any]
+) -> list[Taken]:
+    """All runs in turns; what is to be kept of each goes to `raw`."""
+    taken: list[Taken] = []
     pairs = arguments.pairs, [policy for policy in (BASELINE, OURS) if policy in arguments.policies]
     for number, host, policy in in_turns(arguments.rounds, arguments.hosts, arguments.policies, *pairs):
         if not has_time(arguments.until, [one.real.duration_s for one in taken]):
@@ -198,6 +212,7 @@ def run_all(
                 "host_mib": mib,
                 "measured": asdict(real),
                 "steps": len(run.steps),
+                "probing": probing(run),
                 "cost_model_error": engine.core.cost_model.error_median,
                 "report": {k: v for k, v in asdict(run.report).items() if isinstance(v, int | float)},
             }
@@ -207,12 +222,7 @@ def run_all(
             f"{real.slo_attainment:.3f}, TTFT {real.ttft_mean_s:6.3f} s, {real.duration_s:.1f} s",
             flush=True,
         )
-    if probe is not None:
-        probe.close()
-    samples, said = predict(offered, taken, slo_s)
-    for entry, sample, errors in zip(raw["runs"], samples, said, strict=True):
-        entry |= {"slowness": sample.slowness, "simulated": asdict(sample.sim), "step_errors": errors}
-    return rows_of(samples), raw
+    return taken
 
 
 def main() -> int:
@@ -252,7 +262,7 @@ def main() -> int:
         output=fmean(map(len, offered.expected)),
         cap=arguments.cap,
         pool=pool,
-        fitted=arguments.policies[0],
+        fitted=fitted_policy(arguments.policies),
         offered=peak,
         slo=1e3 * slo_s,
         ratio=arguments.slo_ratio,

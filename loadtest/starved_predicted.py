@@ -1,7 +1,7 @@
 """What the simulator says of runs on a starved pool, by a cost model that knows a part of one policy's alone.
 
-The model is fitted once, on the first half of the steps of each run of the first policy: of several runs,
-since a machine is not equally fast at all times. It says the steps of the other halves and of all other
+The model is fitted once, on the first half of the steps of each run of one policy: of several runs, since a
+machine is not equally fast at all times. It says the steps of the other halves and of all other
 policies. Nothing is fitted anew for another policy; measured in each run is how fast the machine was just
 then, by a step that is none of its own and as far as the fitted steps followed that, and how fast its link to
 the host tier.
@@ -28,26 +28,35 @@ from ellm.worker.engine.core import EngineCore
 from ellm.worker.engine.plan import ModelLimits
 from ellm.worker.executor.simulated_link import LinkSpeed
 
+FITTED = "full-chunked"  # in its runs there are steps of every kind
+
+
+def fitted_policy(policies: Sequence[str]) -> str:
+    """Whose steps the model learns; of these, in the order in which they run."""
+    return FITTED if FITTED in policies else policies[0]
+
 
 def predict(
     offered: Offered, taken: Sequence[Taken], slo_s: float
-) -> tuple[list[Sample], list[dict[str, dict[str, Any]]]]:
-    """Each run with the simulator's figures beside it; the errors of its steps that the fit has not seen."""
-    known = [one for one in taken if one.policy == taken[0].policy]
+) -> tuple[list[Sample], list[dict[str, dict[str, Any]]], float]:
+    """Each run with the simulator's figures beside it; the errors of its steps that the fit has not seen; how
+    far steps followed the probes."""
+    of = fitted_policy([one.policy for one in taken])
+    known = [one for one in taken if one.policy == of]
+    probes = 1.0 + fmean(probing(one.run) for one in known)  # they lie between the steps
     reference_s = fmean(pace(one.run) for one in known) or 1.0
     fitted, share = _fit(known, reference_s)
     samples, errors = [], []
     for one in taken:
         slow = [slowness**share for slowness in _slowness(one, reference_s)]
         slowness = fmean(slow) if slow else 1.0  # the statistic that the fit was normalised by
-        factor = slowness * (1.0 + probing(one.run))
-        cost, own = slower(fitted.periods, factor), slower(fitted.engine, factor)
+        cost, own = (slower(model, slowness * probes) for model in (fitted.periods, fitted.engine))
         link = link_speed(one.run.steps)
         sim = simulate(offered, one.limits, one.config, cost, own, link, slo_s)
         samples.append(Sample(one.policy, one.host, one.round, one.real, sim, one.run, slowness))
-        seen = _half(one) if one.policy == taken[0].policy else 0
+        seen = _half(one) if one.policy == of else 0
         errors.append(step_errors(fitted, one.run.steps[seen:], slow[seen:]))
-    return samples, errors
+    return samples, errors, share
 
 
 def _fit(known: Sequence[Taken], reference_s: float) -> tuple[Fitted, float]:

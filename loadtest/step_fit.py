@@ -33,7 +33,7 @@ class Fitted:
 
     steps: CostModel
     periods: CostModel
-    engine: CostModel  # the periods as an engine's own model knows them
+    engine: CostModel  # the periods in an engine's terms, which forgets as an engine's own does
     scatter: dict[str, np.ndarray]  # by kind of step, and "any": (100,) quantiles of measured over said
 
 
@@ -48,7 +48,8 @@ def fit_part(steps: Sequence[MeasuredStep], slowness: Sequence[float]) -> Fitted
     for kind in KINDS:
         if (kinds == kind).sum() >= _FEWEST:
             scatter[kind] = np.quantile(ratios[kinds == kind], places)
-    periods, engine = (fit_periods(steps, slowness, chunk_term=term) for term in (True, False))
+    periods, plain = (fit_periods(steps, slowness, chunk_term=term) for term in (True, False))
+    engine = CostModel.from_dict(plain.to_dict() | {"forgetting": CostModel().forgetting})
     return Fitted(model, periods, engine, scatter)
 
 
@@ -83,7 +84,8 @@ def fit_periods(
     periods = []
     for (before, step), slow in zip(pairwise(steps), by[1:], strict=True):
         period_s = step.end_s - before.end_s
-        if period_s > 0.0 and step.start_s - before.end_s < _BACK_TO_BACK_S:  # not two runs end to end
+        at_once = step.start_s - before.end_s < _BACK_TO_BACK_S
+        if period_s > 0.0 and at_once and not before.probed:  # nor two runs end to end
             periods.append((step, period_s / slow))
     model = _fit(periods, chunk_term)
     said = sum(model.predict(step.features) for step, _ in periods)
@@ -154,6 +156,12 @@ def notes_of(raw: dict[str, Any]) -> list[str]:
                 f"{first['p50_error']:+.1%} and {first['p95_error']:+.1%} there, "
                 f"by {worst['p50']:+.1%} and {worst['p95']:+.1%} at worst of {len(found)} runs"
             )
+    if any(run.get("probing") for run in raw["runs"]):
+        took = max(run["probing"] for run in raw["runs"])
+        notes.append(
+            f"between the steps the one that is always the same added {took:.1%} of their time at most, in every "
+            f"policy's runs; the fitted steps followed its pace by {raw['followed']:.2f}"
+        )
     loads = raw["load_average"]
     notes.append(f"the machine's load average was {min(loads):.1f} to {max(loads):.1f} during the runs")
     return notes

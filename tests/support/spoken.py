@@ -27,6 +27,7 @@ REQUESTS = {
     ),
     "stopped": SamplingParams(temperature=0.0, max_tokens=40, stop_token_ids=tuple(range(200))),
 }
+LAST = replace(REQUESTS["greedy"], max_tokens=45)
 
 
 def spoken(
@@ -63,13 +64,13 @@ def spoken(
 
 
 def requests_of_every_kind(count: int) -> list[EngineRequest]:
-    """`count` of each; then some that are on their own in the end, of whose steps none has to be read before
-    the next may begin, however the others fell together."""
+    """`count` of each; then some that say so much that they are on their own in the end: of their steps none has
+    to be read before the next may begin, however the others fell together."""
     return [
         EngineRequest(f"{kind} {i}", tuple(golden.prompt(9 + 14 * i, i)), replace(sampling, seed=i))
         for i in range(count)
         for kind, sampling in REQUESTS.items()
-    ] + [EngineRequest(f"last {i}", tuple(golden.prompt(9, i)), REQUESTS["greedy"]) for i in range(3)]
+    ] + [EngineRequest(f"last {i}", tuple(golden.prompt(9, i)), LAST) for i in range(3)]
 
 
 LAST_STEP_S = 0.2

@@ -140,7 +140,8 @@ class CostModel:
             "pair_s": t[4] / _PAIRS,
             "logits_row_s": t[5] / _ROWS,
         }
-        names |= {f"row_above_{k}_s": v / _ROWS for k, v in zip(self.knees, t[6:], strict=False)}
+        hinges = t[6 : 6 + len(self.knees)]
+        names |= {f"row_above_{k}_s": v / _ROWS for k, v in zip(self.knees, hinges, strict=True)}
         return names | ({"chunk_s": t[-1]} if self.chunk_term else {})
 
     def to_dict(self) -> dict[str, Any]:

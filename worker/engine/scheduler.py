@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ellm.worker.cache.block_table import num_blocks_for
 from ellm.worker.engine.hole import Hole, recompute_entry, streamed_blocks
 from ellm.worker.engine.plan import BatchPlan, PlanEntry, StreamedBlock
 from ellm.worker.engine.policies.base import Policy
@@ -166,11 +165,7 @@ class Scheduler:
     def _plan_chunk(self, draft: _Draft, seq: Sequence, rows: int) -> int:
         """The next at most `rows` known tokens of `seq`; returns how many."""
         start, known = seq.num_planned, len(seq.tokens)
-        limit = known
-        if seq.gap is not None:
-            size = self._state.block_size
-            limit = min(known, seq.gap.front_end(num_blocks_for(start, size)) * size)
-        count = min(rows, limit - start)
+        count = min(rows, seq.num_ready(self._state.block_size))
         if count <= 0:  # the rest of its gap is being loaded: it goes on when the last load has ended
             return 0
         end = start + count

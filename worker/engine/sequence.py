@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from ellm.worker.api.block_hash import BlockHash, next_hash, root_hash
 from ellm.worker.api.output import TokenLogprobs
 from ellm.worker.api.request import EngineRequest
-from ellm.worker.cache.block_table import BlockTable
+from ellm.worker.cache.block_table import BlockTable, num_blocks_for
 from ellm.worker.engine.gap import Gap
 
 if TYPE_CHECKING:
@@ -135,6 +135,14 @@ class Sequence:
         if self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt:
             return len(self.prompt_logprobs) - 1
         return len(self.tokens) - 1
+
+    def num_ready(self, block_size: int) -> int:
+        """Known tokens that rows can compute from here on: up to those that are being loaded."""
+        limit = len(self.tokens)
+        if self.gap is not None:
+            computed = num_blocks_for(self.num_planned, block_size)
+            limit = min(limit, self.gap.front_end(computed) * block_size)
+        return limit - self.num_planned
 
     def note(self, what: str, now: float, tokens: int = 0) -> None:
         """Something that its router should know of. Bounded: nobody reads on and on."""

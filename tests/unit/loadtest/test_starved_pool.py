@@ -9,7 +9,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from ellm.loadtest.open_loop import PROBE_EVERY, MeasuredStep, OpenLoopRun
+from ellm.loadtest.open_loop import PROBE_EVERY, MeasuredStep, OpenLoopRun, RecordingExecutor
 from ellm.loadtest.saturated import full_step, middle_rate
 from ellm.loadtest.sim.metrics import measure
 from ellm.loadtest.starved_rounds import Probe, Sample, in_turns, pace, paces, probing
@@ -18,7 +18,7 @@ from ellm.loadtest.step_fit import fit_part, fit_periods, fit_steps, followed, l
 from ellm.loadtest.unforeseen import Offered, check_tokens, peak_context, stop_index
 from ellm.worker.api.cost_model import CostModel, StepFeatures
 from ellm.worker.api.report import WorkerReport
-from ellm.worker.engine.plan import BatchPlan, ModelLimits, StepResult, step_features
+from ellm.worker.engine.plan import BatchPlan, ModelLimits, PlanEntry, StepResult, step_features
 
 OFFERED = Offered([0.0, 0.1], [(5, 6), (7,)], [[1, 2, 3], [4, 9]], 50)
 
@@ -40,7 +40,10 @@ class Noting:
         self.plans.append(plan)
         return StepResult(plan.step, (), 0.0)
 
-    def close(self) -> None: ...
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True
 
 
 def test_a_stop_token_appears_for_the_first_time_where_it_ends_the_request() -> None:
@@ -102,16 +105,32 @@ def steps_of(count: int, truth: CostModel, gap_s: float) -> list[MeasuredStep]:
 
 def test_a_small_chunk_costs_what_steps_with_one_say() -> None:
     truth = CostModel.known(overhead_s=5e-3, every_row_s=1e-4, kv_token_s=1e-6)
-    rng, steps = Random(0), []
+    rng, steps, now = Random(0), [], 0.0
     for step in steps_of(400, truth, 0.0):
         rows = rng.choice((0, 0, 2, 16, 64))
         features = replace(step.features, rows=step.features.decode_rows + rows)
         elapsed_s = truth.predict(features) + 3e-3 * (rows > 0)
-        steps.append(replace(step, features=features, elapsed_s=elapsed_s))
-    fitted = fit_part(steps[::2], [1.0] * 200)
+        steps.append(replace(step, features=features, start_s=now, elapsed_s=elapsed_s))
+        now += elapsed_s
+    fitted = fit_part(steps, [1.0] * 400)
     small = replace(steps[0].features, rows=steps[0].features.decode_rows + 2, attention_pairs=3)
     assert fitted.steps.predict(small) == pytest.approx(truth.predict(small) + 3e-3, rel=0.02)
-    assert fitted.engine.chunk_term is False  # as the engine that ran
+    periods = fitted.periods
+    assert periods.predict(small) == pytest.approx(fitted.steps.predict(small), rel=0.02)
+    # What the engine begins with is in its own terms.
+    assert (fitted.engine.chunk_term, fitted.engine.forgetting) == (False, CostModel().forgetting)
+
+
+def test_a_period_in_which_a_probe_ran_is_left_out() -> None:
+    truth = CostModel.known(overhead_s=5e-3, every_row_s=1e-4, kv_token_s=1e-6)
+    late_s, steps = 0.0, []
+    for i, step in enumerate(steps_of(400, truth, 0.0)):
+        steps.append(replace(step, start_s=step.start_s + late_s, probed=i % 7 == 6))
+        late_s += 2e-3 * (i % 7 == 6)
+    features = steps[7].features
+    assert fit_periods(steps).predict(features) == pytest.approx(truth.predict(features), rel=0.01)
+    unsaid = [replace(step, probed=False) for step in steps]
+    assert fit_periods(unsaid).predict(features) > 1.02 * truth.predict(features)
 
 
 def test_a_fit_on_one_half_says_the_other_by_kind_of_step() -> None:
@@ -232,6 +251,7 @@ def test_a_probe_is_a_step_that_is_always_the_same_and_leaves_nothing() -> None:
     for _ in range(3):
         assert probe() > 0.0
     probe.close()
+    assert executor.closed
     assert [plan.step for plan in executor.plans] == list(range(6))
     steps, ends = executor.plans[::2], executor.plans[1::2]
     assert {step_features(plan) for plan in steps} == {StepFeatures(16, 16, 16 * 145, 0, 16)}
@@ -240,6 +260,15 @@ def test_a_probe_is_a_step_that_is_always_the_same_and_leaves_nothing() -> None:
     for step, end in zip(steps, ends, strict=True):
         assert {new.seq_id for new in step.new} == set(end.released)
         assert not end.entries
+
+
+def test_a_probe_runs_after_so_many_steps_and_is_noted() -> None:
+    executor = RecordingExecutor(Noting(), probe=lambda: 0.5)
+    entry = PlanEntry(0, 0, 1, (5,), [0], True)
+    for step in range(2 * PROBE_EVERY + 1):
+        executor.execute(BatchPlan(step, (entry,), (), (), 1, 1))
+    assert executor.probe_s == [0.5, 0.5]
+    assert [i for i, s in enumerate(executor.steps) if s.probed] == [PROBE_EVERY - 1, 2 * PROBE_EVERY - 1]
 
 
 def test_what_probes_took_counts_as_a_share_of_the_steps() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from ellm.loadtest.open_loop import PROBE_EVERY, MeasuredStep, OpenLoopRun
 from ellm.loadtest.sim.metrics import measure
-from ellm.loadtest.starved_predicted import predict
+from ellm.loadtest.starved_predicted import FITTED, fitted_policy, predict
 from ellm.loadtest.starved_rounds import Taken
 from ellm.loadtest.unforeseen import Offered
 from ellm.worker.api.config import CacheConfig, ModelConfig, SchedulerConfig, WorkerConfig
@@ -71,7 +71,7 @@ def test_a_run_on_a_slower_machine_is_said_to_take_longer() -> None:
         taken("adaptive", "off", (0.02, 0.02), 2 * PROBE_S),
     )
     assert errors_of([fast, slow]) == pytest.approx([0.0, 0.0], abs=0.02)
-    samples, _ = predict(OFFERED, [fast, slow], 0.1)
+    samples, _, _ = predict(OFFERED, [fast, slow], 0.1)
     assert [sample.slowness for sample in samples] == pytest.approx([1.0, 2.0])
     ttft = [sample.sim.ttft_mean_s for sample in samples]
     assert ttft[1] == pytest.approx(2 * ttft[0], rel=0.05)
@@ -87,10 +87,33 @@ def test_a_probe_that_now_and_then_takes_long_makes_no_run_longer() -> None:
     assert skewed == pytest.approx(ttft(PROBE_S), rel=0.02)
 
 
+def test_a_policy_whose_steps_are_of_all_kinds_is_fitted_where_it_runs() -> None:
+    runs = [
+        taken("full-recompute", "off", (0.04, 0.04)),
+        taken(FITTED, "off", (0.01, 0.02)),
+        taken("adaptive", "off", (0.01, 0.01)),
+    ]
+    assert errors_of(runs) == pytest.approx([-0.75, -0.5, 0.0], abs=0.02)
+    assert fitted_policy(["full-recompute", "adaptive"]) == "full-recompute"
+
+
+def test_what_probes_took_in_the_fitted_runs_comes_between_the_steps_of_all() -> None:
+    """Ten of 32 ms beside 320 steps of 10 ms: a tenth. They say nothing of how long a step is."""
+    long_s = STEPS / (STEPS // PROBE_EVERY) * 0.01 / 10
+    runs = [taken(policy, "off", (0.01, 0.01), long_s) for policy in ("full-recompute", "adaptive")]
+    short = [taken(policy, "off", (0.01, 0.01)) for policy in ("full-recompute", "adaptive")]
+    assert errors_of(runs) == pytest.approx([0.0, 0.0], abs=0.02)
+    for with_them, without in zip(predict(OFFERED, runs, 0.1)[0], predict(OFFERED, short, 0.1)[0], strict=True):
+        assert with_them.sim.ttft_mean_s == pytest.approx(1.1 * without.sim.ttft_mean_s, rel=0.01)
+    # A policy of shorter steps gets no less: what its run was like is not looked at.
+    other = [runs[0], taken("adaptive", "off", (0.005, 0.005), long_s)]
+    assert predict(OFFERED, other, 0.1)[0][1].sim == predict(OFFERED, runs, 0.1)[0][1].sim
+
+
 def test_without_probes_the_machine_counts_as_steady() -> None:
     bare = [
         replace(one, run=replace(one.run, probe_s=[]))
         for one in (taken("full-recompute", "off", (0.01, 0.01)), taken("adaptive", "off", (0.01, 0.01)))
     ]
-    samples, _ = predict(OFFERED, bare, 0.1)
+    samples, _, _ = predict(OFFERED, bare, 0.1)
     assert [sample.slowness for sample in samples] == [1.0, 1.0]
