@@ -159,8 +159,8 @@ def notes_of(raw: dict[str, Any]) -> list[str]:
     if any(run.get("probing") for run in raw["runs"]):
         took = max(run["probing"] for run in raw["runs"])
         notes.append(
-            f"between the steps the one that is always the same added {took:.1%} of their time at most, in every "
-            f"policy's runs; the fitted steps followed its pace by {raw['followed']:.2f}"
+            f"the step between the others that is always the same took {took:.1%} of their time at most; the "
+            f"fitted steps followed its pace by {raw['followed']:.2f}"
         )
     loads = raw["load_average"]
     notes.append(f"the machine's load average was {min(loads):.1f} to {max(loads):.1f} during the runs")

@@ -63,7 +63,9 @@ LITERAL = ["literal(0)", "literal(0.3)", "literal(0.6, stream=0.5)", "literal(0.
 
 
 @pytest.mark.parametrize("policy", [*sorted(set(POLICIES) - {"literal"}), *LITERAL])
-@pytest.mark.parametrize("scripts", [SCRIPTS, pytest.param(MORE, marks=pytest.mark.slow)], ids=["some", "more"])
+@pytest.mark.parametrize(
+    "scripts", [SCRIPTS, pytest.param(MORE, marks=pytest.mark.slow)], ids=["some", "more"]
+)
 def test_tokens_do_not_depend_on_the_policy(policy: str, scripts: range) -> None:
     for seed in scripts:
         driver = play_with(policy, seed)

@@ -64,8 +64,8 @@ def spoken(
 
 
 def requests_of_every_kind(count: int) -> list[EngineRequest]:
-    """`count` of each; then some that say so much that they are on their own in the end: of their steps none has
-    to be read before the next may begin, however the others fell together."""
+    """`count` of each; then some that say so much that they are on their own in the end: of their steps none
+    has to be read before the next may begin, however the others fell together."""
     return [
         EngineRequest(f"{kind} {i}", tuple(golden.prompt(9 + 14 * i, i)), replace(sampling, seed=i))
         for i in range(count)

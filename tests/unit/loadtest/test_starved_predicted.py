@@ -103,7 +103,9 @@ def test_what_probes_took_in_the_fitted_runs_comes_between_the_steps_of_all() ->
     runs = [taken(policy, "off", (0.01, 0.01), long_s) for policy in ("full-recompute", "adaptive")]
     short = [taken(policy, "off", (0.01, 0.01)) for policy in ("full-recompute", "adaptive")]
     assert errors_of(runs) == pytest.approx([0.0, 0.0], abs=0.02)
-    for with_them, without in zip(predict(OFFERED, runs, 0.1)[0], predict(OFFERED, short, 0.1)[0], strict=True):
+    for with_them, without in zip(
+        predict(OFFERED, runs, 0.1)[0], predict(OFFERED, short, 0.1)[0], strict=True
+    ):
         assert with_them.sim.ttft_mean_s == pytest.approx(1.1 * without.sim.ttft_mean_s, rel=0.01)
     # A policy of shorter steps gets no less: what its run was like is not looked at.
     other = [runs[0], taken("adaptive", "off", (0.005, 0.005), long_s)]
