@@ -180,10 +180,11 @@ def run_all(
     finally:
         if probe is not None:
             probe.close()
-    samples, said, raw["followed"] = predict(offered, taken, slo_s)
-    for entry, sample, errors in zip(raw["runs"], samples, said, strict=True):
+    said = predict(offered, taken, slo_s)
+    raw |= {"followed": said.followed, "step_errors": said.errors_of_all}
+    for entry, sample, errors in zip(raw["runs"], said.samples, said.errors, strict=True):
         entry |= {"slowness": sample.slowness, "simulated": asdict(sample.sim), "step_errors": errors}
-    return rows_of(samples), raw
+    return rows_of(said.samples), raw
 
 
 def _take_all(

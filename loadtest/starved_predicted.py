@@ -10,9 +10,8 @@ the host tier.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
 
 from ellm.loadtest.open_loop import MeasuredStep
 from ellm.loadtest.sim.device import EOS, VOCAB_SIZE
@@ -20,7 +19,7 @@ from ellm.loadtest.sim.executor import TimedExecutor
 from ellm.loadtest.sim.metrics import Metrics, measure
 from ellm.loadtest.sim.replica import Replica
 from ellm.loadtest.starved_rounds import Sample, Taken, pace, paces, probing
-from ellm.loadtest.step_fit import Fitted, fit_part, followed, link_speed, slower, step_errors
+from ellm.loadtest.step_fit import Fitted, StepErrors, fit_part, followed, link_speed, slower, step_errors
 from ellm.loadtest.unforeseen import Offered
 from ellm.worker.api.config import WorkerConfig
 from ellm.worker.api.cost_model import CostModel
@@ -36,17 +35,26 @@ def fitted_policy(policies: Sequence[str]) -> str:
     return FITTED if FITTED in policies else policies[0]
 
 
-def predict(
-    offered: Offered, taken: Sequence[Taken], slo_s: float
-) -> tuple[list[Sample], list[dict[str, dict[str, Any]]], float]:
-    """Each run with the simulator's figures beside it; the errors of its steps that the fit has not seen; how
-    far steps followed the probes."""
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What is said of some runs: each with the simulator's figures beside it, and the errors of the steps that
+    the fit has not seen, by run and of all together. `followed`: how far steps followed the probes."""
+
+    samples: list[Sample]
+    errors: list[StepErrors]
+    errors_of_all: StepErrors
+    followed: float
+
+
+def predict(offered: Offered, taken: Sequence[Taken], slo_s: float) -> Said:
     of = fitted_policy([one.policy for one in taken])
     known = [one for one in taken if one.policy == of]
     probes = 1.0 + fmean(probing(one.run) for one in known)  # they lie between the steps
     reference_s = fmean(pace(one.run) for one in known) or 1.0
     fitted, share = _fit(known, reference_s)
     samples, errors = [], []
+    unseen: list[MeasuredStep] = []
+    paces_of_unseen: list[float] = []
     for one in taken:
         slow = [slowness**share for slowness in _slowness(one, reference_s)]
         slowness = fmean(slow) if slow else 1.0  # the statistic that the fit was normalised by
@@ -56,7 +64,9 @@ def predict(
         samples.append(Sample(one.policy, one.host, one.round, one.real, sim, one.run, slowness))
         seen = _half(one) if one.policy == of else 0
         errors.append(step_errors(fitted, one.run.steps[seen:], slow[seen:]))
-    return samples, errors, share
+        unseen += one.run.steps[seen:]
+        paces_of_unseen += slow[seen:]
+    return Said(samples, errors, step_errors(fitted, unseen, paces_of_unseen), share)
 
 
 def _fit(known: Sequence[Taken], reference_s: float) -> tuple[Fitted, float]:

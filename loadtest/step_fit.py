@@ -25,6 +25,7 @@ _PASSES = 3
 _SCATTER = 100  # quantiles
 _STEADY = 0.02  # a pace that varied less says little of how far steps follow it
 KINDS = ("decode only", "mixed", "prefill only")
+StepErrors = dict[str, dict[str, Any]]  # by kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +113,10 @@ def _fit(timed: Sequence[tuple[MeasuredStep, float]], chunk_term: bool) -> CostM
 
 def step_errors(
     fitted: Fitted, steps: Sequence[MeasuredStep], slowness: Sequence[float]
-) -> dict[str, dict[str, Any]]:
+) -> StepErrors:
     """By kind of step: p50 and p95 of what was measured and of what is said, and their relative difference;
     beside it the median error of single steps. Kinds with too few steps are left out."""
-    found: dict[str, dict[str, Any]] = {}
+    found: StepErrors = {}
     for kind in KINDS:
         of_kind = [(step, slow) for step, slow in zip(steps, slowness, strict=True) if step.kind == kind]
         if len(of_kind) < _FEWEST:
@@ -149,12 +150,12 @@ def notes_of(raw: dict[str, Any]) -> list[str]:
         found = [run["step_errors"][kind] for run in raw["runs"] if kind in run["step_errors"]]
         if found:
             worst = {q: max((one[f"{q}_error"] for one in found), key=abs) for q in ("p50", "p95")}
-            first = found[0]
+            every = raw["step_errors"][kind]
             notes.append(
-                f"steps, {kind}: p50 {1e3 * first['p50_s']:.3g} ms and p95 {1e3 * first['p95_s']:.3g} ms "
-                "measured, of those that the fit had not seen; the model is off by "
-                f"{first['p50_error']:+.1%} and {first['p95_error']:+.1%} there, "
-                f"by {worst['p50']:+.1%} and {worst['p95']:+.1%} at worst of {len(found)} runs"
+                f"steps, {kind}: p50 {1e3 * every['p50_s']:.3g} ms and p95 {1e3 * every['p95_s']:.3g} ms "
+                "measured, of all that the fit had not seen; the model is off by "
+                f"{every['p50_error']:+.1%} and {every['p95_error']:+.1%}, "
+                f"by {worst['p50']:+.1%} and {worst['p95']:+.1%} at worst of {len(found)} single runs"
             )
     if any(run.get("probing") for run in raw["runs"]):
         took = max(run["probing"] for run in raw["runs"])

@@ -48,13 +48,15 @@ def taken(policy: str, host: str, halves_s: tuple[float, float], *probes_s: floa
 
 def errors_of(several: list[Taken]) -> list[float]:
     """Of the median step, by run."""
-    return [errors["decode only"]["p50_error"] for errors in predict(OFFERED, several, 0.1)[1]]
+    return [errors["decode only"]["p50_error"] for errors in predict(OFFERED, several, 0.1).errors]
 
 
 def test_the_fit_knows_the_first_halves_of_the_first_policys_runs() -> None:
     first = [taken("full-recompute", host, (0.01, 0.02)) for host in ("off", "on")]
     other = taken("adaptive", "off", (0.01, 0.01))
     assert errors_of([first[0], other, first[1]]) == pytest.approx([-0.5, 0.0, -0.5], abs=0.02)
+    together = predict(OFFERED, [first[0], other, first[1]], 0.1).errors_of_all["decode only"]
+    assert together["steps"] == 2 * STEPS  # two halves and a whole
     # Another policy's steps teach nothing, whatever they take.
     slow = taken("adaptive", "off", (0.04, 0.04))
     assert errors_of([first[0], slow, first[1]]) == pytest.approx([-0.5, -0.75, -0.5], abs=0.02)
@@ -71,7 +73,7 @@ def test_a_run_on_a_slower_machine_is_said_to_take_longer() -> None:
         taken("adaptive", "off", (0.02, 0.02), 2 * PROBE_S),
     )
     assert errors_of([fast, slow]) == pytest.approx([0.0, 0.0], abs=0.02)
-    samples, _, _ = predict(OFFERED, [fast, slow], 0.1)
+    samples = predict(OFFERED, [fast, slow], 0.1).samples
     assert [sample.slowness for sample in samples] == pytest.approx([1.0, 2.0])
     ttft = [sample.sim.ttft_mean_s for sample in samples]
     assert ttft[1] == pytest.approx(2 * ttft[0], rel=0.05)
@@ -81,7 +83,7 @@ def test_a_run_on_a_slower_machine_is_said_to_take_longer() -> None:
 def test_a_probe_that_now_and_then_takes_long_makes_no_run_longer() -> None:
     def ttft(*probes_s: float) -> float:
         runs = [taken(policy, "off", (0.01, 0.01), *probes_s) for policy in ("full-recompute", "adaptive")]
-        return predict(OFFERED, runs, 0.1)[0][1].sim.ttft_mean_s
+        return predict(OFFERED, runs, 0.1).samples[1].sim.ttft_mean_s
 
     skewed = ttft(*[PROBE_S] * 3, 2.5 * PROBE_S)  # their mean is 1.4 times their median
     assert skewed == pytest.approx(ttft(PROBE_S), rel=0.02)
@@ -104,12 +106,12 @@ def test_what_probes_took_in_the_fitted_runs_comes_between_the_steps_of_all() ->
     short = [taken(policy, "off", (0.01, 0.01)) for policy in ("full-recompute", "adaptive")]
     assert errors_of(runs) == pytest.approx([0.0, 0.0], abs=0.02)
     for with_them, without in zip(
-        predict(OFFERED, runs, 0.1)[0], predict(OFFERED, short, 0.1)[0], strict=True
+        predict(OFFERED, runs, 0.1).samples, predict(OFFERED, short, 0.1).samples, strict=True
     ):
         assert with_them.sim.ttft_mean_s == pytest.approx(1.1 * without.sim.ttft_mean_s, rel=0.01)
     # A policy of shorter steps gets no less: what its run was like is not looked at.
     other = [runs[0], taken("adaptive", "off", (0.005, 0.005), long_s)]
-    assert predict(OFFERED, other, 0.1)[0][1].sim == predict(OFFERED, runs, 0.1)[0][1].sim
+    assert predict(OFFERED, other, 0.1).samples[1].sim == predict(OFFERED, runs, 0.1).samples[1].sim
 
 
 def test_without_probes_the_machine_counts_as_steady() -> None:
@@ -117,5 +119,5 @@ def test_without_probes_the_machine_counts_as_steady() -> None:
         replace(one, run=replace(one.run, probe_s=[]))
         for one in (taken("full-recompute", "off", (0.01, 0.01)), taken("adaptive", "off", (0.01, 0.01)))
     ]
-    samples, _, _ = predict(OFFERED, bare, 0.1)
+    samples = predict(OFFERED, bare, 0.1).samples
     assert [sample.slowness for sample in samples] == [1.0, 1.0]

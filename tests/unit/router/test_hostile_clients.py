@@ -264,7 +264,7 @@ def test_a_slow_reader_is_counted_by_its_reason() -> None:
         metrics = server.service.metrics
         with ask_and_not_read(server, True):
             wait_until(lambda: metrics.errors["client_too_slow"] == 1, 60)
-        assert metrics.finished["abort"] == 8
+        wait_until(lambda: metrics.finished["abort"] == 8)  # once its streams are down
         assert metrics.rejections["client_too_slow"] == 1
         with server.client() as client:
             text = client.get("/metrics").text
@@ -283,7 +283,7 @@ def test_a_client_that_stops_to_read_at_the_end_is_cut_off(streamed: bool) -> No
             wait_until(lambda: metrics.errors["client_too_slow"] == 1, 60)
             wait_until(lambda: admission.num_inflight == 0)
         if not streamed:
-            assert metrics.finished["length"] == 8
+            wait_until(lambda: metrics.finished["length"] == 8)
         with server.client() as client:
             assert_served(client)
 
