@@ -37,8 +37,8 @@ def fitted_policy(policies: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What is said of some runs: each with the simulator's figures beside it, and the errors of the steps that
-    the fit has not seen, by run and of all together. `followed`: how far steps followed the probes."""
+    """What is said of some runs: each with the simulator's figures beside it, and the errors of the steps
+    that the fit has not seen, by run and of all together. `followed`: how far steps followed the probes."""
 
     samples: list[Sample]
     errors: list[StepErrors]

@@ -111,9 +111,7 @@ def _fit(timed: Sequence[tuple[MeasuredStep, float]], chunk_term: bool) -> CostM
     return model
 
 
-def step_errors(
-    fitted: Fitted, steps: Sequence[MeasuredStep], slowness: Sequence[float]
-) -> StepErrors:
+def step_errors(fitted: Fitted, steps: Sequence[MeasuredStep], slowness: Sequence[float]) -> StepErrors:
     """By kind of step: p50 and p95 of what was measured and of what is said, and their relative difference;
     beside it the median error of single steps. Kinds with too few steps are left out."""
     found: StepErrors = {}
