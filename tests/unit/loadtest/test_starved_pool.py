@@ -35,12 +35,11 @@ class Noting:
 
     def __init__(self) -> None:
         self.plans: list[BatchPlan] = []
+        self.closed = False
 
     def execute(self, plan: BatchPlan) -> StepResult:
         self.plans.append(plan)
         return StepResult(plan.step, (), 0.0)
-
-    closed = False
 
     def close(self) -> None:
         self.closed = True

@@ -18,19 +18,18 @@ from ellm.worker.engine.state import EngineState
 # For prompts and restores whatever happens: they must get on, and where no row is spare a restore in small
 # pieces costs no less and holds its memory longer.
 _MIN_ROWS = 64
-_ALL = 1 << 40
 
 
 def free_rows(state: EngineState, forecast: Forecast, num_decode: int) -> int:
     """Rows that cost next to nothing; all, if nobody who runs has a deadline that a long step could break."""
-    return _rows(state, forecast, num_decode, 0.0, _behind(state, _ALL))
+    return _rows(state, forecast, num_decode, 0.0, _behind(state, state.config.max_step_tokens))
 
 
 def timely_rows(state: EngineState, forecast: Forecast, num_decode: int) -> int:
     """As many as leave every token on time, if each step of those to come takes as many; those without which
     no prompt would get on in any case."""
     limit_s = tightest(state.running, forecast)
-    behind = _behind(state, _ALL)
+    behind = _behind(state, state.config.max_step_tokens)
     if any(seq.first_token_at is not None for seq, _ in behind):  # who comes back gets no more than free rows
         behind = _behind(state, _rows(state, forecast, num_decode, 0.0, behind))
     return _rows(state, forecast, num_decode, TIMELY * limit_s if limit_s is not None else 0.0, behind)
