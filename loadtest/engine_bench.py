@@ -1,7 +1,7 @@
 """Decode and prefill speed of the engine beside its peers, side by side in one run.
 
     python -m ellm.loadtest.engine_bench [--rounds 5] [--batch 1 8 32] [--dtype float32 bfloat16]
-        [--sides ellm-fast ellm-torch generate generate_batch vllm openvino]
+        [--sides ellm-fast ellm-torch generate generate_batch vllm openvino llama.cpp]
 
 Every side loads the same checkpoint in a process of its own and waits; each round runs every side in turn, in
 an order that alternates, so that a drift of the machine's speed meets all of them. A point is two runs: one
@@ -51,6 +51,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", default=sides, choices=sides, metavar="SIDE", help=which)
     parser.add_argument("--vllm-python", type=Path, default=Path(".cache/vllm/bin/python"))
     parser.add_argument("--openvino-python", type=Path, default=Path(".cache/openvino/bin/python"))
+    parser.add_argument("--llama-python", type=Path, default=Path(".cache/llama/bin/python"))
     parser.add_argument("--checkpoint", type=Path, default=Path(".cache/bench-28m"), help="made if missing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="engine-cpu", help="slug of the result file")

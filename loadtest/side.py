@@ -80,7 +80,7 @@ class Side:
 
 
 OURS = ("ellm", "ellm-fast", "ellm-torch")
-PEERS = ("generate", "generate_batch", "vllm", "openvino")
+PEERS = ("generate", "generate_batch", "vllm", "openvino", "llama.cpp")
 
 
 def side_command(name: str, dtype: str, arguments: argparse.Namespace) -> list[str]:
@@ -94,6 +94,10 @@ def side_command(name: str, dtype: str, arguments: argparse.Namespace) -> list[s
         most = 2 * max(arguments.batch) * (arguments.input + arguments.output)
         command = [str(arguments.openvino_python), str(SIDES / "openvino_side.py"), folder, dtype, threads]
         return [*command, f"{folder}-openvino", str(most)]
+    if name == "llama.cpp":
+        command = [str(arguments.llama_python), str(SIDES / "llama_side.py"), folder, dtype, threads]
+        room = [str(max(arguments.batch)), str(arguments.input + arguments.output)]
+        return [*command, f"{folder}-{dtype}.gguf", *room]
     command = [sys.executable, str(SIDES / "generate_side.py"), folder, dtype, threads, name]
     if name == "generate_batch":
         command += [str(max(arguments.batch)), str(arguments.input + arguments.output)]
@@ -104,7 +108,11 @@ def start_sides(names: list[str], dtype: str, arguments: argparse.Namespace) -> 
     """Start every side that can run here; what cannot is told in the notes."""
     sides: list[Side] = []
     notes: list[str] = []
-    pythons = {"vllm": arguments.vllm_python, "openvino": arguments.openvino_python}
+    pythons = {
+        "vllm": arguments.vllm_python,
+        "openvino": arguments.openvino_python,
+        "llama.cpp": arguments.llama_python,
+    }
     for name in names:
         if name in pythons and not pythons[name].exists():
             notes.append(f"{name} not run: its environment is missing (`make bench-peers` makes it)")

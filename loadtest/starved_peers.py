@@ -75,7 +75,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=int, default=256, help="mean output tokens")
     parser.add_argument("--cap", type=int, default=768, help="max_tokens of every request")
     parser.add_argument(
-        "--load", type=float, default=0.9, help="share of what the slower side serves unstarved"
+        "--load", type=float, default=0.7, help="share of what the slower side serves unstarved"
     )
     parser.add_argument("--times", type=float, default=3.0, help="offered context over the pool")
     parser.add_argument("--slo-ratio", type=float, default=1.1, help="SLO over the unstarved p95 TPOT")

@@ -66,11 +66,13 @@ def test_every_side_has_a_command_of_its_own(tmp_path: Path) -> None:
         output=16,
         vllm_python=python,
         openvino_python=tmp_path / "ov",
+        llama_python=tmp_path / "llama",
     )
     commands = {name: side_command(name, "float32", arguments) for name in (*OURS, *PEERS)}
     assert len({tuple(command) for command in commands.values()}) == len(commands)
     assert commands["vllm"][0] == str(python)
     assert commands["generate_batch"][-2:] == ["8", "48"]  # what its cache has to hold
+    assert commands["llama.cpp"][-3:] == [f"{tmp_path}-float32.gguf", "8", "48"]
 
 
 def test_a_side_answers_with_tokens_and_the_memory_of_each_of_its_processes(tmp_path: Path) -> None:
