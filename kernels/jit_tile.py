@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba.core import cgutils, types
 
 from ellm.kernels.jit_ir import LANES, fma_vector, instruction, load_vector, narrow_bf16, splat, vector
@@ -20,6 +21,9 @@ _IVEC = ir.VectorType(_I32, LANES)
 TILE = 64  # tokens between two updates of the running maximum
 TILE_BYTES = 4 * TILE  # of a query's scores or weights
 _STEP_BYTES = 64  # of a vector, and of a key or value at a step
+# How many sums are kept at once, which changes none of them: vectors that fill a processor's registers. With
+# AVX-512 there are 32, of a whole vector each; without, 16 of half a vector (measured: docs/decisions/0010).
+_SUMS = 16 if get_host_cpu_features().get("avx512f") else 4
 
 
 def _word(number: int) -> Any:
@@ -74,23 +78,26 @@ def _half_scores(builder: Any, queries: list[Any], keys: Any, stride: Any, steps
     """For each query the sums of 8 keys: 64 bytes of a key at a step, then within four lanes."""
     slots = [[cgutils.alloca_once_value(builder, ir.Constant(_VEC, None)) for _ in range(8)] for _ in queries]
     vectors = 2 if paired else 1
-    with cgutils.for_range(builder, steps) as loop:
-        at = builder.mul(loop.index, _word(_STEP_BYTES))
-        parts = [
-            [
-                load_vector(
-                    builder, builder.add(q, builder.add(builder.mul(at, _word(vectors)), _word(64 * i)))
-                )
-                for i in range(vectors)
+    at_once = _SUMS // len(queries)
+    for first in range(0, 8, at_once):
+        with cgutils.for_range(builder, steps) as loop:
+            at = builder.mul(loop.index, _word(_STEP_BYTES))
+            parts = [
+                [
+                    load_vector(
+                        builder, builder.add(q, builder.add(builder.mul(at, _word(vectors)), _word(64 * i)))
+                    )
+                    for i in range(vectors)
+                ]
+                for q in queries
             ]
-            for q in queries
-        ]
-        row = builder.add(keys, at)
-        for token in range(8):
-            for i, key in enumerate(_read(builder, row, paired)):
-                for part, sums in zip(parts, slots, strict=True):
-                    builder.store(fma_vector(builder, part[i], key, builder.load(sums[token])), sums[token])
-            row = builder.add(row, stride)
+            row = builder.add(builder.add(keys, at), builder.mul(stride, _word(first)))
+            for token in range(first, first + at_once):
+                for i, key in enumerate(_read(builder, row, paired)):
+                    for part, sums in zip(parts, slots, strict=True):
+                        value = fma_vector(builder, part[i], key, builder.load(sums[token]))
+                        builder.store(value, sums[token])
+                row = builder.add(row, stride)
     return [_sums(builder, [builder.load(slot) for slot in sums]) for sums in slots]
 
 
@@ -121,24 +128,29 @@ def _add_weighted(paired: bool, count: int, steps: int) -> Any:
     """
 
     def emit(builder: Any, weights: Any, values: Any, stride: Any, out: Any, gap: Any) -> None:
-        vectors = steps * (2 if paired else 1)
-        chains = [[[ir.Constant(_VEC, None)] * vectors for _ in range(2)] for _ in range(count)]
-        row = values
-        for token in range(LANES):
-            parts = [builder.add(row, _word(_STEP_BYTES * i)) for i in range(steps)]
-            value = [v for part in parts for v in _read(builder, part, paired)]
-            for which in range(count):
-                address = builder.add(weights, _word(TILE_BYTES * which + 4 * token))
-                pointer = builder.inttoptr(address, ir.FloatType().as_pointer())
-                weight = splat(builder, builder.load(pointer, typ=ir.FloatType(), align=4))
-                chain = chains[which][token % 2]
-                chain[:] = [fma_vector(builder, weight, v, c) for v, c in zip(value, chain, strict=True)]
-            row = builder.add(row, stride)
-        for target, (even, odd) in zip((out, builder.add(out, gap)), chains, strict=False):
-            for i in range(vectors):
-                at = builder.add(target, _word(_STEP_BYTES * i))
-                added = builder.fadd(load_vector(builder, at), builder.fadd(even[i], odd[i]))
-                builder.store(added, builder.inttoptr(at, _VEC.as_pointer()), align=4)
+        per_step = 2 if paired else 1
+        at_once = max(1, _SUMS // (2 * count * per_step))  # steps
+        for first in range(0, steps, at_once):
+            some = range(first, min(first + at_once, steps))
+            chains = [
+                [[ir.Constant(_VEC, None)] * (len(some) * per_step) for _ in range(2)] for _ in range(count)
+            ]
+            row = values
+            for token in range(LANES):
+                parts = [builder.add(row, _word(_STEP_BYTES * i)) for i in some]
+                value = [v for part in parts for v in _read(builder, part, paired)]
+                for which in range(count):
+                    address = builder.add(weights, _word(TILE_BYTES * which + 4 * token))
+                    pointer = builder.inttoptr(address, ir.FloatType().as_pointer())
+                    weight = splat(builder, builder.load(pointer, typ=ir.FloatType(), align=4))
+                    chain = chains[which][token % 2]
+                    chain[:] = [fma_vector(builder, weight, v, c) for v, c in zip(value, chain, strict=True)]
+                row = builder.add(row, stride)
+            for target, (even, odd) in zip((out, builder.add(out, gap)), chains, strict=False):
+                for i, pair in enumerate(zip(even, odd, strict=True)):
+                    at = builder.add(target, _word(_STEP_BYTES * (first * per_step + i)))
+                    added = builder.fadd(load_vector(builder, at), builder.fadd(*pair))
+                    builder.store(added, builder.inttoptr(at, _VEC.as_pointer()), align=4)
 
     return instruction(types.void, *[types.intp] * 5)(emit)
 

@@ -1,7 +1,7 @@
 """The CPU body: jitted loops over rows. Every tensor is checked here; the kernels see addresses.
 
-The loops are STRICT by their nature. Only the linear layers have a choice: without STRICT they are left as
-the library runs them.
+The loops are STRICT by their nature. Only the linear layers have a choice, where they are the library's:
+without STRICT they are left as it runs them.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ellm.kernels import composed, jit_attention, jit_rows, jit_sampling
+from ellm.kernels import composed, jit_attention, jit_linear, jit_rows, jit_sampling
 from ellm.kernels.jit_memory import KINDS
 from ellm.kernels.numba_attention import UNIT_BYTES, check_indices, float_bits, kv_store, paged_attention
+from ellm.kernels.numba_linear import JitLinear, suits_processor
 from ellm.kernels.numba_sampling import logprobs, sample
 from ellm.kernels.ops import AttentionMeta, HeadTransform, Linear, SamplingBatch
 from ellm.kernels.packed_linear import pack_linear
@@ -44,7 +45,10 @@ class NumbaOps:
         self.deterministic = deterministic
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """Pack weight [out, in] and bias [out] for oneDNN; see `packed_linear`."""
+        """Lay out weight [out, in] and bias [out]: for `jit_linear` where it suits the processor, else for
+        oneDNN (`packed_linear`)."""
+        if suits_processor():
+            return JitLinear(weight, bias)
         return pack_linear(weight, bias, strict=self.deterministic)
 
     def rms_norm(
@@ -157,5 +161,7 @@ def warm_up(dtype: torch.dtype) -> None:
     """Compile the kernels of a decoder for `dtype` into numba's cache (10 s of one core when it is empty)."""
     for kernel in (jit_attention.paged_attention, jit_rows.rms_norm, jit_rows.silu_mul, jit_rows.rotary):
         kernel.compile(KINDS[dtype])
+    if suits_processor():
+        jit_linear.linear.compile(KINDS[dtype])
     jit_rows.kv_store.compile(0)
     jit_sampling.sample.compile(KINDS[dtype])

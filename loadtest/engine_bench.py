@@ -28,9 +28,10 @@ STRICT, FAST = "ellm", "ellm-fast"
 ABOUT = """\
 28M-parameter Llama with random weights, {input} prompt and {output} output tokens, greedy,
 {threads} threads, prefix caching off, every side in a process of its own, all on the same cores.
-`ellm` is STRICT (bitwise reproducible); `ellm-fast` is the same engine without, its linear layers left as
-the library runs them, and `STRICT / FAST` is the first's speed divided by the second's in the same run;
-`ellm-torch` is the same engine on the torch body. `ratio` is ellm's decode speed divided by the side's. The
+`ellm` is STRICT (bitwise reproducible); `ellm-fast` is the same engine without, which makes a difference
+where linear layers are the library's (docs/kernels.md), and `STRICT / FAST` is the first's speed divided by
+the second's in the same run; `ellm-torch` is the same engine on the torch body. `ratio` is ellm's decode
+speed divided by the side's. The
 matmul share says which part of ellm's decode step the linear layers take when they run alone by the fastest
 of three routines (torch's own, oneDNN's on packed weights, ellm's), the KV share what one read of the KV
 cache would take at the machine's copy speed. `peak MiB` is resident memory, of all the side's processes."""

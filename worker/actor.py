@@ -17,7 +17,6 @@ import os
 import secrets
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,10 +100,8 @@ class RankActor:
         """Load the model with the other ranks and begin to serve. `rank_pids`: of all, this one first;
         `waited_s`: since they were asked for. False if that is not possible; `renew` then tells why."""
         self._start.waited(waited_s)
-        # On a thread that ends with it: libraries keep a cache and working memory for each that computes.
-        thread = ThreadPoolExecutor(1, "ellm-load")
         try:
-            loaded = await asyncio.get_running_loop().run_in_executor(thread, self._load)
+            loaded = await asyncio.to_thread(self._load)
         except EllmError as error:
             self._error = (error.code, error.message)
             return False
@@ -112,8 +109,6 @@ class RankActor:
             log.exception("loading failed")
             self._error = (EllmError.code, str(error) or repr(error))
             return False
-        finally:
-            thread.shutdown(wait=False)
         self._engine = EngineLoop(
             loaded.core,
             loaded.executor,

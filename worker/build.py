@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,20 @@ def load_engine(
     """
     if config.model.path.startswith(SIMULATED):
         return _simulated(config, progress)
+    # On a thread that ends with it. A thread that computes has a team of OpenMP's, a cache and working memory
+    # for as long as it lives, and where more of them live than there are processors, none spins any more
+    # between two kernels: each would have to be woken (a decode step takes half as long again).
+    with ThreadPoolExecutor(1, "ellm-load") as thread:
+        return thread.submit(_load, config, progress, spec, rendezvous, on_failure).result()
+
+
+def _load(
+    config: WorkerConfig,
+    progress: Progress,
+    spec: RankSpec | None,
+    rendezvous: Rendezvous | None,
+    on_failure: Callable[[Exception], None] | None,
+) -> LoadedEngine:
     # Torch is imported here, where it is needed: the import alone takes seconds.
     bound_primitive_caches()
     progress("importing torch", 0.0)

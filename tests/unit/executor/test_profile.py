@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -155,8 +156,17 @@ def test_a_real_engine_starts_with_what_its_steps_cost(
         num_threads=1,
     )
     told: list[str] = []
-    engine = load_engine(config, lambda what, _: told.append(what))
+    threads: set[threading.Thread] = set()
+
+    def note(what: str, share: float) -> None:
+        told.append(what)
+        threads.add(threading.current_thread())
+
+    engine = load_engine(config, note)
     assert "measuring steps" in told
+    # Nothing that computed is left: its team of threads would make all others sleep between kernels.
+    assert threading.current_thread() not in threads
+    assert not any(thread.is_alive() for thread in threads)
     assert engine.executor.runner.num_resident == 0  # type: ignore[attr-defined]
     assert engine.core.cost_model.predict(StepFeatures(1, 1, 32, 0, 1)) > 0.0
     assert engine.core.report(0.0).num_steps == 0

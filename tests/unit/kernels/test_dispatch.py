@@ -9,11 +9,9 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from ellm.kernels import dispatch
 from ellm.kernels.dispatch import select
-from ellm.kernels.packed_linear import pack_linear
 
 
 @pytest.fixture
@@ -26,15 +24,6 @@ def test_the_jit_is_the_cpus_default_where_numba_is() -> None:
     for settings in ({}, {"jit": True}, {"deterministic": True}, {"jit": True, "deterministic": True}):
         ops = select("cpu", **settings)
         assert (ops.name, ops.deterministic) == ("numba", True)
-
-
-@pytest.mark.needs_module("numba")
-def test_without_strict_the_jits_linear_layers_are_as_the_library_runs_them() -> None:
-    weight = torch.randn(64, 4096)  # a matrix-vector loop for one row, where the library has one
-    fast = select("cpu", deterministic=False)
-    assert (fast.name, fast.deterministic) == ("numba", False)
-    assert type(fast.linear(weight, None)) is type(pack_linear(weight, None, strict=False))
-    assert type(select("cpu").linear(weight, None)) is type(pack_linear(weight, None, strict=True))
 
 
 def test_torch_where_the_jit_is_refused_or_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,81 @@
+"""A linear layer on `jit_linear`: its weight in panels, laid out once."""
+
+from __future__ import annotations
+
+import functools
+import platform
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ellm.kernels import jit_linear
+from ellm.kernels.jit_ir import LANES
+from ellm.kernels.jit_linear import GROUP, SUMS_BYTES
+from ellm.kernels.jit_memory import KINDS
+from ellm.kernels.scratch import scratch
+
+MOST_ROWS, LEAST_ROWS = 384, 24  # of a unit
+UNITS_PER_THREAD = 4  # below, units are halved
+
+
+@functools.cache
+def suits_processor() -> bool:
+    """Whether the loop is at its best here: AVX2 with FMA, and not more. With AVX-512 oneDNN has loops for
+    bfloat16 and twice the registers, which these tiles leave unused."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    from llvmlite.binding import get_host_cpu_features
+
+    features = get_host_cpu_features()
+    return bool(features.get("avx2") and features.get("fma") and not features.get("avx512f"))
+
+
+class JitLinear:
+    """y = x W^T + b; STRICT."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """weight [out, in] and bias [out], of one type; copied."""
+        self.out_features, self.in_features = weight.shape
+        self._dtype = weight.dtype
+        self._num_panels = -(-self.out_features // (GROUP * LANES)) * GROUP
+        missing = self._num_panels * LANES - self.out_features
+        padded = F.pad(weight.detach(), (0, 0, 0, missing)) if missing else weight.detach()
+        panels = padded.view(self._num_panels, LANES, self.in_features)
+        self._weight = panels.transpose(1, 2).contiguous()
+        self._bias = None if bias is None else F.pad(bias.detach().float(), (0, missing))
+        self._kind = KINDS[weight.dtype]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [R, in_features] -> [R, out_features]."""
+        rows, inputs = x.shape
+        assert inputs == self.in_features
+        assert x.dtype == self._dtype
+        out = torch.empty((rows, self.out_features), dtype=self._dtype)
+        if rows == 0:
+            return out
+        if self._dtype != torch.float32:
+            x = x.float()
+        by_row, by_input = x.stride()
+        if by_input != 1:
+            x = x.contiguous()
+            by_row = inputs
+        threads = torch.get_num_threads()
+        width, block_rows = self._unit(rows, threads * UNITS_PER_THREAD)
+        runs = self._num_panels // width
+        units = runs * -(-rows // block_rows)
+        words = (
+            *(units, width, runs, block_rows, rows, inputs, self.out_features),
+            *(x.data_ptr(), 4 * by_row, self._weight.data_ptr()),
+            0 if self._bias is None else self._bias.data_ptr(),
+            *(out.data_ptr(), out.element_size() * self.out_features, scratch(threads * SUMS_BYTES)),
+        )
+        jit_linear.linear(self._kind, units, words)
+        return out
+
+    def _unit(self, rows: int, enough: int) -> tuple[int, int]:
+        """Panels and rows of a unit, so that there are `enough` where that can be. No sum depends on it."""
+        runs, block_rows = self._num_panels // GROUP, MOST_ROWS
+        while block_rows > LEAST_ROWS and runs * -(-rows // block_rows) < enough:
+            block_rows //= 2
+        return (GROUP if runs * -(-rows // block_rows) >= enough else GROUP // 2), block_rows

@@ -1,0 +1,104 @@
+"""The CPU's own linear layers: values, a row's bits in any batch, and nothing read that is not theirs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.paged_batch import same_bits
+
+from ellm.kernels import packed_linear
+from ellm.kernels.dispatch import select
+
+pytestmark = pytest.mark.needs_module("numba")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(512, 768), (1536, 512), (40, 48), (33, 77), (64, 1), (1, 64), (129, 513), (4096, 64), (17, 1536)]
+
+
+@pytest.fixture(params=[1, 2, 16])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many the layer believes there are: what a unit of work is follows from it."""
+    from ellm.kernels import numba_linear
+
+    count: int = request.param
+    monkeypatch.setattr(numba_linear, "UNITS_PER_THREAD", 4 * count)
+    return count
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_in", "num_out"), SHAPES)
+def test_rows_keep_their_bits_at_any_batch_size(
+    num_in: int, num_out: int, dtype: torch.dtype, threads: int
+) -> None:
+    from ellm.kernels.numba_linear import JitLinear
+
+    generator = torch.Generator().manual_seed(num_in)
+    x, weight = packed_linear._cancelling(num_out, num_in)  # what is left of these sums is rounding alone
+    x, weight = x[:500].to(dtype), weight.to(dtype)
+    bias = torch.randn(num_out, generator=generator).to(dtype) if num_in % 2 else None
+    linear = JitLinear(weight, bias)
+    assert (linear.in_features, linear.out_features) == (num_in, num_out)
+    whole = linear(x)
+    alone = torch.cat([linear(x[i : i + 1]) for i in range(12)])
+    assert same_bits(alone, whole[:12])
+    for count in (2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 31, 64, 100, 385, 499):
+        pick = torch.randperm(500, generator=generator)[:count]
+        assert same_bits(linear(x[pick]), whole[pick])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_in", "num_out"), SHAPES)
+def test_equals_its_definition(num_in: int, num_out: int, dtype: torch.dtype) -> None:
+    from ellm.kernels.numba_linear import JitLinear
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(num_out, num_in, generator=generator).to(dtype)
+    bias = torch.randn(num_out, generator=generator).to(dtype)
+    wide = torch.full((20, num_in + 3), float("nan"), dtype=dtype)
+    x = wide[:, :num_in]  # rows with gaps, of which nothing may be read
+    x.copy_(torch.randn(20, num_in, generator=generator))
+    columns = x.t().contiguous().t()  # neighbours in a row lie apart
+    for b in (bias, None):
+        linear = JitLinear(weight, b)
+        out = linear(x)
+        expected = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+        assert out.dtype == dtype
+        limit = torch.finfo(dtype).eps * expected.abs() + 128 * torch.finfo(torch.float32).eps * num_in**0.5
+        assert ((out.double() - expected).abs() <= limit).all()
+        assert same_bits(linear(columns), out)
+        assert linear(x[:0]).shape == (0, num_out)
+
+
+def test_a_row_that_is_not_a_number_spoils_no_other() -> None:
+    from ellm.kernels.numba_linear import JitLinear
+
+    linear = JitLinear(torch.randn(70, 50), None)
+    x = torch.randn(9, 50)
+    expected = linear(x)
+    x[4] = float("nan")
+    out = linear(x)
+    assert out[4].isnan().all()
+    rest = torch.arange(9) != 4
+    assert same_bits(out[rest], expected[rest])
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    from ellm.kernels.numba_linear import JitLinear
+
+    linear = JitLinear(torch.randn(64, 32), None)
+    for x in (torch.randn(2, 31), torch.randn(2, 32, dtype=torch.float64)):
+        with pytest.raises(AssertionError):
+            linear(x)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_chosen_where_it_suits_the_processor(monkeypatch: pytest.MonkeyPatch, deterministic: bool) -> None:
+    from ellm.kernels import numba_ops
+    from ellm.kernels.numba_linear import JitLinear
+
+    ops, weight = select("cpu", deterministic=deterministic), torch.randn(64, 4096)
+    monkeypatch.setattr(numba_ops, "suits_processor", lambda: True)
+    assert type(ops.linear(weight, None)) is JitLinear
+    monkeypatch.setattr(numba_ops, "suits_processor", lambda: False)
+    expected = packed_linear.pack_linear(weight, None, strict=deterministic)
+    assert type(ops.linear(weight, None)) is type(expected)
