@@ -21,9 +21,17 @@ _IVEC = ir.VectorType(_I32, LANES)
 TILE = 64  # tokens between two updates of the running maximum
 TILE_BYTES = 4 * TILE  # of a query's scores or weights
 _STEP_BYTES = 64  # of a vector, and of a key or value at a step
-# How many sums are kept at once, which changes none of them: vectors that fill a processor's registers. With
-# AVX-512 there are 32, of a whole vector each; without, 16 of half a vector (measured: docs/decisions/0010).
-_SUMS = 16 if get_host_cpu_features().get("avx512f") else 4
+
+
+def _sums_at_once() -> int:
+    """How many sums are kept at once, which changes none of them: vectors that fill a processor's registers.
+    AVX2 has 16 of half a vector (measured: docs/decisions/0010), AVX-512 32 of a whole one, NEON 32 of a
+    quarter."""
+    features = get_host_cpu_features()
+    return 4 if features.get("avx2") and not features.get("avx512f") else 16
+
+
+_SUMS = _sums_at_once()
 
 
 def _word(number: int) -> Any:
@@ -74,11 +82,13 @@ def _read(builder: Any, address: Any, paired: bool) -> list[Any]:
     return [builder.bitcast(bits, _VEC) for bits in (builder.shl(words, shift), builder.and_(words, mask))]
 
 
-def _half_scores(builder: Any, queries: list[Any], keys: Any, stride: Any, steps: Any, paired: bool) -> Any:
+def _half_scores(
+    builder: Any, queries: list[Any], keys: Any, stride: Any, steps: Any, paired: bool, most: int
+) -> Any:
     """For each query the sums of 8 keys: 64 bytes of a key at a step, then within four lanes."""
     slots = [[cgutils.alloca_once_value(builder, ir.Constant(_VEC, None)) for _ in range(8)] for _ in queries]
     vectors = 2 if paired else 1
-    at_once = _SUMS // len(queries)
+    at_once = min(8, most // len(queries))
     for first in range(0, 8, at_once):
         with cgutils.for_range(builder, steps) as loop:
             at = builder.mul(loop.index, _word(_STEP_BYTES))
@@ -101,7 +111,7 @@ def _half_scores(builder: Any, queries: list[Any], keys: Any, stride: Any, steps
     return [_sums(builder, [builder.load(slot) for slot in sums]) for sums in slots]
 
 
-def _scores(paired: bool, count: int) -> Any:
+def _scores(paired: bool, count: int, most: int = _SUMS) -> Any:
     """(q, gap, keys, stride, steps, out): q . k of 16 keys, `stride` bytes apart, to 16 floats at `out`.
 
     With `count` 2 also for a second query, `gap` bytes after the first, to TILE_BYTES after `out`: a key is
@@ -112,7 +122,7 @@ def _scores(paired: bool, count: int) -> Any:
         queries = [q, builder.add(q, gap)][:count]
         # All 16 keys at once would take 32 registers for two queries.
         second = builder.add(keys, builder.mul(stride, _word(8)))
-        halves = [_half_scores(builder, queries, k, stride, steps, paired) for k in (keys, second)]
+        halves = [_half_scores(builder, queries, k, stride, steps, paired, most) for k in (keys, second)]
         for i, pair in enumerate(zip(*halves, strict=True)):
             target = builder.inttoptr(builder.add(out, _word(TILE_BYTES * i)), _VEC.as_pointer())
             builder.store(_join_halves(builder, *pair), target, align=4)
@@ -120,7 +130,7 @@ def _scores(paired: bool, count: int) -> Any:
     return instruction(types.void, *[types.intp] * 6)(emit)
 
 
-def _add_weighted(paired: bool, count: int, steps: int) -> Any:
+def _add_weighted(paired: bool, count: int, steps: int, most: int = _SUMS) -> Any:
     """(weights, values, stride, out, gap): out += weight * value over 16 tokens, of 64 * steps bytes each.
 
     Even and odd tokens are summed apart and `out` is added last, so that no chain of additions is long. With
@@ -129,7 +139,7 @@ def _add_weighted(paired: bool, count: int, steps: int) -> Any:
 
     def emit(builder: Any, weights: Any, values: Any, stride: Any, out: Any, gap: Any) -> None:
         per_step = 2 if paired else 1
-        at_once = max(1, _SUMS // (2 * count * per_step))  # steps
+        at_once = max(1, most // (2 * count * per_step))  # steps
         for first in range(0, steps, at_once):
             some = range(first, min(first + at_once, steps))
             chains = [

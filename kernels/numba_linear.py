@@ -13,17 +13,18 @@ from ellm.kernels import jit_linear
 from ellm.kernels.jit_ir import LANES
 from ellm.kernels.jit_linear import GROUP, SUMS_BYTES
 from ellm.kernels.jit_memory import KINDS
+from ellm.kernels.packed_linear import is_packable
 from ellm.kernels.scratch import scratch
 
-MOST_ROWS, LEAST_ROWS = 384, 24  # of a unit
+MOST_UNIT_ROWS, LEAST_UNIT_ROWS = 384, 24
 UNITS_PER_THREAD = 4  # below, units are halved
 
 
 @functools.cache
 def suits_processor() -> bool:
-    """Whether the loop is at its best here: AVX2 with FMA, and not more. With AVX-512 oneDNN has loops for
-    bfloat16 and twice the registers, which these tiles leave unused."""
-    if platform.machine() not in ("x86_64", "AMD64"):
+    """Whether the loop is at its best here: AVX2 with FMA, and not more. With AVX-512 or AVX-NE-CONVERT
+    oneDNN has loops for bfloat16, and the former has registers that these tiles leave unused."""
+    if is_packable(torch.bfloat16) or platform.machine() not in ("x86_64", "AMD64"):
         return False
     from llvmlite.binding import get_host_cpu_features
 
@@ -35,13 +36,14 @@ class JitLinear:
     """y = x W^T + b; STRICT."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """weight [out, in] and bias [out], of one type; copied."""
+        """weight [out, in] and bias [out], of one type, on the CPU."""
+        assert weight.is_cpu
         self.out_features, self.in_features = weight.shape
         self._dtype = weight.dtype
         self._num_panels = -(-self.out_features // (GROUP * LANES)) * GROUP
         missing = self._num_panels * LANES - self.out_features
         padded = F.pad(weight.detach(), (0, 0, 0, missing)) if missing else weight.detach()
-        panels = padded.view(self._num_panels, LANES, self.in_features)
+        panels = padded.reshape(self._num_panels, LANES, self.in_features)
         self._weight = panels.transpose(1, 2).contiguous()
         self._bias = None if bias is None else F.pad(bias.detach().float(), (0, missing))
         self._kind = KINDS[weight.dtype]
@@ -51,7 +53,8 @@ class JitLinear:
         rows, inputs = x.shape
         assert inputs == self.in_features
         assert x.dtype == self._dtype
-        out = torch.empty((rows, self.out_features), dtype=self._dtype)
+        assert x.is_cpu
+        out = torch.empty((rows, self.out_features), dtype=self._dtype, device="cpu")
         if rows == 0:
             return out
         if self._dtype != torch.float32:
@@ -75,7 +78,7 @@ class JitLinear:
 
     def _unit(self, rows: int, enough: int) -> tuple[int, int]:
         """Panels and rows of a unit, so that there are `enough` where that can be. No sum depends on it."""
-        runs, block_rows = self._num_panels // GROUP, MOST_ROWS
-        while block_rows > LEAST_ROWS and runs * -(-rows // block_rows) < enough:
+        runs, block_rows = self._num_panels // GROUP, MOST_UNIT_ROWS
+        while block_rows > LEAST_UNIT_ROWS and runs * -(-rows // block_rows) < enough:
             block_rows //= 2
         return (GROUP if runs * -(-rows // block_rows) >= enough else GROUP // 2), block_rows

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,14 +18,13 @@ from ellm.worker.api.errors import ConfigError
 from ellm.worker.engine.core import EngineCore
 from ellm.worker.executor.base import Executor, GrammarCompiler, ModelLimits
 from ellm.worker.executor.simulated import SimulatedExecutor
+from ellm.worker.load_thread import Progress, on_own_thread
 from ellm.worker.primitive_cache import bound_primitive_caches
 
 if TYPE_CHECKING:
     from ellm.worker.executor.local import LocalExecutor
     from ellm.worker.executor.tensor_parallel import TensorParallelExecutor
     from ellm.worker.parallel.group import RankSpec, Rendezvous
-
-Progress = Callable[[str, float], None]  # (what, share done)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +48,18 @@ def load_engine(
     rendezvous: Rendezvous | None = None,
     on_failure: Callable[[Exception], None] | None = None,
 ) -> LoadedEngine:
-    """Load the model; may take minutes. `on_failure`: called once when the group of ranks has ended by an
-    error, also while nothing is executed.
+    """Load the model, on a thread that ends with it; may take minutes. `on_failure`: called once when the
+    group of ranks has ended by an error, also while nothing is executed.
 
     Raises ConfigError naming what cannot work, and GroupFailed where another rank died.
     """
     if config.model.path.startswith(SIMULATED):
         return _simulated(config, progress)
-    # On a thread that ends with it. A thread that computes has a team of OpenMP's, a cache and working memory
-    # for as long as it lives, and where more of them live than there are processors, none spins any more
-    # between two kernels: each would have to be woken (a decode step takes half as long again).
-    with ThreadPoolExecutor(1, "ellm-load") as thread:
-        return thread.submit(_load, config, progress, spec, rendezvous, on_failure).result()
+    return on_own_thread(
+        lambda tell: _load(config, tell, spec, rendezvous, on_failure),
+        progress,
+        lambda engine: engine.executor.close(),
+    )
 
 
 def _load(

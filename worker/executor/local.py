@@ -155,7 +155,9 @@ class LocalExecutor:
             }
         folder = local_folder(config.model.path, config.model.revision)
         key = cache_key(folder, self._limits, config.scheduler, about)
-        return profiled_cost_model(executor or self, config.scheduler, key, progress)
+        cost_model = profiled_cost_model(executor or self, config.scheduler, key, progress)
+        self._thread_id = -1  # whoever loads may end, and its number go to another thread
+        return cost_model
 
     def close(self) -> None:
         """Free weights and pool; copies under way end first."""

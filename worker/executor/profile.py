@@ -10,6 +10,7 @@ that the next start reads it. A cache that cannot be read or written is no error
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -24,6 +25,7 @@ from random import Random
 from statistics import median
 from typing import Any
 
+from ellm.kernels import dispatch
 from ellm.worker.api.config import SchedulerConfig
 from ellm.worker.api.cost_model import CostModel, StepFeatures
 from ellm.worker.api.request import SamplingParams
@@ -221,8 +223,14 @@ def _path(key: Mapping[str, Any], folder: Path) -> Path:
     return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
 
 
+@functools.cache
 def _code_version() -> str:
+    """The package's, and a digest of the kernels: between two releases, too, a step's time follows them."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(dispatch.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
     try:
-        return metadata.version(_DISTRIBUTION)
+        version = metadata.version(_DISTRIBUTION)
     except metadata.PackageNotFoundError:
-        return "unknown"
+        version = "unknown"
+    return f"{version} {digest.hexdigest()}"

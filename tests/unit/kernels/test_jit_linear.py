@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from support.paged_batch import same_bits
+from torch import Tensor
 
 from ellm.kernels import packed_linear
 from ellm.kernels.dispatch import select
@@ -12,17 +15,16 @@ from ellm.kernels.dispatch import select
 pytestmark = pytest.mark.needs_module("numba")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+WHOLE: dict[tuple[int, int, torch.dtype], Tensor] = {}
 SHAPES = [(512, 768), (1536, 512), (40, 48), (33, 77), (64, 1), (1, 64), (129, 513), (4096, 64), (17, 1536)]
 
 
-@pytest.fixture(params=[1, 2, 16])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How many the layer believes there are: what a unit of work is follows from it."""
-    from ellm.kernels import numba_linear
-
-    count: int = request.param
-    monkeypatch.setattr(numba_linear, "UNITS_PER_THREAD", 4 * count)
-    return count
+@pytest.fixture(params=[1, 2, 5])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -34,11 +36,15 @@ def test_rows_keep_their_bits_at_any_batch_size(
 
     generator = torch.Generator().manual_seed(num_in)
     x, weight = packed_linear._cancelling(num_out, num_in)  # what is left of these sums is rounding alone
-    x, weight = x[:500].to(dtype), weight.to(dtype)
+    x, weight = (x[:500].to(dtype), weight.to(dtype)) if num_in > 1 else (x[:500] + 1, weight + 1 / 3)
+    x, weight = x.to(dtype), weight.to(dtype)
     bias = torch.randn(num_out, generator=generator).to(dtype) if num_in % 2 else None
     linear = JitLinear(weight, bias)
     assert (linear.in_features, linear.out_features) == (num_in, num_out)
     whole = linear(x)
+    assert whole.any()
+    known = WHOLE.setdefault((num_in, num_out, dtype), whole)  # by the first number of threads
+    assert same_bits(whole, known)
     alone = torch.cat([linear(x[i : i + 1]) for i in range(12)])
     assert same_bits(alone, whole[:12])
     for count in (2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 31, 64, 100, 385, 499):
