@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -19,14 +18,6 @@ def jit_launch() -> ModuleType:
     from ellm.kernels import jit_launch
 
     return jit_launch
-
-
-@pytest.fixture(params=[1, 2, 4])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def run(units: int) -> tuple[list[int], list[int]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from support.paged_batch import same_bits
@@ -17,14 +15,6 @@ pytestmark = pytest.mark.needs_module("numba")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WHOLE: dict[tuple[int, int, torch.dtype], Tensor] = {}
 SHAPES = [(512, 768), (1536, 512), (40, 48), (33, 77), (64, 1), (1, 64), (129, 513), (4096, 64), (17, 1536)]
-
-
-@pytest.fixture(params=[1, 2, 5])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
