@@ -81,6 +81,7 @@ def server(arguments: argparse.Namespace) -> AbstractContextManager[Started]:
     settings = (
         f"router.pace_max_hold_s={arguments.hold_s}",
         f"worker.cache.host_bytes={arguments.host_mib << 20}",
+        "worker.cache.host_tier=copied",
     )
     words = [str(word) for pair in flags.items() for word in pair]
     words += [word for setting in settings for word in ("--set", setting)]

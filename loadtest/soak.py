@@ -76,6 +76,8 @@ def server(arguments: argparse.Namespace) -> AbstractContextManager[Started]:
         "--set",
         "worker.cache.host_bytes=33554432",
         "--set",
+        "worker.cache.host_tier=copied",
+        "--set",
         f"worker.min_step_s={arguments.min_step_ms / 1e3}",
     ]
     environment = os.environ | dict(text.split("=", 1) for text in arguments.env)

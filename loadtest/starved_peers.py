@@ -55,13 +55,19 @@ ABOUT = """\
 28M-parameter Llama with random weights in {dtype} over HTTP, {threads} thread(s) a side; {requests} requests
 at {rate:.2f}/s ({arrivals}), mean {prompt:.0f} prompt and {output:.0f} output tokens, ended by a stop token
 that no server can foresee under `max_tokens` {cap}. With room for all, {peak:,} tokens of context are held at
-once; the pool holds {pool:,}, {times:g} times less, the host tier as many bytes. Blocks of {block} tokens, at
-most {seqs} sequences and {step} tokens a step, no watermark, no prefix caching on any side. The SLO per
-output token is {ratio:g} times what 95 % of the requests of the slower side keep unstarved, and
-{full_ratio:g} times its step when as many run as the starved pool holds, and that of the faster side.
+once; the pool holds {pool:,}, {times:g} times less, the host tier as many bytes, {tier}.
+Blocks of {block} tokens, at most {seqs} sequences and {step} tokens a step, no watermark, no prefix
+caching on any side. The SLO per output token is {ratio:g} times what 95 % of the requests of the slower
+side keep unstarved, and {full_ratio:g} times its step when as many run as the starved pool holds, and that
+of the faster side.
 `ratio`: our goodput over vLLM's, `by full-chunked`: over that of our own engine planning as vLLM does,
 `ratio TTFT`: its mean TTFT over ours; `same` is the share of answers that are, token by token, those of the
 same server unstarved; `by vLLM` is the figure over vLLM's."""
+
+TIERS = {
+    "auto": "by default more of\nthe pool on a CPU, whose memory it is",
+    "copied": "in which KV is\ncopied to and fro as on a GPU",
+}
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -81,6 +87,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--slo-ratio", type=float, default=1.1, help="SLO over the unstarved p95 TPOT")
     parser.add_argument("--full-slo-ratio", type=float, default=1.13, help="SLO over the step at a full pool")
     parser.add_argument("--host", default="off,on", help="the host tier: off, on or both")
+    parser.add_argument("--host-tier", default="auto", choices=tuple(TIERS), help="auto: on a CPU more pool")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--block-size", type=int, default=32)
@@ -174,6 +181,7 @@ class Starved:
                 # vLLM on a CPU plans no step ahead, so what is to be like it does not either.
                 keys = {"tpot_slo_ms": 1e3 * self.slos[slos[0]], "pipeline_depth": 2 if ours else 1}
                 more = {f"worker.scheduler.{key}": value for key, value in keys.items()}
+                more["worker.cache.host_tier"] = self.arguments.host_tier
                 server = stack.enter_context(ellm_server(setting, port, policy, host_bytes, more))
             outcome, answers = self.offer(server, side, host, (pool, host_bytes))
         return [self.judged(outcome, answers, slo) for slo in slos]
@@ -264,6 +272,7 @@ def main() -> int:
         step=arguments.max_step_tokens,
         ratio=arguments.slo_ratio,
         full_ratio=arguments.full_slo_ratio,
+        tier=TIERS[arguments.host_tier],
     )
     notes = [how_busy()] + [
         f"unstarved, {name}: {one.tok_s:.0f} tok/s all at once, TPOT p95 {1e3 * one.tpot_p95_s:.1f} ms, "

@@ -115,6 +115,7 @@ def config_of(arguments: argparse.Namespace, policy: str, blocks: int, host_mib:
             num_blocks=blocks,
             block_size=BLOCK,
             host_bytes=host_mib << 20,
+            host_tier="copied",
             transient_blocks=arguments.transient_blocks,
         ),
         scheduler=SchedulerConfig(

@@ -135,7 +135,9 @@ def load(args: argparse.Namespace, switches: dict[str, Any]) -> LocalExecutor:
     rows = args.batch + args.chunk + args.holes * args.recomputed * BLOCK
     config = WorkerConfig(
         model=ModelConfig(path=str(args.folder), device=args.device, deterministic=True),
-        cache=CacheConfig(num_blocks=room, transient_blocks=holed, host_bytes=args.host_mib << 20),
+        cache=CacheConfig(
+            num_blocks=room, transient_blocks=holed, host_bytes=args.host_mib << 20, host_tier="copied"
+        ),
         scheduler=SchedulerConfig(max_num_seqs=args.batch + 1, max_step_tokens=max(rows, args.context)),
         fused_attention="off",
     )

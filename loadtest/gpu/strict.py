@@ -220,7 +220,9 @@ def measure(args: argparse.Namespace, dtype: DType) -> dict[str, Any]:
             deterministic=True,
             max_model_len=longest,
         ),
-        cache=CacheConfig(num_blocks=room, transient_blocks=room, host_bytes=args.host_mib << 20),
+        cache=CacheConfig(
+            num_blocks=room, transient_blocks=room, host_bytes=args.host_mib << 20, host_tier="copied"
+        ),
         scheduler=SchedulerConfig(max_num_seqs=args.batch, max_step_tokens=args.step_tokens),
         fused_attention="on" if args.fused else "off",
         recompute_ahead="auto" if args.ahead else "off",

@@ -35,6 +35,7 @@ def server() -> Iterator[Served]:
     (port,) = free_ports(1)
     flags = ["--port", str(port), "--workers", "1", "--device", "cpu", "--kv-blocks", "96"]
     flags += ["--tpot-slo-ms", str(SLO_MS), "--set", f"worker.cache.host_bytes={64 << 20}"]
+    flags += ["--set", "worker.cache.host_tier=copied"]
     with served(*flags) as made:
         made.wait_until_ready()
         yield made

@@ -104,6 +104,7 @@ def config(
             num_blocks=num_blocks,
             transient_blocks=transient_blocks,
             host_bytes=host_bytes,
+            host_tier="copied",
         ),
         scheduler=SchedulerConfig(max_num_seqs=8, max_step_tokens=192),
         num_threads=1,

@@ -7,6 +7,7 @@ from typing import Literal
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+HostTier = Literal["auto", "copied"]
 Switch = Literal["auto", "on", "off"]  # auto: where it has been measured to be faster
 
 SIMULATED = "simulated:"  # a path that begins so takes the simulated executor
@@ -22,6 +23,7 @@ class CacheConfig:
     max_pool_bytes: int | None = None  # an upper bound on the sized pool; on a CPU 1 GiB where unset
     prefix_caching: bool = True
     host_bytes: int = 0  # of the host tier, for KV that left the device; 0: there is none
+    host_tier: HostTier = "auto"  # auto: on a CPU, whose memory it is, more of the pool; copied: copies too
     transient_blocks: int = 0  # for holes that are recomputed or streamed within a step; 0: no such modes
 
 

@@ -66,6 +66,9 @@ def _pool_bytes(cache: CacheConfig, budget: MemoryBudget) -> int:
 def size_pool(cache: CacheConfig, budget: MemoryBudget, max_model_len: int, *, may_shorten: bool) -> PoolSize:
     """Blocks of the pool and of the host tier, and the context that fits.
 
+    On a CPU the bytes of the host tier are more blocks of the pool, unless it is to be `copied`: KV in the
+    host's memory is where attention reads it already, and a copy would hold it twice.
+
     `may_shorten`: the context length was not asked for, so a small pool lowers it. Raises ConfigError when
     the pool cannot hold one sequence of `max_model_len` tokens, or `num_blocks` or `host_bytes` exceeds the
     memory.
@@ -82,6 +85,9 @@ def size_pool(cache: CacheConfig, budget: MemoryBudget, max_model_len: int, *, m
             )
     else:
         num_blocks = max(0, room) // budget.block
+    num_host_blocks = _host_blocks(cache, budget, num_blocks)
+    if budget.on_cpu and cache.host_tier == "auto":
+        num_blocks, num_host_blocks = num_blocks + num_host_blocks, 0
     fits = num_blocks * cache.block_size
     if fits < max_model_len and (num_blocks == 0 or not may_shorten):
         raise ConfigError(
@@ -91,7 +97,6 @@ def size_pool(cache: CacheConfig, budget: MemoryBudget, max_model_len: int, *, m
             f"activations {mib(budget.activations)})",
             param="model.max_model_len",
         )
-    num_host_blocks = _host_blocks(cache, budget, num_blocks)
     memory = [
         ("available at start", budget.available),
         ("weights", budget.weights),

@@ -28,7 +28,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> WorkerConfig:
     write_checkpoint(folder, "llama")
     return WorkerConfig(
         model=ModelConfig(path=str(folder), device="cpu", jit=False, deterministic=False),
-        cache=CacheConfig(num_blocks=40, host_bytes=(NUM_HOST + 1) * BLOCK_BYTES - 1, transient_blocks=5),
+        cache=CacheConfig(
+            num_blocks=40,
+            host_bytes=(NUM_HOST + 1) * BLOCK_BYTES - 1,
+            host_tier="copied",
+            transient_blocks=5,
+        ),
         scheduler=SchedulerConfig(max_num_seqs=4, max_step_tokens=64),
         num_threads=1,
     )
@@ -57,6 +62,17 @@ def test_without_a_host_tier_there_is_nothing_of_it(config: WorkerConfig) -> Non
     limits = executor.limits
     assert (limits.num_host_blocks, limits.num_transient_blocks, limits.block_bytes) == (0, 0, 0)
     assert not {"host KV pool", "transient KV blocks"} & set(dict(limits.memory))
+    executor.close()
+
+
+def test_a_host_tier_of_the_cpu_is_more_of_the_pool(config: WorkerConfig) -> None:
+    executor = LocalExecutor.load(replace(config, cache=replace(config.cache, host_tier="auto")))
+    limits = executor.limits
+    assert (limits.num_blocks, limits.num_host_blocks, limits.block_bytes) == (40 + NUM_HOST, 0, 0)
+    assert executor.runner.cache.num_blocks == 40 + NUM_HOST
+    memory = dict(limits.memory)
+    assert memory["KV pool"] == (40 + NUM_HOST) * BLOCK_BYTES
+    assert "host KV pool" not in memory
     executor.close()
 
 

@@ -88,6 +88,20 @@ def test_the_host_tier_takes_whole_blocks_of_the_hosts_memory() -> None:
     assert size_pool(CacheConfig(), GPU, 8192, may_shorten=False).num_host_blocks == 0
 
 
+def test_a_host_tier_on_a_cpu_is_more_of_the_pool_unless_copied() -> None:
+    cpu = replace(CPU, host_available=16 * GIB)
+    cache = CacheConfig(num_blocks=10, host_bytes=7 * CPU.block + 1)
+    size = size_pool(cache, cpu, 17 * 16, may_shorten=False)  # a context that the sum holds
+    assert (size.num_blocks, size.num_host_blocks, size.max_model_len) == (17, 0, 272)
+    assert dict(size.memory)["KV pool"] == 17 * CPU.block
+    assert "host KV pool" not in dict(size.memory)
+    copied = size_pool(replace(cache, host_tier="copied"), cpu, 160, may_shorten=False)
+    assert (copied.num_blocks, copied.num_host_blocks) == (10, 7)
+    assert dict(copied.memory)["host KV pool"] == 7 * CPU.block
+    gpu = replace(GPU, host_available=16 * GIB)
+    assert size_pool(replace(cache, host_bytes=GIB), gpu, 160, may_shorten=False).num_host_blocks == 512
+
+
 @pytest.mark.parametrize(
     ("host_bytes", "budget", "message"),
     [

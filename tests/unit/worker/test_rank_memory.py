@@ -26,7 +26,7 @@ from ellm.worker.loop import EngineLoop
 
 config = WorkerConfig(
     model=ModelConfig(path=sys.argv[1], device="cpu", jit=False, deterministic=False),
-    cache=CacheConfig(num_blocks=40, host_bytes=1 << 20),
+    cache=CacheConfig(num_blocks=40, host_bytes=1 << 20, host_tier="copied"),
     scheduler=SchedulerConfig(max_num_seqs=8, max_step_tokens=512),
     num_threads=1, profile=False,
 )

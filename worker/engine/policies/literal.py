@@ -42,7 +42,8 @@ class Literal(Policy):
             )
         if self._ratio and self._stream and state.host is None:
             raise ConfigError(
-                f"literal: stream = {self._stream:g} needs a host tier (cache.host_bytes)",
+                f"literal: stream = {self._stream:g} needs a host tier to copy to (cache.host_bytes; "
+                "on a CPU with cache.host_tier = copied)",
                 param="cache.host_bytes",
             )
         self._prefixes = PrefixHoles(state, self.holes, self._ratio, self._stream)
