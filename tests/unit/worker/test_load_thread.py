@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -12,6 +13,14 @@ from ellm.worker.load_thread import Abandoned, on_own_thread
 
 Tell = Callable[[str, float], None]
 WAIT_S = 10.0
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Is heard, also where whoever started the tests has it ignored, as a shell does in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_what_is_loaded_comes_back_and_the_thread_has_ended() -> None:
@@ -38,6 +47,7 @@ def test_errors_are_raised_as_they_are() -> None:
         on_own_thread(load, lambda what, share: None, lambda made: None)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("tells", [True, False])
 def test_an_interrupt_does_not_wait_and_nothing_is_left(tells: bool) -> None:
     goes_on, over = threading.Event(), threading.Event()
