@@ -33,7 +33,7 @@ def render(results: Results) -> str:
         _long(results),
         ablation(),
         paper_cpu.policies(results["starved-pool"]),
-        paper_cpu.servers(results["starved-peers"]),
+        paper_cpu.servers(results["starved-peers"], results["starved-peers-in-place"]),
         missing(),
     ]
     return "\n".join("\n".join(part) for part in parts) + "\n"

@@ -64,15 +64,19 @@ def policies(result: Row) -> list[str]:
     ]
 
 
-def servers(result: Row) -> list[str]:
-    """Our server, vLLM's CPU build, and our policy that does what vLLM does."""
-    rows = result["rows"]
-    ratios = "; ".join(
+def _beside_vllm(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "; ".join(
         f"host tier {row['host tier']}, SLO of {row['SLO of']}: {cell(row['ratio'])}x, "
         f"strictly {cell(row['ratio strict'])}x, time to first token {cell(row['ratio TTFT'])}x"
         for row in rows
         if row["side"] == ADAPTIVE
     )
+
+
+def servers(result: Row, in_place: Row) -> list[str]:
+    """Our server, vLLM's CPU build, and our policy that does what vLLM does: with a host tier apart from the
+    pool, as on a GPU, and with its bytes as more pool, the default on a CPU."""
+    rows = result["rows"]
     return [
         "",
         "### Beside vLLM's CPU build, over HTTP",
@@ -85,7 +89,9 @@ def servers(result: Row) -> list[str]:
         "",
         *_table(rows, _SERVERS),
         "",
-        f"- Goodput over vLLM's: {ratios}.",
+        f"- Goodput over vLLM's: {_beside_vllm(rows)}.",
+        "- With the host tier as more of our pool, the default on a CPU, another run: "
+        f"{_beside_vllm(in_place['rows'])}. {_source(in_place)}",
         "- Where the SLO is far above a step at a full pool, a preempted request makes up for its pause, and "
         "nobody needs a plan; the same bytes are worth more as pool then than as host tier.",
         "- With twice the pool vLLM runs twice as many at once, and their steps are longer than the SLO "
