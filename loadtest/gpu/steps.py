@@ -120,7 +120,9 @@ def main() -> None:
     most = max(args.batches)
     config = WorkerConfig(
         model=ModelConfig(path=args.model, device=args.device),
-        cache=CacheConfig(num_blocks=most * 40, transient_blocks=most, host_bytes=256 << 20),
+        cache=CacheConfig(
+            num_blocks=most * 40, transient_blocks=most, host_bytes=256 << 20, host_tier="copied"
+        ),
         scheduler=SchedulerConfig(max_num_seqs=most, max_step_tokens=2048),
     )
     rows = []
