@@ -98,6 +98,12 @@ def fma_vector(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return call(builder, "llvm.fma.v16f32", VEC, a, b, c)
 
 
+def ask(builder: Any, address: Any) -> None:
+    """IR: ask for the cache line of any address, without waiting."""
+    hints = [ir.Constant(I32, hint) for hint in (0, 3, 1)]  # to read; to keep near; data
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer_to(builder, address, ir.IntType(8)), *hints)
+
+
 def lanes_below(builder: Any, count: Any) -> Any:
     limit = splat(builder, builder.trunc(count, I32))
     return builder.icmp_signed("<", INDEX, limit)

@@ -1,9 +1,12 @@
 """Linear layers of few rows and of many by one loop: out = x W^T + b, each sum in one chain along the inputs.
 
 The weight lies in panels of 16 outputs: for each input in turn its weights to these 16. A tile of the result
-(rows x panels) stays in registers while both are walked once: 6 x 1 of 16 lanes fill the 16 registers of
-AVX2 with 12 sums, 2 weights and an input. An output is one chain of fused multiply-adds in the order of the
-inputs, the bias added last, whatever tile it is in: it has the same bits in a batch of any size (STRICT).
+(rows x panels) stays in registers while both are walked: 6 x 1 of 16 lanes fill the 16 registers of AVX2 with
+12 sums, 2 weights and an input. An output is one chain of fused multiply-adds in the order of the inputs, the
+bias added last, whatever tile it is in: it has the same bits in a batch of any size (STRICT).
+
+From two tiles on the inputs come in chunks, whose weights are read from memory once, while the chunk before
+is multiplied: the layers of a decode step take as long as the longer of the two, not as both.
 
 Half-precision weights stay as they are in memory and are widened in registers, which is exact: a step of few
 rows, which waits for memory alone, reads half the bytes.
@@ -16,11 +19,11 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils, types
 
-import ellm.kernels.jit_vector  # noqa: F401  (the sum of two vectors)
 from ellm.kernels.jit_ir import (
     FLOAT,
     LANES,
     VEC,
+    ask,
     fma_vector,
     inline,
     instruction,
@@ -30,11 +33,26 @@ from ellm.kernels.jit_ir import (
     widen_bf16,
 )
 from ellm.kernels.jit_launch import Kernel
-from ellm.kernels.jit_memory import BF16, F16, F32, fetch_add, item_size, load_f32, store_part, word
+from ellm.kernels.jit_memory import (
+    BF16,
+    F16,
+    F32,
+    fetch_add,
+    item_size,
+    load_f32,
+    store_f32,
+    store_part,
+    word,
+)
+from ellm.kernels.jit_vector import spread
 
 GROUP = 4  # panels: weights are padded to whole groups
 MOST_ROWS = 6  # of a tile
-SUMS_BYTES = MOST_ROWS * 4 * LANES  # of the largest tile
+_MOST_CHUNKED = 48  # rows of a unit
+_TILE_BYTES = MOST_ROWS * 4 * LANES  # of the sums of the largest
+SUMS_BYTES = (1 + -(-_MOST_CHUNKED // MOST_ROWS)) * _TILE_BYTES  # zeros, and those of the chunked tiles
+_CHUNK = 128  # inputs whose weights stay in the nearest cache for all these rows
+_AHEAD = 4096  # bytes
 _UNROLL = 4  # inputs
 
 # The words of the block, after the header.
@@ -68,68 +86,86 @@ def _read(builder: Any, kind: int, address: Any) -> Any:
     return builder.fpext(load_vector(builder, address, ir.HalfType()), VEC)
 
 
-def _tile(kind: int, rows: int, panels: int) -> Any:
-    """(x, x row bytes, weight, inputs, out): sums of `rows` x `panels`, 16 floats each, side by side."""
+def _apart(builder: Any, first: Any, distance: Any, count: int) -> list[Any]:
+    addresses = [first]
+    while len(addresses) < count:
+        addresses.append(builder.add(addresses[-1], distance))
+    return addresses
 
-    def emit(builder: Any, x: Any, x_row: Any, weight: Any, inputs: Any, out: Any) -> None:
+
+def _vector_at(builder: Any, address: Any, index: int) -> Any:
+    return pointer_to(builder, builder.add(address, _word(4 * LANES * index)), VEC)
+
+
+def _tile(kind: int, rows: int, panels: int) -> Any:
+    """(x, x row bytes, weight, panel bytes, inputs, before, out, ahead, pace): the sums of `rows` x `panels`,
+    16 floats each, side by side, from those `before` on by so many inputs. Meanwhile the memory is asked for
+    what lies `ahead` bytes behind the weights, `pace` bytes for each input; but not for one row's streams,
+    which the processor sees by itself."""
+
+    def emit(builder: Any, *values: Any) -> None:
+        x, x_row, weight, panel_bytes, inputs, before, out, ahead, pace = values
         size = _word(LANES * (4 if kind == F32 else 2))  # of an input's weights to a panel
-        zero = ir.Constant(VEC, None)
-        sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(panels)] for _ in range(rows)]
-        xs, weights = [x], [weight]
-        for _ in range(rows - 1):
-            xs.append(builder.add(xs[-1], x_row))
-        for _ in range(panels - 1):
-            weights.append(builder.add(weights[-1], builder.mul(inputs, size)))
+        xs, weights = _apart(builder, x, x_row, rows), _apart(builder, weight, panel_bytes, panels)
+        later = [builder.add(w, ahead) for w in weights] if rows > 1 else []
+        starts = [
+            builder.load(_vector_at(builder, before, i), typ=VEC, align=4) for i in range(rows * panels)
+        ]
+        sums = [cgutils.alloca_once_value(builder, start) for start in starts]
 
         def step(i: Any) -> None:
-            at = builder.mul(i, size)
-            parts = [_read(builder, kind, builder.add(w, at)) for w in weights]
-            for row, own in zip(xs, sums, strict=True):
+            parts = [_read(builder, kind, builder.add(w, builder.mul(i, size))) for w in weights]
+            for r, row in enumerate(xs):
                 address = builder.add(row, builder.mul(i, _word(4)))
                 value = splat(builder, builder.load(pointer_to(builder, address, FLOAT), typ=FLOAT, align=1))
-                for part, slot in zip(parts, own, strict=True):
+                for part, slot in zip(parts, sums[r * panels :], strict=False):
                     builder.store(fma_vector(builder, value, part, builder.load(slot)), slot)
 
         whole = builder.udiv(inputs, _word(_UNROLL))
         with cgutils.for_range(builder, whole) as loop:
             for i in range(_UNROLL):
-                step(builder.add(builder.mul(loop.index, _word(_UNROLL)), _word(i)))
+                number = builder.add(builder.mul(loop.index, _word(_UNROLL)), _word(i))
+                if kind == F32 or i % 2 == 0:  # a line of memory holds one input's weights, or two's
+                    for w in later:
+                        ask(builder, builder.add(w, builder.mul(number, pace)))
+                step(number)
         with cgutils.for_range(builder, inputs, builder.mul(whole, _word(_UNROLL))) as loop:
             step(loop.index)
-        for i, slot in enumerate(slot for own in sums for slot in own):
-            target = pointer_to(builder, builder.add(out, _word(4 * LANES * i)), VEC)
-            builder.store(builder.load(slot), target, align=4)
+        for i, slot in enumerate(sums):
+            builder.store(builder.load(slot), _vector_at(builder, out, i), align=4)
 
-    return instruction(types.void, *[types.intp] * 5)(emit)
+    return instruction(types.void, *[types.intp] * 9)(emit)
 
 
 def _tiles(kind: int) -> Any:
-    """(rows, x, x row bytes, weight, inputs, out): one row by four or two panels, two and three by two,
-    more by one; returns the panels done."""
+    """(rows, width, what a tile takes): up to 3 rows by 2 or 4 panels, more by one, and where the unit is one
+    panel wide three by one; returns the panels done."""
     one_four, one_two = _tile(kind, 1, 4), _tile(kind, 1, 2)
     two, three = _tile(kind, 2, 2), _tile(kind, 3, 2)
-    four, five, six = _tile(kind, 4, 1), _tile(kind, 5, 1), _tile(kind, 6, 1)
+    three_one, four, five, six = (_tile(kind, rows, 1) for rows in (3, 4, 5, 6))
 
     @inline
-    def run(rows, width, x, x_row, weight, inputs, out):
-        if rows == 1:
-            if width == GROUP:
-                one_four(x, x_row, weight, inputs, out)
-                return 4
-            one_two(x, x_row, weight, inputs, out)
-            return 2
-        if rows <= 3:
-            if rows == 2:
-                two(x, x_row, weight, inputs, out)
-            else:
-                three(x, x_row, weight, inputs, out)
-            return 2
-        if rows == 4:
-            four(x, x_row, weight, inputs, out)
+    def run(rows, width, *tile):
+        if rows == 6:
+            six(*tile)
         elif rows == 5:
-            five(x, x_row, weight, inputs, out)
+            five(*tile)
+        elif rows == 4:
+            four(*tile)
+        elif width == 1:
+            three_one(*tile)
+        elif rows == 3:
+            three(*tile)
+            return 2
+        elif rows == 2:
+            two(*tile)
+            return 2
+        elif width == GROUP:
+            one_four(*tile)
+            return 4
         else:
-            six(x, x_row, weight, inputs, out)
+            one_two(*tile)
+            return 2
         return 1
 
     return run
@@ -139,20 +175,18 @@ _run_f32, _run_bf16, _run_f16 = _tiles(F32), _tiles(BF16), _tiles(F16)
 
 
 @inline
-def _run(kind, rows, width, x, x_row, weight, inputs, out):
+def _run(kind, rows, width, *tile):
     if kind == F32:
-        return _run_f32(rows, width, x, x_row, weight, inputs, out)
+        return _run_f32(rows, width, *tile)
     if kind == BF16:
-        return _run_bf16(rows, width, x, x_row, weight, inputs, out)
-    return _run_f16(rows, width, x, x_row, weight, inputs, out)
+        return _run_bf16(rows, width, *tile)
+    return _run_f16(rows, width, *tile)
 
 
 @inline
-def _rows_of_tile(left):
-    """At most MOST_ROWS, and the last two tiles alike: 8 are 4 and 4."""
-    if left <= MOST_ROWS:
-        return left
-    return MOST_ROWS if left >= 2 * MOST_ROWS else (left + 1) // 2
+def _rows_of_tile(left, tiles):
+    """Of the next of so many, which are as alike as can be: 19 rows are 5, 5, 5 and 4."""
+    return (left - 1) // tiles + 1
 
 
 @inline
@@ -171,28 +205,64 @@ def _write(block, kind, sums, rows, panels, row, panel):
                 store_part(kind, out + first * size, value, count)
 
 
+@inline
+def _whole(block, kind, scratch, first, count, panel):
+    """One tile after another over all inputs: of up to MOST_ROWS rows, which wait for memory more than for
+    arithmetic, or of so many that a tile's inputs are worth keeping near for all panels of the unit."""
+    inputs, size, x_row = word(block, INPUTS), LANES * item_size(kind), word(block, X_ROW)
+    x, sums, left = word(block, X) + first * x_row, scratch + _TILE_BYTES, count
+    end, tiles = panel + word(block, WIDTH), (count - 1) // MOST_ROWS + 1
+    for tile in range(tiles):
+        rows, at = _rows_of_tile(left, tiles - tile), panel
+        while at < end:
+            weight = word(block, WEIGHT) + at * inputs * size
+            tile_at = (x, x_row, weight, inputs * size)
+            panels = _run(kind, rows, word(block, WIDTH), *tile_at, inputs, scratch, sums, _AHEAD, size)
+            _write(block, kind, sums, rows, panels, first + count - left, at)
+            at += panels
+        x, left = x + rows * x_row, left - rows
+
+
+@inline
+def _chunks(block, kind, scratch, first, count, panel):
+    """More rows and one panel: a chunk of its weights is walked by one tile after another, and each asks for
+    its share of the next chunk."""
+    inputs, size, x_row = word(block, INPUTS), LANES * item_size(kind), word(block, X_ROW)
+    weight, done, tiles = word(block, WEIGHT) + panel * inputs * size, 0, (count - 1) // MOST_ROWS + 1
+    while done < inputs:
+        chunk = min(_CHUNK, inputs - done)
+        x, sums, left = word(block, X) + first * x_row + 4 * done, scratch + _TILE_BYTES, count
+        for tile in range(tiles):
+            rows = _rows_of_tile(left, tiles - tile)
+            before = scratch if done == 0 else sums
+            ahead = chunk * size + tile * chunk * size // tiles
+            _run(kind, rows, 1, x, x_row, weight, 0, chunk, before, sums, ahead, size // tiles)
+            x, sums, left = x + rows * x_row, sums + _TILE_BYTES, left - rows
+        weight, done = weight + chunk * size, done + chunk
+    sums, left = scratch + _TILE_BYTES, count
+    for tile in range(tiles):
+        rows = _rows_of_tile(left, tiles - tile)
+        _write(block, kind, sums, rows, 1, first + count - left, panel)
+        sums, left = sums + _TILE_BYTES, left - rows
+
+
 def _linear(variant: int) -> Any:
     def linear(block):
         """words: see above"""
         kind = variant & 3
-        inputs, width, x_row = word(block, INPUTS), word(block, WIDTH), word(block, X_ROW)
-        panel_bytes = inputs * LANES * item_size(kind)
-        sums = word(block, SCRATCH) + fetch_add(block + 8, 1) * SUMS_BYTES
+        scratch = word(block, SCRATCH) + fetch_add(block + 8, 1) * SUMS_BYTES
+        for i in range(MOST_ROWS):
+            store_f32(scratch + 4 * LANES * i, spread(0.0))
         unit = fetch_add(block, 1)
         while unit < word(block, UNITS):
-            run, part = unit % word(block, RUNS), unit // word(block, RUNS)
-            row = part * word(block, BLOCK_ROWS)
-            last = min(row + word(block, BLOCK_ROWS), word(block, ROWS))
-            while row < last:
-                rows = _rows_of_tile(last - row)
-                x = word(block, X) + row * x_row
-                panel = run * width
-                while panel < (run + 1) * width:
-                    weight = word(block, WEIGHT) + panel * panel_bytes
-                    panels = _run(kind, rows, width, x, x_row, weight, inputs, sums)
-                    _write(block, kind, sums, rows, panels, row, panel)
-                    panel += panels
-                row += rows
+            panel = unit % word(block, RUNS) * word(block, WIDTH)
+            row = unit // word(block, RUNS) * word(block, BLOCK_ROWS)
+            rows = min(word(block, BLOCK_ROWS), word(block, ROWS) - row)
+            if MOST_ROWS < rows <= _MOST_CHUNKED:
+                for i in range(word(block, WIDTH)):
+                    _chunks(block, kind, scratch, row, rows, panel + i)
+            else:
+                _whole(block, kind, scratch, row, rows, panel)
             unit = fetch_add(block, 1)
 
     return linear

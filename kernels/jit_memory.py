@@ -16,6 +16,7 @@ from ellm.kernels.jit_ir import (
     I32,
     LANES,
     VEC,
+    ask,
     call,
     inline,
     instruction,
@@ -156,8 +157,7 @@ def fetch_add(builder: Any, address: Any, amount: Any) -> Any:
 @instruction(types.void, types.intp)
 def prefetch(builder: Any, address: Any) -> None:
     """Ask for the cache line of any address, without waiting."""
-    hints = [ir.Constant(I32, hint) for hint in (0, 3, 1)]  # to read; to keep near; data
-    call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer_to(builder, address, ir.IntType(8)), *hints)
+    ask(builder, address)
 
 
 @instruction(types.void, types.intp, types.intp, types.intp)
