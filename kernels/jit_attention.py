@@ -32,6 +32,7 @@ from ellm.kernels.jit_pool import (
     DIM,
     GROUP,
     GROUPS,
+    K_POOL,
     KV_HEADS,
     OUT,
     POSITIONS,
@@ -45,10 +46,11 @@ from ellm.kernels.jit_pool import (
     TABLE_ROW,
     TABLES,
     UNITS,
+    V_POOL,
     WEIGHTS_AT,
     WINDOW,
     Q,
-    fetch_groups,
+    ahead_of,
     find_groups,
     is_paired,
     padded_bytes,
@@ -59,16 +61,24 @@ from ellm.kernels.jit_tile import (
     TILE_BYTES,
     add_weighted_bf16,
     add_weighted_bf16_2,
+    add_weighted_bf16_2_ahead,
     add_weighted_bf16_2_twice,
+    add_weighted_bf16_2_twice_ahead,
     add_weighted_bf16_twice,
     add_weighted_f32,
     add_weighted_f32_4,
+    add_weighted_f32_4_ahead,
     add_weighted_f32_4_twice,
+    add_weighted_f32_4_twice_ahead,
     add_weighted_f32_twice,
     scores_bf16,
+    scores_bf16_ahead,
     scores_bf16_twice,
+    scores_bf16_twice_ahead,
     scores_f32,
+    scores_f32_ahead,
     scores_f32_twice,
+    scores_f32_twice_ahead,
     split_bf16,
     store_interleaved_bf16,
 )
@@ -102,15 +112,23 @@ def _state_bytes(block):
 
 
 @inline
-def _score_group(block, kind, query, keys, out, count):
+def _score_group(block, kind, query, keys, out, count, ahead, pace):
     """Scores of 16 keys for `count` queries, one or two."""
     gap, stride = _state_bytes(block), token_bytes(block, kind)
     steps = stride // 64
     if is_paired(block, kind):
-        if count == 2:
+        if pace != 0 and count == 2:
+            scores_bf16_twice_ahead(query, gap, keys, stride, steps, out, ahead, pace)
+        elif pace != 0:
+            scores_bf16_ahead(query, gap, keys, stride, steps, out, ahead, pace)
+        elif count == 2:
             scores_bf16_twice(query, gap, keys, stride, steps, out)
         else:
             scores_bf16(query, gap, keys, stride, steps, out)
+    elif pace != 0 and count == 2:
+        scores_f32_twice_ahead(query, gap, keys, stride, steps, out, ahead, pace)
+    elif pace != 0:
+        scores_f32_ahead(query, gap, keys, stride, steps, out, ahead, pace)
     elif count == 2:
         scores_f32_twice(query, gap, keys, stride, steps, out)
     else:
@@ -118,10 +136,15 @@ def _score_group(block, kind, query, keys, out, count):
 
 
 @inline
-def _add_group_bf16(block, weights, values, out, count):
+def _add_group_bf16(block, weights, values, out, count, ahead, pace):
     stride, gap = padded_bytes(block) // 2, _state_bytes(block)
     for at in range(0, stride - 127, 128):
-        if count == 2:
+        later = ahead + at // 64 * LANES * pace
+        if pace != 0 and count == 2:
+            add_weighted_bf16_2_twice_ahead(weights, values + at, stride, out + 2 * at, gap, later, pace)
+        elif pace != 0:
+            add_weighted_bf16_2_ahead(weights, values + at, stride, out + 2 * at, gap, later, pace)
+        elif count == 2:
             add_weighted_bf16_2_twice(weights, values + at, stride, out + 2 * at, gap)
         else:
             add_weighted_bf16_2(weights, values + at, stride, out + 2 * at, gap)
@@ -134,11 +157,16 @@ def _add_group_bf16(block, weights, values, out, count):
 
 
 @inline
-def _add_group_f32(block, weights, values, out, count):
+def _add_group_f32(block, weights, values, out, count, ahead, pace):
     stride, gap = padded_bytes(block), _state_bytes(block)
     whole = stride // 256 * 256
     for at in range(0, whole, 256):
-        if count == 2:
+        later = ahead + at // 64 * LANES * pace
+        if pace != 0 and count == 2:
+            add_weighted_f32_4_twice_ahead(weights, values + at, stride, out + at, gap, later, pace)
+        elif pace != 0:
+            add_weighted_f32_4_ahead(weights, values + at, stride, out + at, gap, later, pace)
+        elif count == 2:
             add_weighted_f32_4_twice(weights, values + at, stride, out + at, gap)
         else:
             add_weighted_f32_4(weights, values + at, stride, out + at, gap)
@@ -184,22 +212,34 @@ def _groups(base, first, last):
 
 
 @inline
-def _attend(block, kind, scratch, state, count, base, first, last):
-    """`count` vectors, one or two, of one row over the tokens [first, last) of the tile at `base`."""
+def _attend(block, kind, scratch, state, count, span, ahead, part):
+    """`count` vectors, one or two, of one row over `span`: the tokens [first, last) of the tile at `base`.
+
+    Meanwhile the memory is asked for a `part` of what follows the tile's groups (`ahead_of`), as many parts
+    as it takes for a row's query heads. Rows after the first have nothing left to ask for."""
+    base, first, last = span
     begin, end = _groups(base, first, last)
     weights = scratch + WEIGHTS_AT
+    parts = (word(block, GROUP) + 1) // 2
+    pace = 64 // parts if part < parts else 0
+    skip = LANES * token_bytes(block, kind) * part // parts
+    later = 0
     for group in range(begin, end):
         keys = load_i64(scratch + 8 * group)
-        _score_group(block, kind, state + 128, keys, weights + 64 * group, count)
+        if pace != 0:
+            later = ahead_of(block, K_POOL, ahead, base + group * LANES, keys) + skip
+        _score_group(block, kind, state + 128, keys, weights + 64 * group, count, later, pace)
     for i in range(count):
         _weigh(block, state + i * _state_bytes(block), weights + i * TILE_BYTES, base, first, last)
     accumulator = state + 128 + padded_bytes(block)
     for group in range(begin, end):
         values = load_i64(scratch + 8 * (GROUPS + group))
+        if pace != 0:
+            later = ahead_of(block, V_POOL, ahead, base + group * LANES, values) + skip
         if is_paired(block, kind):
-            _add_group_bf16(block, weights + 64 * group, values, accumulator, count)
+            _add_group_bf16(block, weights + 64 * group, values, accumulator, count, later, pace)
         else:
-            _add_group_f32(block, weights + 64 * group, values, accumulator, count)
+            _add_group_f32(block, weights + 64 * group, values, accumulator, count, later, pace)
 
 
 @inline
@@ -219,31 +259,47 @@ def _finish(block, kind, row, head, state):
             store_part(kind, target + i * size, load_f32(accumulator + 4 * i) / norm, dim - i)
 
 
+@inline
+def _tokens(block, unit):
+    """What a unit attends to: its sequence's blocks, its key/value head, the first token of its first tile,
+    the end of its last."""
+    heads = word(block, KV_HEADS)
+    run = word(block, RUNS) + 12 * (unit // heads)
+    table = word(block, TABLES) + 4 * load_i32(run) * word(block, TABLE_ROW)
+    position = load_i64(word(block, POSITIONS) + 8 * load_i32(run + 4))  # of the first row; others follow it
+    base = max(0, position + 1 - word(block, WINDOW)) // TILE * TILE
+    return table, unit % heads, base, position + load_i32(run + 8)
+
+
 @merge
-def _run(block, kind, scratch, run, head):
+def _run(block, kind, scratch, unit):
     """One run of rows and one key/value head."""
-    entry, row, rows = load_i32(run), load_i32(run + 4), load_i32(run + 8)
+    table, head, base, end = _tokens(block, unit)
+    run = word(block, RUNS) + 12 * (unit // word(block, KV_HEADS))
+    row, rows = load_i32(run + 4), load_i32(run + 8)
     group = word(block, GROUP)
     state_bytes = _state_bytes(block)
     states = scratch + STATES_AT
     staged = states + rows * group * state_bytes
-    table = word(block, TABLES) + 4 * entry * word(block, TABLE_ROW)
-    position = load_i64(word(block, POSITIONS) + 8 * row)  # of the first row; the others follow it
-    end = position + rows
-    base = max(0, position + 1 - word(block, WINDOW)) // TILE * TILE
-    fetch_groups(block, table, base, end, head)
+    position = end - rows
+    following = load_i64(block)  # unless another thread is sooner
+    ahead = (table, head, end, table, head, 0, 0)
+    if following < word(block, UNITS):
+        next_table, next_head, next_base, next_end = _tokens(block, following)
+        ahead = (table, head, end, next_table, next_head, next_base, next_end)
     for i in range(rows * group):
         _load_query(block, kind, row + i // group, head * group + i % group, states + i * state_bytes)
     while base < end:
         find_groups(block, kind, table, base, end, head, scratch, staged)
-        fetch_groups(block, table, base + TILE, end, head)
+        part = 0
         for i in range(max(0, base - position), rows):
             last = position + i + 1
             first = max(0, last - word(block, WINDOW))
             if first < base + TILE:
                 for g in range(0, group, 2):
-                    state = states + (i * group + g) * state_bytes
-                    _attend(block, kind, scratch, state, min(2, group - g), base, first, last)
+                    state, count = states + (i * group + g) * state_bytes, min(2, group - g)
+                    _attend(block, kind, scratch, state, count, (base, first, last), ahead, part)
+                    part += 1
         base += TILE
     for i in range(rows * group):
         _finish(block, kind, row + i // group, head * group + i % group, states + i * state_bytes)
@@ -253,10 +309,9 @@ def _attention(variant: int) -> Any:
     def attention(block):
         kind = variant & 3
         scratch = word(block, SCRATCH) + fetch_add(block + 8, 1) * word(block, SCRATCH_BYTES)
-        heads = word(block, KV_HEADS)
         unit = fetch_add(block, 1)
         while unit < word(block, UNITS):
-            _run(block, kind, scratch, word(block, RUNS) + 12 * (unit // heads), unit % heads)
+            _run(block, kind, scratch, unit)
             unit = fetch_add(block, 1)
 
     return attention

@@ -48,11 +48,11 @@ from ellm.kernels.jit_vector import spread
 
 GROUP = 4  # panels: weights are padded to whole groups
 MOST_ROWS = 6  # of a tile
-_MOST_CHUNKED = 48  # rows of a unit
+_TILES_CHUNKED = 8  # with more, their inputs are more to read than the weights
 _TILE_BYTES = MOST_ROWS * 4 * LANES  # of the sums of the largest
-SUMS_BYTES = (1 + -(-_MOST_CHUNKED // MOST_ROWS)) * _TILE_BYTES  # zeros, and those of the chunked tiles
+SUMS_BYTES = (1 + _TILES_CHUNKED) * _TILE_BYTES  # zeros, and the sums of these tiles
 _CHUNK = 128  # inputs whose weights stay in the nearest cache for all these rows
-_AHEAD = 4096  # bytes
+_AHEAD = 8192  # bytes, at most
 _UNROLL = 4  # inputs
 
 # The words of the block, after the header.
@@ -206,44 +206,33 @@ def _write(block, kind, sums, rows, panels, row, panel):
 
 
 @inline
-def _whole(block, kind, scratch, first, count, panel):
-    """One tile after another over all inputs: of up to MOST_ROWS rows, which wait for memory more than for
-    arithmetic, or of so many that a tile's inputs are worth keeping near for all panels of the unit."""
+def _walk(block, kind, scratch, first, left, tiles, panel):
+    """`left` rows from `first` on, in so many tiles, by the panels of a unit. One tile takes all inputs of
+    several panels at once. More take turns at each chunk of one panel's weights, and each asks for its share
+    of the next chunk."""
     inputs, size, x_row = word(block, INPUTS), LANES * item_size(kind), word(block, X_ROW)
-    x, sums, left = word(block, X) + first * x_row, scratch + _TILE_BYTES, count
-    end, tiles = panel + word(block, WIDTH), (count - 1) // MOST_ROWS + 1
-    for tile in range(tiles):
-        rows, at = _rows_of_tile(left, tiles - tile), panel
-        while at < end:
-            weight = word(block, WEIGHT) + at * inputs * size
-            tile_at = (x, x_row, weight, inputs * size)
-            panels = _run(kind, rows, word(block, WIDTH), *tile_at, inputs, scratch, sums, _AHEAD, size)
-            _write(block, kind, sums, rows, panels, first + count - left, at)
-            at += panels
-        x, left = x + rows * x_row, left - rows
-
-
-@inline
-def _chunks(block, kind, scratch, first, count, panel):
-    """More rows and one panel: a chunk of its weights is walked by one tile after another, and each asks for
-    its share of the next chunk."""
-    inputs, size, x_row = word(block, INPUTS), LANES * item_size(kind), word(block, X_ROW)
-    weight, done, tiles = word(block, WEIGHT) + panel * inputs * size, 0, (count - 1) // MOST_ROWS + 1
-    while done < inputs:
-        chunk = min(_CHUNK, inputs - done)
-        x, sums, left = word(block, X) + first * x_row + 4 * done, scratch + _TILE_BYTES, count
+    width, chunk = word(block, WIDTH), inputs
+    if tiles > 1:
+        width, chunk = 1, _CHUNK
+    end = panel + word(block, WIDTH)
+    while panel < end:
+        weight, done, panels = word(block, WEIGHT) + panel * inputs * size, 0, 1
+        while done < inputs:
+            count, rest = min(chunk, inputs - done), left
+            x, sums = word(block, X) + first * x_row + 4 * done, scratch + _TILE_BYTES
+            for tile in range(tiles):
+                rows, before = _rows_of_tile(rest, tiles - tile), scratch if done == 0 else sums
+                ahead = min(count * size, _AHEAD) + tile * count * size // tiles
+                at = (x, x_row, weight, inputs * size, count, before, sums, ahead, size // tiles)
+                panels = _run(kind, rows, width, *at)
+                x, sums, rest = x + rows * x_row, sums + _TILE_BYTES, rest - rows
+            weight, done = weight + count * size, done + count
+        sums, rest = scratch + _TILE_BYTES, left
         for tile in range(tiles):
-            rows = _rows_of_tile(left, tiles - tile)
-            before = scratch if done == 0 else sums
-            ahead = chunk * size + tile * chunk * size // tiles
-            _run(kind, rows, 1, x, x_row, weight, 0, chunk, before, sums, ahead, size // tiles)
-            x, sums, left = x + rows * x_row, sums + _TILE_BYTES, left - rows
-        weight, done = weight + chunk * size, done + chunk
-    sums, left = scratch + _TILE_BYTES, count
-    for tile in range(tiles):
-        rows = _rows_of_tile(left, tiles - tile)
-        _write(block, kind, sums, rows, 1, first + count - left, panel)
-        sums, left = sums + _TILE_BYTES, left - rows
+            rows = _rows_of_tile(rest, tiles - tile)
+            _write(block, kind, sums, rows, panels, first + left - rest, panel)
+            sums, rest = sums + _TILE_BYTES, rest - rows
+        panel += panels
 
 
 def _linear(variant: int) -> Any:
@@ -258,11 +247,12 @@ def _linear(variant: int) -> Any:
             panel = unit % word(block, RUNS) * word(block, WIDTH)
             row = unit // word(block, RUNS) * word(block, BLOCK_ROWS)
             rows = min(word(block, BLOCK_ROWS), word(block, ROWS) - row)
-            if MOST_ROWS < rows <= _MOST_CHUNKED:
-                for i in range(word(block, WIDTH)):
-                    _chunks(block, kind, scratch, row, rows, panel + i)
-            else:
-                _whole(block, kind, scratch, row, rows, panel)
+            while rows > 0:
+                tiles = (rows - 1) // MOST_ROWS + 1
+                together = tiles if tiles <= _TILES_CHUNKED else 1
+                count = rows if together == tiles else _rows_of_tile(rows, tiles)
+                _walk(block, kind, scratch, row, count, together, panel)
+                row, rows = row + count, rows - count
             unit = fetch_add(block, 1)
 
     return linear

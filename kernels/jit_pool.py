@@ -18,7 +18,6 @@ from ellm.kernels.jit_memory import (
     item_size,
     load_i32,
     load_part,
-    prefetch,
     store_f32,
     store_i64,
     word,
@@ -147,13 +146,18 @@ def find_groups(block, kind, table, base, end, head, scratch, staged):
 
 
 @inline
-def fetch_groups(block, table, base, end, head):
-    """Ask for the tile at `base` ahead of its turn: blocks lie anywhere, no hardware would guess them."""
-    for position in range(base, min(base + TILE, end), LANES):
-        index = position // word(block, BLOCK)
-        offset = position - index * word(block, BLOCK)
-        for side in range(K_POOL, V_TOKEN, V_POOL - K_POOL):
-            stride = word(block, side + 3)
-            source = _place(block, side, table, index, head) + offset * stride
-            for line in range(0, LANES * stride, 64):
-                prefetch(source + line)
+def ahead_of(block, side, ahead, position, here):
+    """Where the group lies that its thread reads a tile after the one at `position`: blocks lie anywhere, no
+    hardware would guess it. If nothing follows, `here`, which is near already.
+
+    `ahead` is the present unit's table, head and end, then the following unit's and its beginning."""
+    table, head, end, next_table, next_head, next_base, next_end = ahead
+    position += TILE
+    if position >= end:
+        position += next_base - (end + LANES - 1) // LANES * LANES
+        table, head, end = next_table, next_head, next_end
+    if position >= end:
+        return here
+    index = position // word(block, BLOCK)
+    offset = position - index * word(block, BLOCK)
+    return _place(block, side, table, index, head) + offset * word(block, side + 3)

@@ -12,7 +12,7 @@ from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba.core import cgutils, types
 
-from ellm.kernels.jit_ir import LANES, fma_vector, instruction, load_vector, narrow_bf16, splat, vector
+from ellm.kernels.jit_ir import LANES, ask, fma_vector, instruction, load_vector, narrow_bf16, splat, vector
 
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
@@ -82,8 +82,33 @@ def _read(builder: Any, address: Any, paired: bool) -> list[Any]:
     return [builder.bitcast(bits, _VEC) for bits in (builder.shl(words, shift), builder.and_(words, mask))]
 
 
+class _Ahead:
+    """What follows in memory, of which a function asks for a line whenever it reads one: from `address` on,
+    `pace` bytes apart. With no address nothing is asked for."""
+
+    def __init__(self, builder: Any, address: Any = None, pace: Any = None) -> None:
+        self._builder, self._address, self._pace = builder, address, pace
+
+    def after(self, lines: Any) -> _Ahead:
+        if self._address is None:
+            return self
+        skipped = self._builder.mul(self._pace, lines)
+        return _Ahead(self._builder, self._builder.add(self._address, skipped), self._pace)
+
+    def ask(self) -> None:
+        if self._address is not None:
+            ask(self._builder, self._address)
+
+
 def _half_scores(
-    builder: Any, queries: list[Any], keys: Any, stride: Any, steps: Any, paired: bool, most: int
+    builder: Any,
+    queries: list[Any],
+    keys: Any,
+    stride: Any,
+    steps: Any,
+    paired: bool,
+    most: int,
+    ahead: _Ahead,
 ) -> Any:
     """For each query the sums of 8 keys: 64 bytes of a key at a step, then within four lanes."""
     slots = [[cgutils.alloca_once_value(builder, ir.Constant(_VEC, None)) for _ in range(8)] for _ in queries]
@@ -102,7 +127,11 @@ def _half_scores(
                 for q in queries
             ]
             row = builder.add(builder.add(keys, at), builder.mul(stride, _word(first)))
+            later = ahead.after(
+                builder.add(builder.mul(steps, _word(first)), builder.mul(loop.index, _word(at_once)))
+            )
             for token in range(first, first + at_once):
+                later.after(_word(token - first)).ask()
                 for i, key in enumerate(_read(builder, row, paired)):
                     for part, sums in zip(parts, slots, strict=True):
                         value = fma_vector(builder, part[i], key, builder.load(sums[token]))
@@ -111,34 +140,40 @@ def _half_scores(
     return [_sums(builder, [builder.load(slot) for slot in sums]) for sums in slots]
 
 
-def _scores(paired: bool, count: int, most: int = _SUMS) -> Any:
+def _scores(paired: bool, count: int, most: int = _SUMS, asks: bool = False) -> Any:
     """(q, gap, keys, stride, steps, out): q . k of 16 keys, `stride` bytes apart, to 16 floats at `out`.
 
     With `count` 2 also for a second query, `gap` bytes after the first, to TILE_BYTES after `out`: a key is
-    loaded once for both.
+    loaded once for both. If it `asks`, (..., ahead, pace): see `_Ahead`.
     """
 
-    def emit(builder: Any, q: Any, gap: Any, keys: Any, stride: Any, steps: Any, out: Any) -> None:
+    def emit(
+        builder: Any, q: Any, gap: Any, keys: Any, stride: Any, steps: Any, out: Any, *later: Any
+    ) -> None:
         queries = [q, builder.add(q, gap)][:count]
         # All 16 keys at once would take 32 registers for two queries.
-        second = builder.add(keys, builder.mul(stride, _word(8)))
-        halves = [_half_scores(builder, queries, k, stride, steps, paired, most) for k in (keys, second)]
+        halves = []
+        for first in (0, 8):
+            k = builder.add(keys, builder.mul(stride, _word(first)))
+            ahead = _Ahead(builder, *later).after(builder.mul(steps, _word(first)))
+            halves.append(_half_scores(builder, queries, k, stride, steps, paired, most, ahead))
         for i, pair in enumerate(zip(*halves, strict=True)):
             target = builder.inttoptr(builder.add(out, _word(TILE_BYTES * i)), _VEC.as_pointer())
             builder.store(_join_halves(builder, *pair), target, align=4)
 
-    return instruction(types.void, *[types.intp] * 6)(emit)
+    return instruction(types.void, *[types.intp] * (8 if asks else 6))(emit)
 
 
-def _add_weighted(paired: bool, count: int, steps: int, most: int = _SUMS) -> Any:
+def _add_weighted(paired: bool, count: int, steps: int, most: int = _SUMS, asks: bool = False) -> Any:
     """(weights, values, stride, out, gap): out += weight * value over 16 tokens, of 64 * steps bytes each.
 
     Even and odd tokens are summed apart and `out` is added last, so that no chain of additions is long. With
-    `count` 2 also for a second output, `gap` bytes after the first, whose weights lie TILE_BYTES on.
+    `count` 2 also for a second output, `gap` bytes after the first, whose weights lie TILE_BYTES on. If it
+    `asks`, (..., ahead, pace): see `_Ahead`.
     """
 
-    def emit(builder: Any, weights: Any, values: Any, stride: Any, out: Any, gap: Any) -> None:
-        per_step = 2 if paired else 1
+    def emit(builder: Any, weights: Any, values: Any, stride: Any, out: Any, gap: Any, *later: Any) -> None:
+        per_step, ahead = 2 if paired else 1, _Ahead(builder, *later)
         at_once = max(1, most // (2 * count * per_step))  # steps
         for first in range(0, steps, at_once):
             some = range(first, min(first + at_once, steps))
@@ -149,6 +184,9 @@ def _add_weighted(paired: bool, count: int, steps: int, most: int = _SUMS) -> An
             for token in range(LANES):
                 parts = [builder.add(row, _word(_STEP_BYTES * i)) for i in some]
                 value = [v for part in parts for v in _read(builder, part, paired)]
+                for _ in some:
+                    ahead.ask()
+                    ahead = ahead.after(_word(1))
                 for which in range(count):
                     address = builder.add(weights, _word(TILE_BYTES * which + 4 * token))
                     pointer = builder.inttoptr(address, ir.FloatType().as_pointer())
@@ -162,15 +200,21 @@ def _add_weighted(paired: bool, count: int, steps: int, most: int = _SUMS) -> An
                     added = builder.fadd(load_vector(builder, at), builder.fadd(*pair))
                     builder.store(added, builder.inttoptr(at, _VEC.as_pointer()), align=4)
 
-    return instruction(types.void, *[types.intp] * 5)(emit)
+    return instruction(types.void, *[types.intp] * (7 if asks else 5))(emit)
 
 
 scores_f32, scores_f32_twice = _scores(False, 1), _scores(False, 2)
 scores_bf16, scores_bf16_twice = _scores(True, 1), _scores(True, 2)
+scores_f32_ahead, scores_f32_twice_ahead = _scores(False, 1, asks=True), _scores(False, 2, asks=True)
+scores_bf16_ahead, scores_bf16_twice_ahead = _scores(True, 1, asks=True), _scores(True, 2, asks=True)
 add_weighted_f32, add_weighted_f32_twice = _add_weighted(False, 1, 1), _add_weighted(False, 2, 1)
 add_weighted_f32_4, add_weighted_f32_4_twice = _add_weighted(False, 1, 4), _add_weighted(False, 2, 4)
+add_weighted_f32_4_ahead = _add_weighted(False, 1, 4, asks=True)
+add_weighted_f32_4_twice_ahead = _add_weighted(False, 2, 4, asks=True)
 add_weighted_bf16, add_weighted_bf16_twice = _add_weighted(True, 1, 1), _add_weighted(True, 2, 1)
 add_weighted_bf16_2, add_weighted_bf16_2_twice = _add_weighted(True, 1, 2), _add_weighted(True, 2, 2)
+add_weighted_bf16_2_ahead = _add_weighted(True, 1, 2, asks=True)
+add_weighted_bf16_2_twice_ahead = _add_weighted(True, 2, 2, asks=True)
 
 
 @instruction(types.void, types.intp, types.intp, types.float32)
