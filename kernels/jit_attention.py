@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ellm.kernels.jit_group import add_group, score_group, state_bytes
 from ellm.kernels.jit_ir import LANES, inline, merge
 from ellm.kernels.jit_launch import Kernel
 from ellm.kernels.jit_math import exp2
@@ -56,32 +57,7 @@ from ellm.kernels.jit_pool import (
     padded_bytes,
     token_bytes,
 )
-from ellm.kernels.jit_tile import (
-    TILE,
-    TILE_BYTES,
-    add_weighted_bf16,
-    add_weighted_bf16_2,
-    add_weighted_bf16_2_ahead,
-    add_weighted_bf16_2_twice,
-    add_weighted_bf16_2_twice_ahead,
-    add_weighted_bf16_twice,
-    add_weighted_f32,
-    add_weighted_f32_4,
-    add_weighted_f32_4_ahead,
-    add_weighted_f32_4_twice,
-    add_weighted_f32_4_twice_ahead,
-    add_weighted_f32_twice,
-    scores_bf16,
-    scores_bf16_ahead,
-    scores_bf16_twice,
-    scores_bf16_twice_ahead,
-    scores_f32,
-    scores_f32_ahead,
-    scores_f32_twice,
-    scores_f32_twice_ahead,
-    split_bf16,
-    store_interleaved_bf16,
-)
+from ellm.kernels.jit_tile import TILE, TILE_BYTES, split_bf16, store_interleaved_bf16
 from ellm.kernels.jit_vector import float_from_bits, keep_lanes, larger, peak, spread, total
 
 NEG_INF = np.float32(-np.inf)
@@ -104,77 +80,6 @@ def _load_query(block, kind, row, head, state):
             store_f32(query + 4 * i, load_part(kind, source + i * size, dim - i) * spread(scale))
     for i in range(0, padded_bytes(block), 64):
         store_f32(query + padded_bytes(block) + i, spread(np.float32(0.0)))
-
-
-@inline
-def _state_bytes(block):
-    return 128 + 2 * padded_bytes(block)
-
-
-@inline
-def _score_group(block, kind, query, keys, out, count, ahead, pace):
-    """Scores of 16 keys for `count` queries, one or two."""
-    gap, stride = _state_bytes(block), token_bytes(block, kind)
-    steps = stride // 64
-    if is_paired(block, kind):
-        if pace != 0 and count == 2:
-            scores_bf16_twice_ahead(query, gap, keys, stride, steps, out, ahead, pace)
-        elif pace != 0:
-            scores_bf16_ahead(query, gap, keys, stride, steps, out, ahead, pace)
-        elif count == 2:
-            scores_bf16_twice(query, gap, keys, stride, steps, out)
-        else:
-            scores_bf16(query, gap, keys, stride, steps, out)
-    elif pace != 0 and count == 2:
-        scores_f32_twice_ahead(query, gap, keys, stride, steps, out, ahead, pace)
-    elif pace != 0:
-        scores_f32_ahead(query, gap, keys, stride, steps, out, ahead, pace)
-    elif count == 2:
-        scores_f32_twice(query, gap, keys, stride, steps, out)
-    else:
-        scores_f32(query, gap, keys, stride, steps, out)
-
-
-@inline
-def _add_group_bf16(block, weights, values, out, count, ahead, pace):
-    stride, gap = padded_bytes(block) // 2, _state_bytes(block)
-    for at in range(0, stride - 127, 128):
-        later = ahead + at // 64 * LANES * pace
-        if pace != 0 and count == 2:
-            add_weighted_bf16_2_twice_ahead(weights, values + at, stride, out + 2 * at, gap, later, pace)
-        elif pace != 0:
-            add_weighted_bf16_2_ahead(weights, values + at, stride, out + 2 * at, gap, later, pace)
-        elif count == 2:
-            add_weighted_bf16_2_twice(weights, values + at, stride, out + 2 * at, gap)
-        else:
-            add_weighted_bf16_2(weights, values + at, stride, out + 2 * at, gap)
-    if stride % 128 != 0:
-        at = stride - 64
-        if count == 2:
-            add_weighted_bf16_twice(weights, values + at, stride, out + 2 * at, gap)
-        else:
-            add_weighted_bf16(weights, values + at, stride, out + 2 * at, gap)
-
-
-@inline
-def _add_group_f32(block, weights, values, out, count, ahead, pace):
-    stride, gap = padded_bytes(block), _state_bytes(block)
-    whole = stride // 256 * 256
-    for at in range(0, whole, 256):
-        later = ahead + at // 64 * LANES * pace
-        if pace != 0 and count == 2:
-            add_weighted_f32_4_twice_ahead(weights, values + at, stride, out + at, gap, later, pace)
-        elif pace != 0:
-            add_weighted_f32_4_ahead(weights, values + at, stride, out + at, gap, later, pace)
-        elif count == 2:
-            add_weighted_f32_4_twice(weights, values + at, stride, out + at, gap)
-        else:
-            add_weighted_f32_4(weights, values + at, stride, out + at, gap)
-    for at in range(whole, stride, 64):
-        if count == 2:
-            add_weighted_f32_twice(weights, values + at, stride, out + at, gap)
-        else:
-            add_weighted_f32(weights, values + at, stride, out + at, gap)
 
 
 @inline
@@ -228,18 +133,15 @@ def _attend(block, kind, scratch, state, count, span, ahead, part):
         keys = load_i64(scratch + 8 * group)
         if pace != 0:
             later = ahead_of(block, K_POOL, ahead, base + group * LANES, keys) + skip
-        _score_group(block, kind, state + 128, keys, weights + 64 * group, count, later, pace)
+        score_group(block, kind, state + 128, keys, weights + 64 * group, count, later, pace)
     for i in range(count):
-        _weigh(block, state + i * _state_bytes(block), weights + i * TILE_BYTES, base, first, last)
+        _weigh(block, state + i * state_bytes(block), weights + i * TILE_BYTES, base, first, last)
     accumulator = state + 128 + padded_bytes(block)
     for group in range(begin, end):
         values = load_i64(scratch + 8 * (GROUPS + group))
         if pace != 0:
             later = ahead_of(block, V_POOL, ahead, base + group * LANES, values) + skip
-        if is_paired(block, kind):
-            _add_group_bf16(block, weights + 64 * group, values, accumulator, count, later, pace)
-        else:
-            _add_group_f32(block, weights + 64 * group, values, accumulator, count, later, pace)
+        add_group(block, kind, weights + 64 * group, values, accumulator, count, later, pace)
 
 
 @inline
@@ -278,9 +180,9 @@ def _run(block, kind, scratch, unit):
     run = word(block, RUNS) + 12 * (unit // word(block, KV_HEADS))
     row, rows = load_i32(run + 4), load_i32(run + 8)
     group = word(block, GROUP)
-    state_bytes = _state_bytes(block)
+    each = state_bytes(block)
     states = scratch + STATES_AT
-    staged = states + rows * group * state_bytes
+    staged = states + rows * group * each
     position = end - rows
     following = load_i64(block)  # unless another thread is sooner
     ahead = (table, head, end, table, head, 0, 0)
@@ -288,7 +190,7 @@ def _run(block, kind, scratch, unit):
         next_table, next_head, next_base, next_end = _tokens(block, following)
         ahead = (table, head, end, next_table, next_head, next_base, next_end)
     for i in range(rows * group):
-        _load_query(block, kind, row + i // group, head * group + i % group, states + i * state_bytes)
+        _load_query(block, kind, row + i // group, head * group + i % group, states + i * each)
     while base < end:
         find_groups(block, kind, table, base, end, head, scratch, staged)
         part = 0
@@ -297,12 +199,12 @@ def _run(block, kind, scratch, unit):
             first = max(0, last - word(block, WINDOW))
             if first < base + TILE:
                 for g in range(0, group, 2):
-                    state, count = states + (i * group + g) * state_bytes, min(2, group - g)
+                    state, count = states + (i * group + g) * each, min(2, group - g)
                     _attend(block, kind, scratch, state, count, (base, first, last), ahead, part)
                     part += 1
         base += TILE
     for i in range(rows * group):
-        _finish(block, kind, row + i // group, head * group + i % group, states + i * state_bytes)
+        _finish(block, kind, row + i // group, head * group + i % group, states + i * each)
 
 
 def _attention(variant: int) -> Any:

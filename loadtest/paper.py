@@ -33,7 +33,9 @@ def render(results: Results) -> str:
         _long(results),
         ablation(),
         paper_cpu.policies(results["starved-pool"]),
-        paper_cpu.servers(results["starved-peers"], results["starved-peers-in-place"]),
+        paper_cpu.servers(
+            results["starved-peers-off"], results["starved-peers-in-place"], results["starved-peers"]
+        ),
         missing(),
     ]
     return "\n".join("\n".join(part) for part in parts) + "\n"

@@ -73,25 +73,27 @@ def _beside_vllm(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def servers(result: Row, in_place: Row) -> list[str]:
-    """Our server, vLLM's CPU build, and our policy that does what vLLM does: with a host tier apart from the
-    pool, as on a GPU, and with its bytes as more pool, the default on a CPU."""
+def servers(result: Row, in_place: Row, apart: Row) -> list[str]:
+    """Our server, vLLM's CPU build, and our policy that does what vLLM does: without a host tier, with its
+    bytes as more pool, the default on a CPU, and with the tier apart from the pool, as on a GPU."""
     rows = result["rows"]
     return [
         "",
         "### Beside vLLM's CPU build, over HTTP",
         "",
         "The same arrivals to each server, three times more context than the pool holds when ours serves "
-        "them with room for all (vLLM, whose steps are longer, then holds more); with the host tier on, vLLM "
-        "has its bytes as more pool. `unstarved` is 1.1 times what 95 % of the requests of the slower keep "
-        "with room for all, `full pool` 1.13 times its step when as many run as the pool without a host tier "
-        "holds, `full pool, faster` (where it was run) 1.13 times that of the faster:",
+        "them with room for all (vLLM, whose steps are longer, then holds more). In the runs with a host "
+        "tier vLLM has its bytes as more pool. `unstarved` is 1.1 times what 95 % of the requests of the "
+        "slower keep with room for all, `full pool` 1.13 times its step when as many run as the pool without "
+        "a host tier holds, `full pool, faster` (where it was run) 1.13 times that of the faster:",
         "",
         *_table(rows, _SERVERS),
         "",
         f"- Goodput over vLLM's: {_beside_vllm(rows)}.",
         "- With the host tier as more of our pool, the default on a CPU, another run: "
         f"{_beside_vllm(in_place['rows'])}. {_source(in_place)}",
+        "- With the host tier apart from the pool, as on a GPU, a third run, on an engine of longer steps: "
+        f"{_beside_vllm(apart['rows'])}. {_source(apart)}",
         "- Where the SLO is far above a step at a full pool, a preempted request makes up for its pause, and "
         "nobody needs a plan; the same bytes are worth more as pool then than as host tier.",
         "- With twice the pool vLLM runs twice as many at once, and their steps are longer than the SLO "
