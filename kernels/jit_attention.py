@@ -34,6 +34,7 @@ from ellm.kernels.jit_pool import (
     GROUP,
     GROUPS,
     K_POOL,
+    K_TOKEN,
     KV_HEADS,
     OUT,
     POSITIONS,
@@ -120,14 +121,16 @@ def _groups(base, first, last):
 def _attend(block, kind, scratch, state, count, span, ahead, part):
     """`count` vectors, one or two, of one row over `span`: the tokens [first, last) of the tile at `base`.
 
-    Meanwhile the memory is asked for a `part` of what follows the tile's groups (`ahead_of`), as many parts
-    as it takes for a row's query heads. Rows after the first have nothing left to ask for."""
+    Meanwhile the memory is asked for a `part` of what follows each of these groups (`ahead_of`), in as many
+    parts as a row takes for its query heads. A chunk's first row in the tile asks, the others have arithmetic
+    enough to wait beside."""
     base, first, last = span
     begin, end = _groups(base, first, last)
     weights = scratch + WEIGHTS_AT
     parts = (word(block, GROUP) + 1) // 2
-    pace = 64 // parts if part < parts else 0
-    skip = LANES * token_bytes(block, kind) * part // parts
+    stride = word(block, K_TOKEN)  # of the pool, which may be narrower than what is read
+    pace = 64 * stride // token_bytes(block, kind) // parts if part < parts else 0
+    skip = LANES * stride * part // parts
     later = 0
     for group in range(begin, end):
         keys = load_i64(scratch + 8 * group)
@@ -184,15 +187,16 @@ def _run(block, kind, scratch, unit):
     states = scratch + STATES_AT
     staged = states + rows * group * each
     position = end - rows
-    following = load_i64(block)  # unless another thread is sooner
     ahead = (table, head, end, table, head, 0, 0)
-    if following < word(block, UNITS):
-        next_table, next_head, next_base, next_end = _tokens(block, following)
-        ahead = (table, head, end, next_table, next_head, next_base, next_end)
     for i in range(rows * group):
         _load_query(block, kind, row + i // group, head * group + i % group, states + i * each)
     while base < end:
         find_groups(block, kind, table, base, end, head, scratch, staged)
+        if base + 2 * TILE > end:
+            following = fetch_add(block, 0)  # unless another thread is sooner
+            if following < word(block, UNITS):
+                next_table, next_head, next_base, next_end = _tokens(block, following)
+                ahead = (table, head, end, next_table, next_head, next_base, next_end)
         part = 0
         for i in range(max(0, base - position), rows):
             last = position + i + 1

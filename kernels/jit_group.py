@@ -1,5 +1,5 @@
 """What a group of 16 tokens adds to one query vector or two, by kind of pool and by whether the memory is
-asked for more meanwhile."""
+asked for more meanwhile. The rest of a value that fills no wide step asks for nothing."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ The weight lies in panels of 16 outputs: for each input in turn its weights to t
 12 sums, 2 weights and an input. An output is one chain of fused multiply-adds in the order of the inputs, the
 bias added last, whatever tile it is in: it has the same bits in a batch of any size (STRICT).
 
-From two tiles on the inputs come in chunks, whose weights are read from memory once, while the chunk before
-is multiplied: the layers of a decode step take as long as the longer of the two, not as both.
+Two to eight tiles take turns at chunks of the inputs, whose weights are read from memory once, while the
+chunk before is multiplied: the layers of a decode step take as long as the longer of the two, not as both.
 
 Half-precision weights stay as they are in memory and are widened in registers, which is exact: a step of few
 rows, which waits for memory alone, reads half the bytes.
@@ -48,7 +48,7 @@ from ellm.kernels.jit_vector import spread
 
 GROUP = 4  # panels: weights are padded to whole groups
 MOST_ROWS = 6  # of a tile
-_TILES_CHUNKED = 8  # with more, their inputs are more to read than the weights
+_TILES_CHUNKED = 8  # of more, those before the last 8 run one by one: inputs are more to read than weights
 _TILE_BYTES = MOST_ROWS * 4 * LANES  # of the sums of the largest
 SUMS_BYTES = (1 + _TILES_CHUNKED) * _TILE_BYTES  # zeros, and the sums of these tiles
 _CHUNK = 128  # inputs whose weights stay in the nearest cache for all these rows
@@ -208,8 +208,8 @@ def _write(block, kind, sums, rows, panels, row, panel):
 @inline
 def _walk(block, kind, scratch, first, left, tiles, panel):
     """`left` rows from `first` on, in so many tiles, by the panels of a unit. One tile takes all inputs of
-    several panels at once. More take turns at each chunk of one panel's weights, and each asks for its share
-    of the next chunk."""
+    several panels at once. More take turns at each chunk of one panel's weights, and each asks for about its
+    share of as many inputs after it."""
     inputs, size, x_row = word(block, INPUTS), LANES * item_size(kind), word(block, X_ROW)
     width, chunk = word(block, WIDTH), inputs
     if tiles > 1:

@@ -16,7 +16,6 @@ from ellm.kernels.jit_ir import (
     I32,
     LANES,
     VEC,
-    ask,
     call,
     inline,
     instruction,
@@ -152,12 +151,6 @@ def store_i64(builder: Any, address: Any, value: Any) -> None:
 def fetch_add(builder: Any, address: Any, amount: Any) -> Any:
     """Add to a shared 64-bit counter; returns what it was."""
     return builder.atomic_rmw("add", pointer_to(builder, address, ir.IntType(64)), amount, "seq_cst")
-
-
-@instruction(types.void, types.intp)
-def prefetch(builder: Any, address: Any) -> None:
-    """Ask for the cache line of any address, without waiting."""
-    ask(builder, address)
 
 
 @instruction(types.void, types.intp, types.intp, types.intp)

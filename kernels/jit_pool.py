@@ -147,10 +147,11 @@ def find_groups(block, kind, table, base, end, head, scratch, staged):
 
 @inline
 def ahead_of(block, side, ahead, position, here):
-    """Where the group lies that its thread reads a tile after the one at `position`: blocks lie anywhere, no
-    hardware would guess it. If nothing follows, `here`, which is near already.
+    """Where the group lies that comes a tile after the one at `position`: blocks lie anywhere, no hardware
+    would guess it. If nothing follows, `here`, which is near already.
 
-    `ahead` is the present unit's table, head and end, then the following unit's and its beginning."""
+    `ahead` is the present unit's table, head and end, then table, head, first token and end of the unit that
+    is given out next: this thread's if no other asks before."""
     table, head, end, next_table, next_head, next_base, next_end = ahead
     position += TILE
     if position >= end:

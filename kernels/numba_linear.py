@@ -39,6 +39,7 @@ class JitLinear:
         """weight [out, in] and bias [out], of one type, on the CPU."""
         assert weight.is_cpu
         self.out_features, self.in_features = weight.shape
+        assert self.in_features > 0
         self._dtype = weight.dtype
         self._num_panels = -(-self.out_features // (GROUP * LANES)) * GROUP
         missing = self._num_panels * LANES - self.out_features
