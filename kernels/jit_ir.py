@@ -13,7 +13,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import njit
-from numba.core import types
+from numba.core import codegen, config, types
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import lower_builtin, models, register_model
 
@@ -24,6 +24,14 @@ FLOAT = ir.FloatType()
 VEC = ir.VectorType(FLOAT, LANES)
 IVEC = ir.VectorType(I32, LANES)
 INDEX = ir.Constant(IVEC, list(range(LANES)))
+
+
+def compiled_for(feature: str) -> bool:
+    """Whether numba compiles for a processor with this feature: an instruction of another aborts LLVM."""
+    features = config.CPU_FEATURES
+    if features is None:
+        features = codegen.get_host_cpu_features()
+    return f"+{feature}" in features.split(",")
 
 
 class _Vector(types.Type):
@@ -40,6 +48,18 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, numba_type, VEC)
 
 
+class _BFloat(ir.Type):  # which llvmlite lacks
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+PAIRS_VEC = ir.VectorType(_BFloat(), 2 * LANES)  # a pair of bfloat16 to each lane
 Emit = Callable[..., Any]  # (builder, *values) -> value
 
 
@@ -96,6 +116,12 @@ def load_vector(builder: Any, address: Any, element: Any = FLOAT) -> Any:
 def fma_vector(builder: Any, a: Any, b: Any, c: Any) -> Any:
     """IR: a * b + c, rounded once."""
     return call(builder, "llvm.fma.v16f32", VEC, a, b, c)
+
+
+def dot_vector(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """IR, AVX512_BF16: each lane's c plus the dot product of its pairs of a and b, by two roundings in the
+    order that the processor has; subnormal numbers count as zeros."""
+    return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", VEC, c, a, b)
 
 
 def ask(builder: Any, address: Any) -> None:

@@ -2,14 +2,17 @@
 
 The weight lies in panels of 16 outputs: for each input in turn its weights to these 16. A tile of the result
 (rows x panels) stays in registers while both are walked: 6 x 1 of 16 lanes fill the 16 registers of AVX2 with
-12 sums, 2 weights and an input. An output is one chain of fused multiply-adds in the order of the inputs, the
-bias added last, whatever tile it is in: it has the same bits in a batch of any size (STRICT).
+12 sums, 2 weights and an input; AVX-512, whose registers hold all 16 lanes, takes 6 x 2. An output is one
+chain of fused multiply-adds in the order of the inputs, the bias added last, whatever tile it is in: it has
+the same bits in a batch of any size (STRICT).
 
 Two to eight tiles take turns at chunks of the inputs, whose weights are read from memory once, while the
 chunk before is multiplied: the layers of a decode step take as long as the longer of the two, not as both.
 
 Half-precision weights stay as they are in memory and are widened in registers, which is exact: a step of few
-rows, which waits for memory alone, reads half the bytes.
+rows, which waits for memory alone, reads half the bytes. Where the processor multiplies bfloat16 by itself
+(AVX512_BF16), a chain takes a pair of inputs at a time (PAIRS): the weights of a pair lie side by side,
+inputs stay bfloat16, and each pair is counted as one input.
 """
 
 from __future__ import annotations
@@ -21,9 +24,13 @@ from numba.core import cgutils, types
 
 from ellm.kernels.jit_ir import (
     FLOAT,
+    I32,
     LANES,
+    PAIRS_VEC,
     VEC,
     ask,
+    compiled_for,
+    dot_vector,
     fma_vector,
     inline,
     instruction,
@@ -46,12 +53,15 @@ from ellm.kernels.jit_memory import (
 )
 from ellm.kernels.jit_vector import spread
 
+PAIRS = 3  # an element kind, beside those of `jit_memory`
 GROUP = 4  # panels: weights are padded to whole groups
 MOST_ROWS = 6  # of a tile
+_PANELS = 2 if compiled_for("avx512f") else 1  # of a tile of so many rows
+HAS_PAIRS = compiled_for("avx512bf16")
 _TILES_CHUNKED = 8  # of more, those before the last 8 run one by one: inputs are more to read than weights
-_TILE_BYTES = MOST_ROWS * 4 * LANES  # of the sums of the largest
+_TILE_BYTES = MOST_ROWS * _PANELS * 4 * LANES  # of the sums of the largest
 SUMS_BYTES = (1 + _TILES_CHUNKED) * _TILE_BYTES  # zeros, and the sums of these tiles
-_CHUNK = 128  # inputs whose weights stay in the nearest cache for all these rows
+_CHUNK = 128 // _PANELS  # inputs whose weights stay in the nearest cache for all these rows
 _AHEAD = 8192  # bytes, at most
 _UNROLL = 4  # inputs
 
@@ -62,9 +72,9 @@ _UNROLL = 4  # inputs
     RUNS,  # of so many panels
     BLOCK_ROWS,
     ROWS,
-    INPUTS,
+    INPUTS,  # or pairs of them
     OUTPUTS,
-    X,  # float32
+    X,  # float32, or pairs
     X_ROW,  # bytes
     WEIGHT,
     BIAS,  # float32, padded as the weight is; or 0
@@ -81,9 +91,19 @@ def _word(number: int) -> Any:
 def _read(builder: Any, kind: int, address: Any) -> Any:
     if kind == F32:
         return load_vector(builder, address)
+    if kind == PAIRS:
+        return builder.load(pointer_to(builder, address, PAIRS_VEC), typ=PAIRS_VEC, align=1)
     if kind == BF16:
         return widen_bf16(builder, load_vector(builder, address, ir.IntType(16)))
     return builder.fpext(load_vector(builder, address, ir.HalfType()), VEC)
+
+
+def _everywhere(builder: Any, kind: int, address: Any) -> Any:
+    """One input, or a pair of them, for all lanes."""
+    if kind == PAIRS:
+        pair = builder.load(pointer_to(builder, address, I32), typ=I32, align=1)
+        return builder.bitcast(splat(builder, pair), PAIRS_VEC)
+    return splat(builder, builder.load(pointer_to(builder, address, FLOAT), typ=FLOAT, align=1))
 
 
 def _apart(builder: Any, first: Any, distance: Any, count: int) -> list[Any]:
@@ -102,10 +122,12 @@ def _tile(kind: int, rows: int, panels: int) -> Any:
     16 floats each, side by side, from those `before` on by so many inputs. Meanwhile the memory is asked for
     what lies `ahead` bytes behind the weights, `pace` bytes for each input; but not for one row's streams,
     which the processor sees by itself."""
+    multiply_add = dot_vector if kind == PAIRS else fma_vector
+    weight_size = 4 if kind in (F32, PAIRS) else 2
 
     def emit(builder: Any, *values: Any) -> None:
         x, x_row, weight, panel_bytes, inputs, before, out, ahead, pace = values
-        size = _word(LANES * (4 if kind == F32 else 2))  # of an input's weights to a panel
+        size = _word(LANES * weight_size)  # of an input's weights to a panel
         xs, weights = _apart(builder, x, x_row, rows), _apart(builder, weight, panel_bytes, panels)
         later = [builder.add(w, ahead) for w in weights] if rows > 1 else []
         starts = [
@@ -116,16 +138,15 @@ def _tile(kind: int, rows: int, panels: int) -> Any:
         def step(i: Any) -> None:
             parts = [_read(builder, kind, builder.add(w, builder.mul(i, size))) for w in weights]
             for r, row in enumerate(xs):
-                address = builder.add(row, builder.mul(i, _word(4)))
-                value = splat(builder, builder.load(pointer_to(builder, address, FLOAT), typ=FLOAT, align=1))
+                value = _everywhere(builder, kind, builder.add(row, builder.mul(i, _word(4))))
                 for part, slot in zip(parts, sums[r * panels :], strict=False):
-                    builder.store(fma_vector(builder, value, part, builder.load(slot)), slot)
+                    builder.store(multiply_add(builder, value, part, builder.load(slot)), slot)
 
         whole = builder.udiv(inputs, _word(_UNROLL))
         with cgutils.for_range(builder, whole) as loop:
             for i in range(_UNROLL):
                 number = builder.add(builder.mul(loop.index, _word(_UNROLL)), _word(i))
-                if kind == F32 or i % 2 == 0:  # a line of memory holds one input's weights, or two's
+                if weight_size == 4 or i % 2 == 0:  # a line of memory holds one input's weights, or two's
                     for w in later:
                         ask(builder, builder.add(w, builder.mul(number, pace)))
                 step(number)
@@ -138,11 +159,12 @@ def _tile(kind: int, rows: int, panels: int) -> Any:
 
 
 def _tiles(kind: int) -> Any:
-    """(rows, width, what a tile takes): up to 3 rows by 2 or 4 panels, more by one, and where the unit is one
-    panel wide three by one; returns the panels done."""
+    """(rows, width, what a tile takes): up to 3 rows by 2 or 4 panels, more by as many as there are registers
+    for, and where the unit is one panel wide three by one; returns the panels done."""
     one_four, one_two = _tile(kind, 1, 4), _tile(kind, 1, 2)
     two, three = _tile(kind, 2, 2), _tile(kind, 3, 2)
-    three_one, four, five, six = (_tile(kind, rows, 1) for rows in (3, 4, 5, 6))
+    three_one = _tile(kind, 3, 1)
+    four, five, six = (_tile(kind, rows, _PANELS) for rows in (4, 5, 6))
 
     @inline
     def run(rows, width, *tile):
@@ -166,18 +188,21 @@ def _tiles(kind: int) -> Any:
         else:
             one_two(*tile)
             return 2
-        return 1
+        return 1 if rows == 3 else _PANELS
 
     return run
 
 
 _run_f32, _run_bf16, _run_f16 = _tiles(F32), _tiles(BF16), _tiles(F16)
+_run_pairs = _tiles(PAIRS) if HAS_PAIRS else _run_bf16
 
 
 @inline
 def _run(kind, rows, width, *tile):
     if kind == F32:
         return _run_f32(rows, width, *tile)
+    if kind == PAIRS:
+        return _run_pairs(rows, width, *tile)
     if kind == BF16:
         return _run_bf16(rows, width, *tile)
     return _run_f16(rows, width, *tile)
@@ -192,7 +217,8 @@ def _rows_of_tile(left, tiles):
 @inline
 def _write(block, kind, sums, rows, panels, row, panel):
     """A tile's sums to their place, with the bias."""
-    bias, outputs, size = word(block, BIAS), word(block, OUTPUTS), item_size(kind)
+    stored = BF16 if kind == PAIRS else kind
+    bias, outputs, size = word(block, BIAS), word(block, OUTPUTS), item_size(stored)
     for c in range(panels):
         first = (panel + c) * LANES
         count = min(LANES, outputs - first)
@@ -202,18 +228,19 @@ def _write(block, kind, sums, rows, panels, row, panel):
                 if bias != 0:
                     value = value + load_f32(bias + 4 * first)
                 out = word(block, OUT) + (row + r) * word(block, OUT_ROW)
-                store_part(kind, out + first * size, value, count)
+                store_part(stored, out + first * size, value, count)
 
 
 @inline
 def _walk(block, kind, scratch, first, left, tiles, panel):
     """`left` rows from `first` on, in so many tiles, by the panels of a unit. One tile takes all inputs of
-    several panels at once. More take turns at each chunk of one panel's weights, and each asks for about its
-    share of as many inputs after it."""
-    inputs, size, x_row = word(block, INPUTS), LANES * item_size(kind), word(block, X_ROW)
+    several panels at once. More take turns at each chunk of the weights of one panel, or of two, and each
+    asks for about its share of as many inputs after it."""
+    inputs, x_row = word(block, INPUTS), word(block, X_ROW)
+    size = 4 * LANES if kind == PAIRS else LANES * item_size(kind)
     width, chunk = word(block, WIDTH), inputs
     if tiles > 1:
-        width, chunk = 1, _CHUNK
+        width, chunk = _PANELS, _CHUNK
     end = panel + word(block, WIDTH)
     while panel < end:
         weight, done, panels = word(block, WEIGHT) + panel * inputs * size, 0, 1
@@ -240,7 +267,7 @@ def _linear(variant: int) -> Any:
         """words: see above"""
         kind = variant & 3
         scratch = word(block, SCRATCH) + fetch_add(block + 8, 1) * SUMS_BYTES
-        for i in range(MOST_ROWS):
+        for i in range(_TILE_BYTES // (4 * LANES)):
             store_f32(scratch + 4 * LANES * i, spread(0.0))
         unit = fetch_add(block, 1)
         while unit < word(block, UNITS):

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ellm.kernels import jit_linear
-from ellm.kernels.jit_ir import LANES
-from ellm.kernels.jit_linear import GROUP, SUMS_BYTES
+from ellm.kernels.jit_ir import LANES, compiled_for
+from ellm.kernels.jit_linear import GROUP, HAS_PAIRS, PAIRS, SUMS_BYTES
 from ellm.kernels.jit_memory import KINDS
 from ellm.kernels.packed_linear import is_packable
 from ellm.kernels.scratch import scratch
@@ -21,15 +21,15 @@ UNITS_PER_THREAD = 4  # below, units are halved
 
 
 @functools.cache
-def suits_processor() -> bool:
-    """Whether the loop is at its best here: AVX2 with FMA, and not more. With AVX-512 or AVX-NE-CONVERT
-    oneDNN has loops for bfloat16, and the former has registers that these tiles leave unused."""
-    if is_packable(torch.bfloat16) or platform.machine() not in ("x86_64", "AMD64"):
+def suits_processor(dtype: torch.dtype) -> bool:
+    """Whether the loop is at its best here: x86 with AVX2 and FMA. oneDNN has faster ones for bfloat16 where
+    the processor multiplies matrices of it (AMX), or has AVX-512 or AVX-NE-CONVERT and no dot products of
+    its pairs."""
+    if platform.machine() not in ("x86_64", "AMD64") or not (compiled_for("avx2") and compiled_for("fma")):
         return False
-    from llvmlite.binding import get_host_cpu_features
-
-    features = get_host_cpu_features()
-    return bool(features.get("avx2") and features.get("fma") and not features.get("avx512f"))
+    if dtype != torch.bfloat16:
+        return True
+    return not compiled_for("amx-bf16") if HAS_PAIRS else not is_packable(dtype)
 
 
 class JitLinear:
@@ -44,10 +44,14 @@ class JitLinear:
         self._num_panels = -(-self.out_features // (GROUP * LANES)) * GROUP
         missing = self._num_panels * LANES - self.out_features
         padded = F.pad(weight.detach(), (0, 0, 0, missing)) if missing else weight.detach()
-        panels = padded.reshape(self._num_panels, LANES, self.in_features)
+        self._kind, self._per_word = KINDS[weight.dtype], 1
+        if HAS_PAIRS and weight.dtype == torch.bfloat16:
+            self._kind, self._per_word = PAIRS, 2
+            padded = F.pad(padded, (0, self.in_features % 2))
+        self._words = -(-self.in_features // self._per_word)
+        panels = padded.reshape(self._num_panels, LANES, self._words, self._per_word)
         self._weight = panels.transpose(1, 2).contiguous()
         self._bias = None if bias is None else F.pad(bias.detach().float(), (0, missing))
-        self._kind = KINDS[weight.dtype]
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [R, in_features] -> [R, out_features]."""
@@ -58,19 +62,21 @@ class JitLinear:
         out = torch.empty((rows, self.out_features), dtype=self._dtype, device="cpu")
         if rows == 0:
             return out
-        if self._dtype != torch.float32:
+        if self._kind == PAIRS:
+            x = F.pad(x, (0, inputs % 2)) if inputs % 2 else x
+        elif self._dtype != torch.float32:
             x = x.float()
         by_row, by_input = x.stride()
         if by_input != 1:
             x = x.contiguous()
-            by_row = inputs
+            by_row = x.shape[1]
         threads = torch.get_num_threads()
         width, block_rows = self._unit(rows, threads * UNITS_PER_THREAD)
         runs = self._num_panels // width
         units = runs * -(-rows // block_rows)
         words = (
-            *(units, width, runs, block_rows, rows, inputs, self.out_features),
-            *(x.data_ptr(), 4 * by_row, self._weight.data_ptr()),
+            *(units, width, runs, block_rows, rows, self._words, self.out_features),
+            *(x.data_ptr(), x.element_size() * by_row, self._weight.data_ptr()),
             0 if self._bias is None else self._bias.data_ptr(),
             *(out.data_ptr(), out.element_size() * self.out_features, scratch(threads * SUMS_BYTES)),
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ellm.kernels import composed, jit_attention, jit_linear, jit_rows, jit_sampling
+from ellm.kernels import composed, jit_rows
 from ellm.kernels.jit_memory import KINDS
 from ellm.kernels.numba_attention import UNIT_BYTES, check_indices, float_bits, kv_store, paged_attention
 from ellm.kernels.numba_linear import JitLinear, suits_processor
@@ -47,7 +47,7 @@ class NumbaOps:
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """Lay out weight [out, in] and bias [out]: for `jit_linear` where it suits the processor, else for
         oneDNN (`packed_linear`)."""
-        if suits_processor():
+        if suits_processor(weight.dtype):
             return JitLinear(weight, bias)
         return pack_linear(weight, bias, strict=self.deterministic)
 
@@ -155,13 +155,3 @@ class NumbaOps:
     def logprobs(self, logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, ...]:
         """(logprob [S], rank [S], top ids [S, num_top], top logprobs [S, num_top])."""
         return logprobs(logits, token_ids, num_top)
-
-
-def warm_up(dtype: torch.dtype) -> None:
-    """Compile the kernels of a decoder for `dtype` into numba's cache (10 s of one core when it is empty)."""
-    for kernel in (jit_attention.paged_attention, jit_rows.rms_norm, jit_rows.silu_mul, jit_rows.rotary):
-        kernel.compile(KINDS[dtype])
-    if suits_processor():
-        jit_linear.linear.compile(KINDS[dtype])
-    jit_rows.kv_store.compile(0)
-    jit_sampling.sample.compile(KINDS[dtype])

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from support.paged_batch import same_bits
@@ -87,14 +92,74 @@ def test_what_does_not_fit_is_refused() -> None:
             linear(x)
 
 
+OTHER = """
+import sys, torch
+from ellm.kernels import jit_linear
+from ellm.kernels.numba_linear import JitLinear, suits_processor
+assert jit_linear._PANELS == 1
+assert not jit_linear.HAS_PAIRS
+generator = torch.Generator().manual_seed(7)
+weight, x = (torch.randn(n, 129, generator=generator) for n in (77, 70))
+linear, half = JitLinear(weight, None), JitLinear(weight.bfloat16(), None)
+results = [linear(x[:rows]) for rows in (1, 3, 6, 19, 70)]
+torch.save((weight, x, results, half(x.bfloat16())), sys.argv[1])
+"""
+
+
+@pytest.mark.needs_module("llvmlite")
+def test_registers_of_twice_the_width_change_no_bit(tmp_path: Path) -> None:
+    """The tiles of AVX2 and of AVX-512 walk the same chains; and no instruction of the latter reaches the
+    former, where LLVM would abort."""
+    from ellm.kernels.jit_ir import compiled_for
+    from ellm.kernels.numba_linear import JitLinear
+
+    if not compiled_for("avx512f"):
+        pytest.skip("a processor without AVX-512")
+    environment = {**os.environ, "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c,+sse4.2,+bmi2"}
+    environment.update(NUMBA_CPU_NAME="haswell", NUMBA_CACHE_DIR=str(tmp_path / "cache"))
+    command = [sys.executable, "-c", OTHER, str(tmp_path / "results.pt")]
+    subprocess.run(command, check=True, env=environment, timeout=120)
+    weight, x, narrow, half = torch.load(tmp_path / "results.pt")
+    linear = JitLinear(weight, None)
+    for result in narrow:
+        assert same_bits(linear(x[: len(result)]), result)
+    wide = JitLinear(weight.bfloat16(), None)(x.bfloat16())  # pairs round otherwise
+    torch.testing.assert_close(wide, half, rtol=2**-6, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("features", "suited"),
+    [
+        ("avx2 fma", {"float32": True, "bfloat16": True, "float16": True}),
+        ("avx2", dict.fromkeys(["float32", "bfloat16", "float16"], False)),
+        ("avx2 fma packable", {"float32": True, "bfloat16": False, "float16": True}),
+        ("avx2 fma avx512f packable", {"float32": True, "bfloat16": False, "float16": True}),
+        ("avx2 fma avx512f avx512bf16 packable", {"float32": True, "bfloat16": True, "float16": True}),
+        ("avx2 fma avx512f avx512bf16 amx-bf16 packable", {"float32": True, "bfloat16": False}),
+    ],
+)
+def test_suits_where_a_library_has_no_faster_loop(
+    monkeypatch: pytest.MonkeyPatch, features: str, suited: dict[str, bool]
+) -> None:
+    from ellm.kernels import numba_linear
+
+    has = features.split()
+    monkeypatch.setattr(numba_linear.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(numba_linear, "compiled_for", has.__contains__)
+    monkeypatch.setattr(numba_linear, "HAS_PAIRS", "avx512bf16" in has)
+    monkeypatch.setattr(numba_linear, "is_packable", lambda dtype: "packable" in has)
+    for name, expected in suited.items():
+        assert numba_linear.suits_processor.__wrapped__(getattr(torch, name)) is expected
+
+
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_chosen_where_it_suits_the_processor(monkeypatch: pytest.MonkeyPatch, deterministic: bool) -> None:
     from ellm.kernels import numba_ops
     from ellm.kernels.numba_linear import JitLinear
 
     ops, weight = select("cpu", deterministic=deterministic), torch.randn(64, 4096)
-    monkeypatch.setattr(numba_ops, "suits_processor", lambda: True)
+    monkeypatch.setattr(numba_ops, "suits_processor", lambda dtype: True)
     assert type(ops.linear(weight, None)) is JitLinear
-    monkeypatch.setattr(numba_ops, "suits_processor", lambda: False)
+    monkeypatch.setattr(numba_ops, "suits_processor", lambda dtype: False)
     expected = packed_linear.pack_linear(weight, None, strict=deterministic)
     assert type(ops.linear(weight, None)) is type(expected)
