@@ -25,6 +25,8 @@ import torch
 from numba import cfunc
 from numba.core import types
 
+from ellm.kernels.recording import current
+
 log = logging.getLogger(__name__)
 
 _Entry = ctypes.CFUNCTYPE(None, ctypes.c_size_t)
@@ -42,7 +44,7 @@ FINGERPRINT = _fingerprint()
 
 
 @functools.cache
-def _gomp_parallel() -> Any:
+def gomp_parallel() -> Any:
     """torch's GOMP_parallel(function, argument, num_threads, flags), or None."""
     candidates = [str(p) for p in (Path(torch.__file__).parent / "lib").glob("lib*omp*")]
     try:
@@ -80,15 +82,22 @@ class Kernel:
         compiled = self._compiled.get(kind)
         if compiled is None:
             compiled = self._compile(kind)
+        recording = current()
+        if recording is not None:
+            recording.launch(compiled[1], units, words)
         block = array("q", (0, 0, *words))
         address = block.buffer_info()[0]
         threads = torch.get_num_threads()
-        parallel = _gomp_parallel() if units > 1 and threads > 1 else None
+        parallel = gomp_parallel() if units > 1 and threads > 1 else None
         if parallel is None:
             compiled[0](address)
         else:
             # Always the whole pool: asking for fewer makes OpenMP take its team apart.
             parallel(compiled[1], address, threads, 0)
+
+    def entry(self, kind: int) -> Any:
+        """The C function of an element kind, to be called with the address of a block."""
+        return (self._compiled.get(kind) or self._compile(kind))[0]
 
     def compile(self, kind: int) -> Any:
         """Compile for an element kind, or load from the cache; returns numba's function object."""

@@ -43,14 +43,15 @@ def _inverse_root(squares, n, eps):
 
 def _rms_norm(variant: int) -> Any:
     def rms_norm(block):
-        """words: rows, step, n, eps bits, weight, x, x row bytes, out, residual or 0, residual row bytes"""
+        """words: rows, step, n, eps bits, weight, x, x row bytes, out, residual or 0, residual row bytes,
+        parts, part bytes: x has so many to a row, which count as rows"""
         kind = variant & 3
         size = item_size(kind)
-        n, weight = word(block, 2), word(block, 4)
+        n, weight, parts = word(block, 2), word(block, 4), word(block, 10)
         first, last = next_rows(block)
         while first < last:
             for row in range(first, last):
-                x = word(block, 5) + row * word(block, 6)
+                x = word(block, 5) + row // parts * word(block, 6) + row % parts * word(block, 11)
                 out = word(block, 7) + row * n * size
                 if word(block, 8) != 0:
                     added = word(block, 8) + row * word(block, 9)
@@ -70,6 +71,23 @@ def _rms_norm(variant: int) -> Any:
             first, last = next_rows(block)
 
     return rms_norm
+
+
+def _widen(variant: int) -> Any:
+    def widen(block):
+        """words: rows, step, n, x, x row bytes, out: float32"""
+        kind = variant & 3
+        size, n = item_size(kind), word(block, 2)
+        first, last = next_rows(block)
+        while first < last:
+            for row in range(first, last):
+                x = word(block, 3) + row * word(block, 4)
+                out = word(block, 5) + row * n * item_size(F32)
+                for i in range(0, n, LANES):
+                    store_part(F32, out + i * item_size(F32), load_part(kind, x + i * size, n - i), n - i)
+            first, last = next_rows(block)
+
+    return widen
 
 
 def _layer_norm(variant: int) -> Any:
@@ -181,6 +199,7 @@ def _kv_store(variant: int) -> Any:
 
 
 rms_norm = Kernel(_rms_norm)
+widen = Kernel(_widen)
 layer_norm = Kernel(_layer_norm)
 silu_mul = Kernel(_silu_mul)
 rotary = Kernel(_rotary)

@@ -19,6 +19,7 @@ from ellm.kernels import jit_attention, jit_pool, jit_rows
 from ellm.kernels.jit_math import LOG2_E
 from ellm.kernels.jit_memory import KINDS
 from ellm.kernels.ops import AttentionMeta
+from ellm.kernels.recording import current
 from ellm.kernels.scratch import scratch
 
 UNIT_BYTES = 1 << 17  # rows of a unit of work: worth waking another thread for
@@ -60,15 +61,22 @@ def float_bits(value: float) -> int:
 def check_indices(name: str, indices: Tensor, limit: int) -> int:
     """The address of `indices` (int64, contiguous), all in [0, limit). A name's last tensor is known."""
     known = _seen.indices.get(name)
-    if known is None or known[0] is not indices or known[1] != limit:
-        assert indices.dtype == torch.int64
-        assert indices.is_contiguous()
-        if indices.numel():
-            low, high = indices.aminmax()
-            assert low.item() >= 0, f"{name}: {low.item()} is below 0"
-            assert high.item() < limit, f"{name}: {high.item()} is not below {limit}"
+    recording = current()
+    if recording is not None:
+        recording.before((name, id(indices), limit), functools.partial(_check_range, name, indices, limit))
+    elif known is None or known[0] is not indices or known[1] != limit:
+        _check_range(name, indices, limit)
         _seen.indices[name] = (indices, limit)
     return indices.data_ptr()
+
+
+def _check_range(name: str, indices: Tensor, limit: int) -> None:
+    assert indices.dtype == torch.int64
+    assert indices.is_contiguous()
+    if indices.numel():
+        low, high = indices.aminmax()
+        assert low.item() >= 0, f"{name}: {low.item()} is below 0"
+        assert high.item() < limit, f"{name}: {high.item()} is not below {limit}"
 
 
 def kv_store(k: Tensor, v: Tensor, slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
@@ -131,12 +139,15 @@ def paged_attention(
         num_bytes,
         in_place,
     )
-    jit_attention.paged_attention(kind, units, (*words, memory, num_bytes, in_place))
+    jit_attention.paged_attention(kind, units, words)
     return out
 
 
 def _lay_out(meta: AttentionMeta, rows_per_run: int, num_blocks: int) -> _Step:
     """The step's runs of rows, longest work first; made once and kept for the other layers."""
+    recording = current()
+    if recording is not None:
+        recording.before(("tables", id(meta), num_blocks), functools.partial(_check_tables, meta, num_blocks))
     for step in _seen.steps:
         if step.meta is meta and step.rows_per_run == rows_per_run and step.num_blocks == num_blocks:
             return step
@@ -148,10 +159,8 @@ def _lay_out(meta: AttentionMeta, rows_per_run: int, num_blocks: int) -> _Step:
         assert x.dtype == dtype
         assert x.is_contiguous()
         assert x.is_cpu
-    if meta.block_tables.numel():
-        low, high = meta.block_tables.aminmax()
-        assert low.item() >= 0
-        assert high.item() < num_blocks
+    if recording is None:
+        _check_tables(meta, num_blocks)
     cu = meta.cu_seqlens_q.numpy()
     lengths = np.diff(cu)
     counts = -(-lengths // rows_per_run)
@@ -163,4 +172,13 @@ def _lay_out(meta: AttentionMeta, rows_per_run: int, num_blocks: int) -> _Step:
     step = _Step(meta, rows_per_run, num_blocks, runs, runs.ctypes.data, int(rows.max(initial=0)))
     same_meta = tuple(s for s in _seen.steps if s.meta is meta)
     _seen.steps = (*same_meta, step)
+    if recording is not None:
+        recording.keep(step)
     return step
+
+
+def _check_tables(meta: AttentionMeta, num_blocks: int) -> None:
+    if meta.block_tables.numel():
+        low, high = meta.block_tables.aminmax()
+        assert low.item() >= 0
+        assert high.item() < num_blocks

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ellm.kernels import jit_linear
+from ellm.kernels import jit_linear, jit_rows
 from ellm.kernels.jit_ir import LANES, compiled_for
 from ellm.kernels.jit_linear import GROUP, HAS_PAIRS, PAIRS, SUMS_BYTES
 from ellm.kernels.jit_memory import KINDS
+from ellm.kernels.numba_attention import UNIT_BYTES
 from ellm.kernels.packed_linear import is_packable
 from ellm.kernels.scratch import scratch
 
@@ -30,6 +31,17 @@ def suits_processor(dtype: torch.dtype) -> bool:
     if dtype != torch.bfloat16:
         return True
     return not compiled_for("amx-bf16") if HAS_PAIRS else not is_packable(dtype)
+
+
+def _widened(x: Tensor) -> Tensor:
+    """x [R, n] in float32."""
+    rows, n = x.shape
+    x = x if x.stride(1) == 1 else x.contiguous()
+    size = x.element_size()
+    out, step = torch.empty((rows, n), dtype=torch.float32, device="cpu"), max(1, UNIT_BYTES // (4 * n))
+    words = (rows, step, n, x.data_ptr(), x.stride(0) * size, out.data_ptr())
+    jit_rows.widen(KINDS[x.dtype], -(-rows // step), words)
+    return out
 
 
 class JitLinear:
@@ -65,7 +77,7 @@ class JitLinear:
         if self._kind == PAIRS:
             x = F.pad(x, (0, inputs % 2)) if inputs % 2 else x
         elif self._dtype != torch.float32:
-            x = x.float()
+            x = _widened(x)
         by_row, by_input = x.stride()
         if by_input != 1:
             x = x.contiguous()

@@ -36,6 +36,20 @@ def _vector(x: Tensor, dtype: torch.dtype, n: int) -> int:
     return x.data_ptr()
 
 
+def _norm_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [R, H, D], whose rows may lie apart, normed head by head, in memory of its own."""
+    rows, heads, dim = x.shape
+    by_row, by_head, by_dim = x.stride()
+    assert by_dim == 1
+    assert x.is_cpu
+    out, size = torch.empty((rows, heads, dim), dtype=x.dtype), x.element_size()
+    step = max(1, UNIT_BYTES // (dim * size))
+    words: tuple[int, ...] = (rows * heads, step, dim, float_bits(eps), _vector(weight, x.dtype, dim))
+    words = (*words, x.data_ptr(), by_row * size, out.data_ptr(), 0, 0, heads, by_head * size)
+    jit_rows.rms_norm(KINDS[x.dtype], -(-rows * heads // step), words)
+    return out
+
+
 class NumbaOps:
     """The `Ops` table in numba, on torch's threads."""
 
@@ -62,10 +76,10 @@ class NumbaOps:
         words: tuple[int, ...] = (rows, step, n, float_bits(eps), _vector(weight, dtype, n))
         words = (*words, x.data_ptr(), _row_bytes(x, dtype, n), out.data_ptr())
         if residual is None:
-            jit_rows.rms_norm(KINDS[dtype], -(-rows // step), (*words, 0, 0))
+            jit_rows.rms_norm(KINDS[dtype], -(-rows // step), (*words, 0, 0, 1, 0))
             return out, x
         assert residual.shape[0] == rows
-        words = (*words, residual.data_ptr(), _row_bytes(residual, dtype, n))
+        words = (*words, residual.data_ptr(), _row_bytes(residual, dtype, n), 1, 0)
         jit_rows.rms_norm(KINDS[dtype], -(-rows // step), words)
         return out, residual
 
@@ -130,7 +144,12 @@ class NumbaOps:
         heads: HeadTransform,
     ) -> Tensor:
         """Norm and rotate q [R, H, D] and k [R, K, D], store k and v; returns q."""
-        return composed.rotary_store(self, q, k, v, meta, kv, heads)
+        if heads.q_norm is not None:
+            q = _norm_heads(q, heads.q_norm, heads.eps)
+        if heads.k_norm is not None:
+            k = _norm_heads(k, heads.k_norm, heads.eps)
+        rest = HeadTransform(None, None, heads.eps, heads.cos_sin)
+        return composed.rotary_store(self, q, k, v, meta, kv, rest)
 
     def kv_copy(self, source: Tensor, target: Tensor, pairs: Tensor) -> None:
         """Blocks pairs[:, 0] of source [L, 2, *, K, B, D] to blocks pairs[:, 1] of target."""

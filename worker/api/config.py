@@ -85,5 +85,6 @@ class WorkerConfig:
     tp_overlap_rows: int = 256  # a step of fewer rows is not worth two halves: each reads all the weights
     fused_attention: Switch = "auto"  # GPU: rows of a hole and decode rows share a launch of attention
     recompute_ahead: Switch = "off"  # rows of a hole run one layer ahead, on a GPU on a stream of their own
+    decode_tapes: bool = True  # CPU: a decode step's kernels are recorded once and launched by one call
     cuda_graphs: bool = False  # GPU: steps are recorded at start and replayed
     cuda_graph_rows: int = 0  # of steps that are not decode rows alone, up to so many rows; 0: none of them

@@ -145,6 +145,8 @@ class LocalExecutor:
             "threads": torch.get_num_threads() if device.type == "cpu" else 0,
             "body": self._body,
         }
+        if device.type == "cpu":
+            about["tapes"] = config.decode_tapes
         if device.type == "cuda":
             rows = config.cuda_graph_rows if config.cuda_graphs else 0
             about |= {"cuda_graphs": config.cuda_graphs, "cuda_graph_rows": rows}

@@ -25,7 +25,7 @@ from ellm.worker.executor.memory import PeakMemory, available_bytes
 from ellm.worker.executor.peers import Peers
 from ellm.worker.executor.pool_size import MemoryBudget, PoolSize, check_transient, share_of_rank, size_pool
 from ellm.worker.executor.recording import StepRecording
-from ellm.worker.executor.resolve import hole_ways, resolve_device, select_ops
+from ellm.worker.executor.resolve import can_tape, hole_ways, resolve_device, select_ops
 from ellm.worker.executor.warm_up import largest_plans, step_kinds
 from ellm.worker.model.architecture import Architecture
 from ellm.worker.model.computation import Communicator, TensorParallel
@@ -112,6 +112,11 @@ def load_rank(config: WorkerConfig, progress: Progress, peers: Peers) -> LoadedR
     runner = parts.runner(cache, tier)
     grammars = Grammars(loaded.folder, loaded.arch.vocab_size, loaded.arch.eos_token_ids)
     runner.obey(grammars)
+    if can_tape(config, ops):
+        from ellm.worker.model.tapes import DecodeTapes  # needs numba
+
+        rows = config.scheduler.max_num_seqs
+        runner.replay(DecodeTapes(loaded.model, ops, cache, rows, limits.max_model_len))
     if graphs is not None:
         with room_for("steps are recorded", device, "lower cache.memory_fraction or cuda_graph_rows"):
             recording.record(runner, limits.max_model_len, graphs, progress)

@@ -61,6 +61,11 @@ def select_ops(config: WorkerConfig, device: torch.device) -> Ops:
         raise ConfigError(str(error)) from None
 
 
+def can_tape(config: WorkerConfig, ops: Ops) -> bool:
+    """Whether decode steps are to be taped: kernels of numba, whose results no other rank waits for."""
+    return config.decode_tapes and ops.name == "numba" and config.tensor_parallel_size == 1
+
+
 def hole_ways(config: WorkerConfig, ops: Ops) -> tuple[HoleWay, ...]:
     """How rows of holes may run beside the others; the first where nobody chooses. Empty where there are no
     holes.

@@ -108,10 +108,12 @@ def next_call(computation: Computation, value: Tensor | None, communicator: Comm
     return stop
 
 
-def run(computation: Computation, communicator: Communicator, attend: Attend) -> Tensor:
-    """To its end, each sum when it is asked for."""
+def run(
+    computation: Computation, communicator: Communicator, attend: Attend, total: Tensor | None = None
+) -> Tensor:
+    """To its end, each sum when it is asked for; on from `total`, where one has been asked for."""
     try:
-        part = next_sum(computation, None, attend)
+        part = next_sum(computation, total, attend)
         while True:
             part = next_sum(computation, communicator.begin_sum(part).wait(), attend)
     except StopIteration as end:

@@ -6,6 +6,7 @@ Decides nothing about what runs; knows nothing of requests beyond the sequences 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from ellm.worker.model.architecture import Architecture
 from ellm.worker.model.begun import BegunStep, PromptScores, StepOutput
 from ellm.worker.model.computation import Computation, TensorParallel, run, run_halves
 from ellm.worker.model.grammar import Grammars
-from ellm.worker.model.graphs import DecodeGraphs
 from ellm.worker.model.halves import Half, Ints, split
 from ellm.worker.model.inputs import InputBuilder, StepInputs
 from ellm.worker.model.kv_cache import KVCache
@@ -27,6 +27,17 @@ from ellm.worker.model.sampler import Sampler
 from ellm.worker.model.sequences import ResidentSequences
 from ellm.worker.model.staging import ToHost
 from ellm.worker.model.transient import LayerLoads, layer_steps
+
+
+class Replays(Protocol):
+    """Decode steps that were recorded: CUDA graphs, or tapes of a CPU's kernels."""
+
+    num_replays: int
+
+    def hidden(self, plan: BatchPlan, inputs: StepInputs) -> Tensor | None:
+        """Final hidden states [n, E] of the rows that keep the LM head, to be read before the next step; None
+        where the step is none that can be replayed."""
+        ...
 
 
 class ModelRunner:
@@ -55,7 +66,7 @@ class ModelRunner:
         self._sequences = ResidentSequences(arch.eos_token_ids, arch.vocab_size, max_blocks)
         self._inputs = InputBuilder(self._sequences, cache.block_size, device)
         self._sampler = Sampler(ops, arch.vocab_size, device)
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: Replays | None = None
         self._pieces: PieceGraphs | None = None
         self._lanes = lanes_of(device)
 
@@ -67,7 +78,7 @@ class ModelRunner:
         """So run rows of holes from now on, where a plan does not say."""
         self._hole_way = way
 
-    def replay(self, graphs: DecodeGraphs) -> None:
+    def replay(self, graphs: Replays) -> None:
         """Decode steps are replayed from now on, where they have been recorded."""
         self._graphs = graphs
 

@@ -52,13 +52,13 @@ def test_kernels_of_several_threads_do_not_mix(threads: int) -> None:
 
 
 def test_torchs_own_pool_is_found(jit_launch: ModuleType) -> None:
-    assert jit_launch._gomp_parallel() is not None
+    assert jit_launch.gomp_parallel() is not None
 
 
 def test_one_thread_where_there_is_no_openmp(
     jit_launch: ModuleType, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
-    monkeypatch.setattr(jit_launch, "_gomp_parallel", lambda: None)
+    monkeypatch.setattr(jit_launch, "gomp_parallel", lambda: None)
     done, by_thread = run(100)
     assert done == [1] * 100
     assert by_thread[0] == 100
