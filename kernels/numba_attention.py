@@ -150,6 +150,8 @@ def _lay_out(meta: AttentionMeta, rows_per_run: int, num_blocks: int) -> _Step:
         recording.before(("tables", id(meta), num_blocks), functools.partial(_check_tables, meta, num_blocks))
     for step in _seen.steps:
         if step.meta is meta and step.rows_per_run == rows_per_run and step.num_blocks == num_blocks:
+            if recording is not None:
+                recording.keep(step)
             return step
     for x, dtype in (
         (meta.cu_seqlens_q, torch.int32),

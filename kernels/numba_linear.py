@@ -59,7 +59,7 @@ class JitLinear:
         self._kind, self._per_word = KINDS[weight.dtype], 1
         if HAS_PAIRS and weight.dtype == torch.bfloat16:
             self._kind, self._per_word = PAIRS, 2
-            padded = F.pad(padded, (0, self.in_features % 2))
+            padded = F.pad(padded, (0, 1)) if self.in_features % 2 else padded
         self._words = -(-self.in_features // self._per_word)
         panels = padded.reshape(self._num_panels, LANES, self._words, self._per_word)
         self._weight = panels.transpose(1, 2).contiguous()
@@ -75,7 +75,7 @@ class JitLinear:
         if rows == 0:
             return out
         if self._kind == PAIRS:
-            x = F.pad(x, (0, inputs % 2)) if inputs % 2 else x
+            x = F.pad(x, (0, 1)) if inputs % 2 else x
         elif self._dtype != torch.float32:
             x = _widened(x)
         by_row, by_input = x.stride()

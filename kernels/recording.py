@@ -3,6 +3,7 @@
 Kernels see addresses alone. To launch them again on the same addresses, results must lie where nobody else
 puts anything, and nothing but kernels may have touched data in between. So while a Recording is on, memory
 comes from an Arena of its own, and what torch itself computes is found out: such a run cannot be played.
+What torch is not asked for, as numpy's arithmetic on a tensor's memory, would not be seen.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ALIGNMENT = 64  # bytes
 _LEAST_BYTES = 4096
 _EMPTY = torch.ops.aten.empty.memory_format
+_FROM_PYTHON = torch.ops.aten.lift_fresh.default  # torch.tensor's, with memory from elsewhere
 
 
 class _Current(threading.local):
@@ -102,19 +105,25 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Make a check of data that may differ next time: now, and before each play. Once for each `key`."""
         if key not in self.checks:
             self.checks[key] = check
-            self._aside = True
-            try:
+            with self._unseen():
                 check()
-            finally:
-                self._aside = False
 
     def scratch(self, num_bytes: int) -> int:
-        """The address of so many aligned bytes that hold nothing from one launch to the next."""
+        """The address of so many aligned bytes that hold nothing from one launch to the next. When the
+        recording is gone another's tape may have them."""
         memory = self._scratch.get(num_bytes)
         if memory is None:
-            memory = self._scratch[num_bytes] = self.arena.take(num_bytes)
-            self.keep(memory)
+            with self._unseen():
+                memory = self._scratch[num_bytes] = self.arena.take(num_bytes)
         return memory.data_ptr()
+
+    @contextmanager
+    def _unseen(self) -> Iterator[None]:
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -123,7 +132,8 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if made is not None:
                 return made
         out = func(*args, **kwargs)
-        if func is not _EMPTY and not self._aside and not (func.is_view and _shares(out, args)):
+        is_view = func.is_view and func is not _FROM_PYTHON and _shares(out, args)
+        if func is not _EMPTY and not self._aside and not is_view:
             self.problem = self.problem or f"{func} runs between the kernels"
         return out
 

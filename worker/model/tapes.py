@@ -13,6 +13,7 @@ import logging
 import torch
 from torch import Tensor
 
+from ellm.kernels import jit_play
 from ellm.kernels.ops import AttentionMeta, Ops
 from ellm.kernels.recording import Arena, Recording
 from ellm.kernels.tape import Tape
@@ -50,6 +51,7 @@ class DecodeTapes:
         width = -(-max_model_len // cache.block_size)
         self._max_kv_len = width * cache.block_size
         self._tables = torch.zeros((self._most, width), dtype=torch.int32)
+        jit_play.play.entry(0)  # compiled at start
 
     @property
     def num_tapes(self) -> int:
@@ -97,6 +99,7 @@ class DecodeTapes:
         else:
             self._failed = True
             self._tapes.clear()
+            self._arena = Arena()
             log.info("decode steps run kernel by kernel: %s", recording.problem)
         return out
 

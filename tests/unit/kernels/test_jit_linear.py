@@ -121,6 +121,8 @@ torch.save((weight, x, results, half(x.bfloat16())), sys.argv[1])
 def test_registers_of_twice_the_width_change_no_bit(tmp_path: Path) -> None:
     """The tiles of AVX2 and of AVX-512 walk the same chains; and no instruction of the latter reaches the
     former, where LLVM would abort."""
+    from ellm.kernels import jit_linear
+    from ellm.kernels.jit_ir import compiled_for
     from ellm.kernels.numba_linear import JitLinear
 
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
@@ -129,6 +131,7 @@ def test_registers_of_twice_the_width_change_no_bit(tmp_path: Path) -> None:
         environment.update(NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES=features)
     command = [sys.executable, "-c", OTHER, str(tmp_path / "results.pt")]
     subprocess.run(command, check=True, env=environment, timeout=120)
+    assert 1 + compiled_for("avx512f") == jit_linear._PANELS, "else both are the same tiles"
     weight, x, narrow, half = torch.load(tmp_path / "results.pt")
     linear = JitLinear(weight, None)
     for result in narrow:

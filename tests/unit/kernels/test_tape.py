@@ -138,16 +138,19 @@ def test_attention_follows_positions_and_tables(ops: Ops) -> None:
         assert torch.equal(k_pool, other.k_pool)
 
 
-@pytest.mark.parametrize(("name", "value"), [("block_tables", 1000), ("slot_mapping", -1)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("block_tables", 1000), ("slot_mapping", -1), ("positions", 200)]
+)
 def test_an_id_that_leads_out_of_the_pool_is_found_before_each_play(ops: Ops, name: str, value: int) -> None:
     from ellm.kernels.tape import Tape
 
     sequences, entries = sequences_of(0)
     q, meta = sequences.step(entries)
     k = torch.zeros(3, 2, 32)
+    rotation = HeadTransform(None, None, 0.0, torch.ones(200, 2, 16))
     recording = Recording(Arena())
     with recording:
-        ops.rotary_store(q, k, k, meta, (sequences.k_pool, sequences.v_pool), NOTHING)
+        ops.rotary_store(q, k, k, meta, (sequences.k_pool, sequences.v_pool), rotation)
         ops.paged_attention(q, sequences.k_pool, sequences.v_pool, meta, 0.2)
     tape = Tape(recording)
     tape.play()
@@ -165,6 +168,7 @@ def test_an_id_that_leads_out_of_the_pool_is_found_before_each_play(ops: Ops, na
         lambda x: x + 1,
         lambda x: x.add_(1),
         lambda x: torch.zeros(3),
+        lambda x: torch.tensor([1.0]),
         lambda x: x.t().contiguous(),
         lambda x: x.index_select(0, torch.tensor([0])),
         lambda x: x if x.max().item() > 0 else -x,
