@@ -99,12 +99,6 @@ class Kernel:
         """The C function of an element kind, to be called with the address of a block."""
         return (self._compiled.get(kind) or self._compile(kind))[0]
 
-    def compile(self, kind: int) -> Any:
-        """Compile for an element kind, or load from the cache; returns numba's function object."""
-        if kind not in self._compiled:
-            self._compile(kind)
-        return self._functions[-1]
-
     def _compile(self, kind: int) -> tuple[Any, int]:
         with self._lock:
             if kind not in self._compiled:

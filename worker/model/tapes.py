@@ -90,9 +90,9 @@ class DecodeTapes:
             taped[0].play()
             self.num_replays += 1
             return taped[1]
-        recording = Recording(self._arena)
+        recording, meta = Recording(self._arena), self._meta(rows)
         with recording:
-            attend = PoolAttention(self._ops, [(self._meta(rows), kv) for kv in self._cache.layers])
+            attend = PoolAttention(self._ops, [(meta, kv) for kv in self._cache.layers])
             out = run(computation, Alone(), attend, embedded)
         if recording.problem is None:
             self._tapes[rows] = Tape(recording), out

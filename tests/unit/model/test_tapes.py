@@ -118,3 +118,16 @@ def test_the_torch_body_has_none(tmp_path: Path) -> None:
     executor = golden.executor(tmp_path, jit=False)
     assert played(executor)[1] == 0
     executor.close()
+
+
+def test_a_step_is_checked_once_and_not_in_each_layer(tmp_path: Path) -> None:
+    from ellm.worker.model.tapes import DecodeTapes
+
+    write_checkpoint(tmp_path, "llama", num_hidden_layers=3)
+    executor = golden.executor(tmp_path, jit=True)
+    played(executor)
+    tapes = executor.runner._graphs
+    assert isinstance(tapes, DecodeTapes)
+    assert tapes.num_tapes > 3
+    assert {len(tape._checks) for tape, _ in tapes._tapes.values()} == {3}  # positions, slots, tables
+    executor.close()
