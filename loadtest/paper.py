@@ -34,7 +34,10 @@ def render(results: Results) -> str:
         ablation(),
         paper_cpu.policies(results["starved-pool"]),
         paper_cpu.servers(
-            results["starved-peers-off"], results["starved-peers-in-place"], results["starved-peers"]
+            results["starved-peers-off"],
+            results["starved-peers-off-avx512"],
+            results["starved-peers-in-place"],
+            results["starved-peers"],
         ),
         missing(),
     ]

@@ -73,9 +73,10 @@ def _beside_vllm(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def servers(result: Row, in_place: Row, apart: Row) -> list[str]:
-    """Our server, vLLM's CPU build, and our policy that does what vLLM does: without a host tier, with its
-    bytes as more pool, the default on a CPU, and with the tier apart from the pool, as on a GPU."""
+def servers(result: Row, elsewhere: Row, in_place: Row, apart: Row) -> list[str]:
+    """Our server, vLLM's CPU build, and our policy that does what vLLM does: without a host tier, also on
+    another processor, with its bytes as more pool, the default on a CPU, and with the tier apart from the
+    pool, as on a GPU."""
     rows = result["rows"]
     return [
         "",
@@ -90,6 +91,8 @@ def servers(result: Row, in_place: Row, apart: Row) -> list[str]:
         *_table(rows, _SERVERS),
         "",
         f"- Goodput over vLLM's: {_beside_vllm(rows)}.",
+        f"- On a processor with AVX-512, where arrivals outrun both: {_beside_vllm(elsewhere['rows'])}. "
+        f"{_source(elsewhere)}",
         "- With the host tier as more of our pool, the default on a CPU, another run: "
         f"{_beside_vllm(in_place['rows'])}. {_source(in_place)}",
         "- With the host tier apart from the pool, as on a GPU, a third run, on an engine of longer steps: "

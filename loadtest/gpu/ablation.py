@@ -140,6 +140,7 @@ def load(args: argparse.Namespace, switches: dict[str, Any]) -> LocalExecutor:
         ),
         scheduler=SchedulerConfig(max_num_seqs=args.batch + 1, max_step_tokens=max(rows, args.context)),
         fused_attention="off",
+        decode_tapes=False,  # of a CPU, which stands for a GPU here
     )
     config = replace(config, **switches)
     if args.device == "cuda":
